@@ -1,0 +1,117 @@
+"""The header of a Megatron `.idx` file, and whether it and its `.bin` belong together.
+
+Reads a few bytes a file, so that thousands of files are checked before a run starts.
+"""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from megatron.config.errors import DataError
+
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document boundaries
+# code -> (numpy name, bytes); floats are part of the format but cannot hold tokens
+DTYPES = {
+    1: ("uint8", 1),
+    2: ("int8", 1),
+    3: ("int16", 2),
+    4: ("int32", 4),
+    5: ("int64", 8),
+    6: ("float64", 8),
+    7: ("float32", 4),
+    8: ("uint16", 2),
+}
+REMAKE = "make it again with tools/preprocess_data.py"
+
+
+class IndexHeader(NamedTuple):
+    """What an index says of its token file."""
+
+    dtype: str
+    item_bytes: int
+    sequences: int
+    document_boundaries: int
+    tokens: int
+
+
+def read_header(prefix: str, allow_empty: bool = False) -> IndexHeader:
+    """The checked header of `<prefix>.idx`.
+
+    Args:
+        prefix: path of the pair without its suffix.
+        allow_empty: a pair without tokens is no error.
+
+    Raises:
+        DataError: where a file is missing, is no Megatron index, is empty, or does not add up.
+    """
+    index, tokens = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+    for path in (index, tokens):
+        if not path.is_file():
+            raise DataError(f"{path} does not exist; {_where(prefix)}")
+    try:
+        index_bytes, token_bytes = index.stat().st_size, tokens.stat().st_size
+        with index.open("rb") as stream:
+            header = _checked(stream, index, index_bytes, tokens, token_bytes)
+    except OSError as error:
+        raise DataError(f"{index} cannot be read: {error}") from None
+    if header.tokens == 0 and not allow_empty:
+        raise DataError(f"{tokens} holds no tokens; take it off the list or {REMAKE}")
+    return header
+
+
+def _checked(
+    stream: BinaryIO, index: Path, index_bytes: int, tokens: Path, token_bytes: int
+) -> IndexHeader:
+    start = stream.read(HEADER.size)
+    if start[: len(MAGIC)] != MAGIC:
+        raise DataError(f"{index} is not a Megatron index (it starts with {start[:9]!r}); {REMAKE}")
+    if len(start) < HEADER.size:
+        raise DataError(
+            f"{index} is truncated: {index_bytes} bytes are less than its header; {REMAKE}"
+        )
+    _, version, code, sequences, boundaries = HEADER.unpack(start)
+    if version != VERSION:
+        raise DataError(f"{index} has version {version}, known is {VERSION}; {REMAKE}")
+    if code not in DTYPES or DTYPES[code][0].startswith("float"):
+        raise DataError(f"{index} has dtype code {code}, which holds no tokens; {REMAKE}")
+    dtype, item_bytes = DTYPES[code]
+    expected = HEADER.size + 12 * sequences + 8 * boundaries
+    if index_bytes != expected:
+        raise DataError(
+            f"{index} has {index_bytes} bytes, its header asks for {HEADER.size} + 12 x "
+            f"{sequences} + 8 x {boundaries} = {expected}; {REMAKE}"
+        )
+    length, offset = _last_sequence(stream, sequences) if sequences else (0, 0)
+    end = offset + length * item_bytes
+    if end != token_bytes:
+        documents = max(boundaries - 1, 0)
+        # Megatron-DeepSpeed's tool writes the token of --append-eod without counting it.
+        uncounted = token_bytes - end == documents * item_bytes
+        reason = f", one token less for each of {documents} documents (EOD?)" if uncounted else ""
+        raise DataError(
+            f"{tokens} has {token_bytes} bytes, its index ends at {offset} + {length} x "
+            f"{item_bytes} = {end}{reason}; {REMAKE}"
+        )
+    return IndexHeader(dtype, item_bytes, sequences, boundaries, token_bytes // item_bytes)
+
+
+def _last_sequence(stream: BinaryIO, sequences: int) -> tuple[int, int]:
+    """Tokens and byte offset of the last sequence."""
+    stream.seek(HEADER.size + 4 * (sequences - 1))
+    (length,) = struct.unpack("<i", stream.read(4))
+    stream.seek(HEADER.size + 4 * sequences + 8 * (sequences - 1))
+    (offset,) = struct.unpack("<q", stream.read(8))
+    return length, offset
+
+
+def _where(prefix: str) -> str:
+    """The fix for a missing file."""
+    if Path(prefix).is_absolute():
+        return "correct the path in the list, or take the line out"
+    return (
+        f"paths are relative to the working folder ({Path.cwd()}): correct it, or take the line out"
+    )

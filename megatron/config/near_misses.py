@@ -1,0 +1,75 @@
+"""Variables that are set, look like ours, and would have no effect: each is named in a warning."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+
+from megatron.config import options
+
+# What other frameworks call our options.
+FOREIGN_SPELLINGS = {
+    "NUM_HEADS": "HEADS", "N_HEADS": "HEADS", "N_LAYERS": "NLAYERS", "N_LAYER": "NLAYERS",
+    "D_MODEL": "HIDDEN", "FFN_SIZE": "FFN_HIDDEN_SIZE", "NUM_KV_HEADS": "NUM_KV_HEAD",
+    "TP_SIZE": "TP", "PP_SIZE": "PP", "SP_SIZE": "SP",
+    "TENSOR_PARALLEL": "TP", "PIPELINE_PARALLEL": "PP",
+    "LEARNING_RATE": "LR", "MAX_LR": "LR", "WARMUP_FRAC": "LR_WARMUP_FRAC",
+    "BATCH_SIZE": "MICRO_BATCH", "GRAD_ACCUM_STEPS": "GRAD_ACC_STEPS", "ZERO": "ZERO_STAGE",
+    "TOKENIZER": "TOKENIZER_MODEL", "DATA_LIST": "DATA_FILE_LIST", "PRECISION": "DTYPE",
+    "CHECKPOINT_DIR": "CKPT_DIR", "NGPUS_PER_HOST": "NGPU_PER_HOST",
+}  # fmt: skip
+
+# Variables of the AuroraGPT launcher that are not needed here, with what holds instead.
+WITHOUT_EFFECT = {
+    "NO_LLAMA": "every model is Llama-shaped",
+    "OVERRIDE_CKPT_OPT_PARAM": "the options given now always hold",
+    "DATA_PARENT": "set DATA_FILE_LIST",
+    "TIMING_LOG_LEVEL": "steps are timed without it",
+    "TIMING_STR": "give flags on the command line",
+    "COMMS_LOGGER": "there is no communication log",
+    "EXEC": "the entry point is pretrain_gpt_alcf.py",
+}
+
+# Variables of shells, compilers and schedulers that happen to resemble ours.
+NOT_OURS = frozenset(("COMPILER", "HOSTNAME", "HOSTTYPE", "HOST", "HOSTS", "LOCAL_WORLD_SIZE"))
+NOT_OURS_PREFIXES = (
+    "PBS_", "SLURM_", "PMI_", "PMIX_", "PALS_", "OMPI_", "MPICH_", "NCCL_", "CCL_", "FI_", "ZE_",
+    "SYCL_", "CUDA_", "HIP_", "ROCR_", "TORCH_", "TORCHELASTIC_", "OMP_", "MKL_", "CONDA_", "XDG_",
+    "LC_", "SSH_", "HF_", "GITHUB_", "EZPZ_", "_",
+)  # fmt: skip
+
+CLOSE = 0.85  # one letter more, less or other in a word of seven
+
+
+def near_misses(environ: Mapping[str, str]) -> list[str]:
+    """One warning for each variable that is set but surely meant for another name."""
+    known = options.by_variable()
+    spelled = _flag_spellings()
+    warnings: list[str] = []
+    for name in sorted(environ):
+        if name in known or not environ[name].strip() or name in NOT_OURS:
+            continue
+        if name in WITHOUT_EFFECT:
+            warnings.append(f"{name} has no effect here: {WITHOUT_EFFECT[name]}")
+            continue
+        meant = FOREIGN_SPELLINGS.get(name) or spelled.get(name) or _closest(name, known)
+        if meant:
+            warnings.append(f"{name}={environ[name]} has no effect: the variable is called {meant}")
+    return warnings
+
+
+def _flag_spellings() -> dict[str, str]:
+    """Flags written as variables, e.g. HIDDEN_SIZE for --hidden-size."""
+    return {
+        flag[2:].replace("-", "_").upper(): option.env[0]
+        for flag, option in options.by_flag().items()
+        if option.env
+    }
+
+
+def _closest(name: str, known: Mapping[str, object]) -> str | None:
+    """The variable that `name` is a slip of the finger from, if any."""
+    if len(name) < 5 or not name.isupper() or name.startswith(NOT_OURS_PREFIXES):
+        return None
+    close = difflib.get_close_matches(name, known, n=1, cutoff=CLOSE)
+    return close[0] if close else None

@@ -1,0 +1,269 @@
+"""Environment and command line -> one frozen RunConfig, or an error that says what to change.
+
+Precedence: flag > variable > MODEL_ARCH preset > machine default > default.
+An empty variable is unset.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron.config import (
+    batch,
+    data_list,
+    data_survey,
+    flags,
+    near_misses,
+    options,
+    presets,
+    rope_scaling,
+    skip,
+    validate,
+)
+from megatron.config.draft import Draft
+from megatron.config.errors import ConfigError
+from megatron.config.placement import crossing_warning
+from megatron.config.schema import SECTIONS, RunConfig
+from megatron.config.site import Site
+from megatron.config.vocabulary import vocabulary_size
+
+ARCH = "model.model_arch"
+KIND, TOKENIZER = "data.tokenizer_type", "data.tokenizer_model"
+DEFAULT_TOKENIZER = ("HFTokenizer", "google/gemma-7b")
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A complete configuration and where it came from.
+
+    Attributes:
+        sources: option key (`section.field`) -> where its value came from.
+        warnings: what the user probably did not mean.
+        notes: what the user should know.
+    """
+
+    run: RunConfig
+    sources: dict[str, str]
+    warnings: list[str]
+    notes: list[str]
+
+
+def resolve(environ: Mapping[str, str], argv: Sequence[str], site: Site) -> Resolved:
+    """Make the configuration of a run.
+
+    Args:
+        environ: the environment's variables.
+        argv: the command line without the program's name.
+        site: the machine.
+
+    Raises:
+        ConfigError: where a setting is wrong.
+        DataError: where data is missing or wrong; not in a dry run, which shows it instead.
+    """
+    draft, notes = _given(environ, argv)
+    _fill_defaults(draft, site)
+    _fill_world(draft, site)
+    _fill_tokenizer(draft, environ)
+    validate.require(draft, validate.LAYOUT_CHECKS)
+    copy = math.prod(draft.get(key) for key in (validate.TP, validate.PP, validate.SP))
+    batch.fill_batch(draft, draft.get(validate.WORLD) // copy)
+    batch.fill_length(draft)
+    _fill_derived(draft)
+    validate.require(draft, validate.FINAL_CHECKS)
+    run = _build(draft, site)
+    if not run.log.dry_run:
+        _require_ready(run, draft, site)
+    warnings = near_misses.near_misses(environ) + _warnings(run)
+    return Resolved(run, draft.sources, warnings, notes + _notes(run))
+
+
+def _given(environ: Mapping[str, str], argv: Sequence[str]) -> tuple[Draft, list[str]]:
+    """What the user set, flags before variables, and the command line's notes."""
+    draft, problems = Draft(), []
+    line = flags.read_command_line(argv)
+    problems += line.problems
+    problems += _give_all(draft, line.settings)
+    variables = [
+        (option.key, environ[name], name)
+        for option in options.options()
+        for name in option.env
+        if environ.get(name, "").strip() and option.key not in draft.given
+    ]
+    problems += _give_all(draft, variables)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return draft, line.notes
+
+
+def _give_all(draft: Draft, settings: Sequence[tuple[str, str, str]]) -> list[str]:
+    """Enter (key, text, name) settings of one kind; returns what is wrong with them."""
+    problems = []
+    for key, text, name in settings:
+        try:
+            value = options.by_key()[key].parse(text, name)
+            if key == ARCH:
+                value = presets.find(value, name)
+        except ConfigError as error:
+            problems.append(str(error))
+            continue
+        if key in draft.given and draft.get(key) != value:
+            problems.append(
+                f"{draft.show(key)} and {name}={text} set the same option to different values: "
+                "unset one of them"
+            )
+        draft.give(key, value, name)
+    return problems
+
+
+def _fill_defaults(draft: Draft, site: Site) -> None:
+    """Preset, machine and schema defaults, in this order."""
+    machine = {
+        option.key: (option.parse(text, f"{site.machine}: {name}"), f"machine {site.machine}")
+        for name, text in site.defaults.items()
+        if text.strip() and (option := options.by_variable()[name])
+    }
+    draft.fill(ARCH, *machine.get(ARCH, (None, "")))
+    draft.fill(ARCH, "7B" if site.is_hpc else "debug", f"machine {site.machine}")
+    draft.rewrite(ARCH, presets.find(draft.get(ARCH)))
+    arch = draft.get(ARCH)
+    for name, value in presets.PRESETS[arch].values.items():
+        draft.fill(options.by_variable()[name].key, value, f"preset {arch}")
+    for key, (value, source) in machine.items():
+        draft.fill(key, value, source)
+    draft.fill(validate.TP, 1, "default")
+    draft.fill("train.dtype", "bf16", "default")
+    lists = Path("ALCF") / "data-lists" / site.machine / "dolma.txt"
+    usual = str(lists) if site.is_hpc else data_list.BUILTIN
+    draft.fill("data.data_file_list", usual, f"machine {site.machine}")
+    for option in options.options():
+        draft.fill(option.key, option.default, "default")
+
+
+def _fill_world(draft: Draft, site: Site) -> None:
+    """Hosts, ranks a host, and ranks in all."""
+    hosts, ranks = "launch.num_hosts", "launch.devices_per_host"
+    draft.fill(hosts, site.num_hosts, f"machine {site.machine}")
+    if site.devices_per_host:
+        draft.fill(ranks, site.devices_per_host, f"machine {site.machine}")
+    if draft.get(ranks):
+        total = draft.get(hosts) * draft.get(ranks)
+        source = f"NHOSTS {draft.get(hosts)} x NGPU_PER_HOST {draft.get(ranks)}"
+        draft.fill(validate.WORLD, total, source)
+    copy = math.prod(draft.get(key) for key in (validate.TP, validate.PP, validate.SP))
+    draft.fill(validate.WORLD, copy, "TP x PP x SP")
+    draft.replace_zero(
+        ranks, -(-draft.get(validate.WORLD) // draft.get(hosts)), "WORLD_SIZE / NHOSTS"
+    )
+
+
+def _fill_tokenizer(draft: Draft, environ: Mapping[str, str]) -> None:
+    """Tokenizer and vocabulary: the user's, the built-in corpus', the preset's or machine's."""
+    chosen = KIND in draft.given or TOKENIZER in draft.given
+    if not chosen and draft.get("data.data_file_list") == data_list.BUILTIN:
+        draft.replace(KIND, "BuiltinTokenizer", "the built-in corpus brings its own")
+        draft.replace(TOKENIZER, None, "the built-in corpus brings its own")
+    elif (
+        KIND in draft.given
+        and TOKENIZER not in draft.given
+        and draft.get(KIND) != DEFAULT_TOKENIZER[0]
+    ):
+        draft.replace(TOKENIZER, None, "default")
+    else:
+        if TOKENIZER in draft.given and KIND not in draft.given:
+            draft.replace(KIND, DEFAULT_TOKENIZER[0], "default")
+        draft.fill(KIND, DEFAULT_TOKENIZER[0], "default")
+        draft.fill(TOKENIZER, DEFAULT_TOKENIZER[1], "default")
+    size = "model.vocab_size"
+    if size not in draft.given and (chosen or draft.get(size) is None):
+        found = vocabulary_size(draft.get(KIND), draft.get(TOKENIZER), environ)
+        draft.replace(size, found, f"tokenizer {draft.get(TOKENIZER) or draft.get(KIND)}")
+
+
+def _fill_derived(draft: Draft) -> None:
+    """What follows from other values."""
+    hidden, seq = draft.get("model.hidden_size"), draft.get("model.seq_length")
+    draft.fill("model.init_method_std", math.sqrt(2 / (5 * hidden)), "sqrt(2 / (5 HIDDEN))")
+    draft.fill("optimizer.lr_decay_iters", draft.get(batch.ITERS), "TRAIN_ITERS")
+    scaling, ranges = "model.rope_scaling", "data.train_range_to_skip"
+    if draft.get(scaling):
+        draft.rewrite(scaling, rope_scaling.canonical(draft.get(scaling), draft.name(scaling)))
+    if draft.get(ranges):
+        merged = skip.parse_ranges(draft.get(ranges), draft.name(ranges))
+        draft.rewrite(ranges, skip.ranges_text(merged) or None)
+    label = presets.label(draft.get(ARCH), draft.get("model.num_layers"))
+    stem = Path(draft.get("data.data_file_list")).stem
+    draft.fill("checkpoint.run_name", f"{label}-seq{seq}-{stem}", "<label>-seq<SEQ>-<data list>")
+
+
+def _build(draft: Draft, site: Site) -> RunConfig:
+    """The frozen value of a complete draft."""
+    sections: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
+    for option in options.options():
+        section, _, field = option.key.partition(".")
+        sections[section][field] = draft.get(option.key)
+        draft.sources.setdefault(option.key, "not set")
+    return RunConfig(
+        **{name: SECTIONS[name](**values) for name, values in sections.items()},
+        machine=site.machine,
+    )
+
+
+def _require_ready(run: RunConfig, draft: Draft, site: Site) -> None:
+    """What only a real run needs: its ranks' devices and its data."""
+    devices = run.launch.num_hosts * run.launch.devices_per_host
+    if site.devices_per_host and run.parallel.world_size > devices:
+        raise ConfigError(
+            f"{draft.show(validate.WORLD)} ranks need a device each, but "
+            f"NHOSTS={run.launch.num_hosts} x NGPU_PER_HOST={run.launch.devices_per_host} = "
+            f"{devices}. Set WORLD_SIZE={devices} or less"
+        )
+    survey_of(run, draft.name("data.data_file_list")).require()
+
+
+def survey_of(run: RunConfig, name: str = "DATA_FILE_LIST") -> data_survey.DataSurvey:
+    """The corpora of a run and everything that is wrong with them."""
+    data = run.data
+    train_share = data.train_split / (data.train_split + data.valid_split + data.test_split)
+    survey = data_survey.survey_data(
+        data.data_file_list, run.train.train_tokens, train_share, run.model.seq_length, name
+    )
+    if data.data_file_list == data_list.BUILTIN and data.tokenizer_type != "BuiltinTokenizer":
+        problem = (
+            f"TOKENIZER_TYPE={data.tokenizer_type} does not fit {name}={data_list.BUILTIN}, which "
+            "brings its own tokenizer: unset TOKENIZER_TYPE and TOKENIZER_MODEL, or give your own "
+            f"{name}"
+        )
+        return survey._replace(problems=(*survey.problems, problem))
+    return survey
+
+
+def _warnings(run: RunConfig) -> list[str]:
+    """Settings that have no effect, or a bad one."""
+    warnings = []
+    crossing = crossing_warning(run.placement)
+    if crossing:
+        warnings.append(crossing)
+    if run.parallel.megatron_sequence_parallel and run.parallel.tensor_parallel == 1:
+        warnings.append("SEQUENCE_PARALLEL has no effect with TP=1: it cuts over the TP ranks")
+    late = [pair for pair in run.skip_ranges if pair[1] > run.train.train_iters]
+    if late:
+        warnings.append(
+            f"TRAIN_RANGE_TO_SKIP: {skip.ranges_text(tuple(late))} goes past the last step, "
+            f"{run.train.train_iters}"
+        )
+    return warnings
+
+
+def _notes(run: RunConfig) -> list[str]:
+    """What is done otherwise than a reader of the settings may expect."""
+    notes = []
+    if run.parallel.zero_stage == 0:
+        notes.append(
+            "ZERO_STAGE=0 is given to DeepSpeed as stage 1 with fp32 gradient accumulation: the "
+            "same update, with right clipping under PP and less memory"
+        )
+    return notes

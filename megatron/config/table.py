@@ -1,0 +1,73 @@
+"""The options as text: `--help`, and the README's table. Generated from the schema."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+
+from megatron.config import options
+from megatron.config.options import Option
+
+USAGE = """usage: [VAR=value ...] bash train_alcf.sh [--flag value ...]
+
+A flag overrides its variable, a variable the MODEL_ARCH preset, a preset the machine's default.
+DRY_RUN=1 prints the plan and starts nothing."""
+
+MARKS = ("<!-- options:", "<!-- options:end -->")  # around the table in the README
+
+
+def default_text(option: Option) -> str:
+    """The default as a user would write it; empty where it is off or derived."""
+    if option.default is None:
+        return ""
+    if option.kind == "bool":
+        return "1" if option.default else "0"
+    if option.kind == "float":
+        return f"{option.default:g}"
+    return str(option.default)
+
+
+def options_table() -> str:
+    """A markdown table of every option: variables, flags, default, meaning."""
+    rows = ["| variable | flag | default | meaning |", "|---|---|---|---|"]
+    for option in options.options():
+        names = ", ".join(f"`{name}`" for name in option.env)
+        spellings = ", ".join(f"`{flag}`" for flag in option.flags)
+        default = f"`{default_text(option)}`" if default_text(option) else ""
+        meaning = _meaning(option).replace("|", "\\|")
+        rows.append(f"| {names} | {spellings} | {default} | {meaning} |")
+    return "\n".join(rows) + "\n"
+
+
+def help_text() -> str:
+    """What `--help` prints: the options by section."""
+    lines = [USAGE]
+    section = ""
+    for option in options.options():
+        if option.key.partition(".")[0] != section:
+            section = option.key.partition(".")[0]
+            lines += ["", f"{section}:"]
+        lines.append("  " + "  ".join((*option.env, *option.flags)))
+        default = f" (default {default_text(option)})" if default_text(option) else ""
+        lines += textwrap.wrap(
+            _meaning(option) + default, 96, initial_indent=" " * 6, subsequent_indent=" " * 6
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _meaning(option: Option) -> str:
+    """The help line with the permitted values, unless it names them already."""
+    unnamed = [choice for choice in option.choices if choice not in option.help]
+    return f"{option.help}: {', '.join(option.choices)}" if unnamed else option.help
+
+
+def with_table(page: str) -> str:
+    """The page with the present table between its marks."""
+    begin = page.index("\n", page.index(MARKS[0])) + 1
+    end = page.index(MARKS[1])
+    return f"{page[:begin]}\n{options_table()}\n{page[end:]}"
+
+
+if __name__ == "__main__":
+    readme = Path(__file__).resolve().parents[2] / "README.md"
+    readme.write_text(with_table(readme.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,188 @@
+"""Micro-batches of one data-parallel rank, read ahead by a thread: a step never waits for data.
+
+Only the steps that are asked for are read: skipped steps are absent from the list of steps. Samples
+of a step follow from the number consumed before it and the plan; layout and resume point change
+nothing else.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+
+import numpy as np
+import torch
+
+from megatron.data.dataset import SampleSource
+
+# Steps kept ready; two hide a slow read behind the step before it, more only cost memory.
+PREFETCH_STEPS = 2
+_POLL_SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """How the samples of a step fall to micro-batches and data-parallel ranks."""
+
+    global_batch_size: int
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+    data_parallel_rank: int
+    data_parallel_size: int
+
+    def __post_init__(self) -> None:
+        """Refuse a plan whose parts do not make up the batch."""
+        mbs, gas, dp = (
+            self.micro_batch_size,
+            self.gradient_accumulation_steps,
+            self.data_parallel_size,
+        )
+        if min(mbs, gas, dp) < 1 or self.global_batch_size != mbs * gas * dp:
+            raise ValueError(
+                f"GLOBAL_BATCH = {self.global_batch_size}, but MICRO_BATCH x GRAD_ACC_STEPS x DP = "
+                f"{mbs} x {gas} x {dp} = {mbs * gas * dp}: change one of them"
+            )
+        assert 0 <= self.data_parallel_rank < dp
+
+    def micro_batch(self, consumed_samples: int, number: int) -> range:
+        """Global samples of this rank's micro-batch `number` in the step at `consumed_samples`."""
+        start = consumed_samples + number * self.micro_batch_size * self.data_parallel_size
+        start += self.data_parallel_rank * self.micro_batch_size
+        return range(start, start + self.micro_batch_size)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Input of one forward pass; both are views of one (B, S + 1) array, so not contiguous."""
+
+    iteration: int
+    tokens: torch.Tensor  # int64 (B, S)
+    labels: torch.Tensor  # int64 (B, S), the token after each of `tokens`
+    corpora: tuple[str, ...]  # of each sample
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """What the thread died of, on its way to the consumer."""
+
+    error: BaseException
+
+
+_Item = list[MicroBatch] | _Failure | None  # a step, an error, or the end
+
+
+class Loader:
+    """Iterates over the micro-batches of given steps, in order; close it, or use it in a `with`."""
+
+    def __init__(
+        self,
+        dataset: SampleSource,
+        plan: StepPlan,
+        steps: Iterable[tuple[int, int]],
+        prefetch_steps: int = PREFETCH_STEPS,
+    ) -> None:
+        """Begin to read.
+
+        Args:
+            dataset: gives global sample k.
+            plan: this rank's part of a step.
+            steps: (iteration, samples consumed before it) of the steps to read; consumed by the
+                thread. prefetch_steps: whole steps kept ready.
+        """
+        assert prefetch_steps >= 1
+        self.waited_s = 0.0  # time the consumer stood still for data
+        self._ready: queue.Queue[_Item] = queue.Queue(maxsize=prefetch_steps)
+        self._stop = threading.Event()
+        self._batches = self._consume()
+        self._thread = threading.Thread(
+            target=self._produce, args=(dataset, plan, steps), name="data-loader", daemon=True
+        )
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        """The loader itself."""
+        return self
+
+    def __next__(self) -> MicroBatch:
+        """Next micro-batch.
+
+        Raises:
+            StopIteration: after the last step, or once closed.
+            Exception: whatever reading raised, in the thread's own words.
+        """
+        return next(self._batches)
+
+    def close(self) -> None:
+        """Stop reading and wait for the thread; may be called twice."""
+        self._stop.set()
+        self._thread.join()
+
+    def __enter__(self) -> Loader:
+        """The loader itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close."""
+        self.close()
+
+    def _consume(self) -> Iterator[MicroBatch]:
+        while (item := self._take()) is not None:
+            if isinstance(item, _Failure):
+                raise item.error
+            yield from item
+
+    def _take(self) -> _Item:
+        """Next item of the queue, or None once the loader is closed."""
+        started = time.perf_counter()
+        try:
+            while not self._stop.is_set():
+                try:
+                    return self._ready.get(timeout=_POLL_SECONDS)
+                except queue.Empty:
+                    continue
+            return None
+        finally:
+            self.waited_s += time.perf_counter() - started
+
+    def _produce(
+        self, dataset: SampleSource, plan: StepPlan, steps: Iterable[tuple[int, int]]
+    ) -> None:
+        try:
+            for iteration, consumed in steps:
+                batches = []
+                for number in range(plan.gradient_accumulation_steps):
+                    if self._stop.is_set():
+                        return
+                    batches.append(_read(dataset, iteration, plan.micro_batch(consumed, number)))
+                self._put(batches)
+            self._put(None)
+        except BaseException as error:  # it must reach the consumer, whatever it is
+            self._put(_Failure(error))
+
+    def _put(self, item: _Item) -> None:
+        while not self._stop.is_set():
+            try:
+                return self._ready.put(item, timeout=_POLL_SECONDS)
+            except queue.Full:
+                continue
+
+
+def evaluation_loader(dataset: SampleSource, plan: StepPlan, eval_iters: int) -> Loader:
+    """Loader of one evaluation: always samples [0, eval_iters x GBS), to be comparable."""
+    return Loader(dataset, plan, [(j + 1, j * plan.global_batch_size) for j in range(eval_iters)])
+
+
+def _read(dataset: SampleSource, iteration: int, samples: range) -> MicroBatch:
+    read = [dataset.sample(k) for k in samples]
+    tokens = torch.from_numpy(np.stack([sample.tokens for sample in read]))  # (B, S + 1)
+    corpora = tuple(sample.corpus for sample in read)
+    return MicroBatch(iteration, tokens[:, :-1], tokens[:, 1:], corpora)

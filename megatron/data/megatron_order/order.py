@@ -1,0 +1,183 @@
+"""Global sample k of a split, looked up in the cached arrays and read from its file."""
+
+from __future__ import annotations
+
+import struct
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron.config.errors import DataError
+from megatron.config.indexed_header import HEADER
+from megatron.data.dataset import Location, Sample
+from megatron.data.file_pool import FilePool
+from megatron.data.indexed import file_dtype
+from megatron.data.megatron_order.array_file import ArrayFile, Header
+from megatron.data.megatron_order.build_once import CacheFile, Log, checked
+from megatron.data.megatron_order.plan import FilePlan, SplitPlan
+from megatron.data.samples import Tokens
+
+_POINTER, _TWO_POINTERS = struct.Struct("<q"), struct.Struct("<2q")
+
+
+class Piece(NamedTuple):
+    """Tokens of one document that are part of a sample."""
+
+    document: int  # of the file
+    offset: int  # of the first of them in the document
+    length: int
+
+
+class FileReader:
+    """The samples of one file in one split, whichever list entries and corpora name it.
+
+    Its cached index and `.idx` are read in places, as its tokens are: maps of thousands of files
+    would need more descriptors than a process has.
+    """
+
+    def __init__(self, plan: FilePlan, path: Path, index: Header, pool: FilePool) -> None:
+        """Read by the cached index at `path`, whose header is `index`."""
+        self._plan = plan
+        self._path = str(path)
+        self._places = index.places
+        self._pool = pool
+        self._dtype = file_dtype(plan.header.dtype)
+
+    def locate(self, number: int) -> tuple[int, int]:
+        """Pass over the documents, and row of the sample index, of sample `number`."""
+        row = self._row(number)
+        place = int(self._rows("samples", row, row + 1)[0, 0])
+        return place // len(self._plan.documents), row
+
+    def pieces(self, number: int) -> list[Piece]:
+        """Where the tokens of sample `number` lie, in order."""
+        return [piece for piece, _ in self._spans(number)]
+
+    def read(self, number: int) -> Tokens:
+        """Tokens of sample `number`, int64 of shape (S + 1,)."""
+        size = self._dtype.itemsize
+        parts = [
+            self._pool.read(f"{self._plan.prefix}.bin", token * size, piece.length * size)
+            for piece, token in self._spans(number)
+            if piece.length
+        ]
+        return np.frombuffer(b"".join(parts), dtype=self._dtype).astype(np.int64)
+
+    def _spans(self, number: int) -> list[tuple[Piece, int]]:
+        """The pieces of sample `number`, each with its first token's place in the file."""
+        row = self._row(number)
+        (first, begin), (last, end) = self._rows("samples", row, row + 2).tolist()
+        spans = []
+        for document in self._rows("documents", first, last + 1).tolist():
+            start, stop = self._extent(document)
+            spans.append((Piece(document, begin, stop - start - begin), start + begin))
+            begin = 0
+        # The last token of a sample is also the first of the next.
+        final, token = spans.pop()
+        return [*spans, (final._replace(length=end + 1 - final.offset), token)]
+
+    def _row(self, number: int) -> int:
+        return int(self._rows("shuffle", number, number + 1)[0])
+
+    def _rows(self, name: str, first: int, stop: int) -> npt.NDArray[Any]:
+        """Rows [first, stop) of an array of the index."""
+        place = self._places[name]
+        data = self._pool.read(self._path, *place.rows(first, stop))
+        return np.frombuffer(data, dtype=place.dtype).reshape(-1, *place.shape[1:])
+
+    def _extent(self, document: int) -> tuple[int, int]:
+        """First token of a document in `.bin`, and the first after it: where the next begins."""
+        header = self._plan.header
+        offset = HEADER.size + 4 * header.sequences + 8 * document
+        if document + 1 < header.sequences:
+            data = self._pool.read(f"{self._plan.prefix}.idx", offset, 16)
+            start, stop = _TWO_POINTERS.unpack(data)
+            return start // self._dtype.itemsize, stop // self._dtype.itemsize
+        (start,) = _POINTER.unpack(self._pool.read(f"{self._plan.prefix}.idx", offset, 8))
+        return start // self._dtype.itemsize, header.tokens
+
+
+class _Readers:
+    """Readers of files, whose indices are checked when first asked for."""
+
+    def __init__(self, pool: FilePool, log: Log) -> None:
+        self._pool = pool
+        self._log = log
+        self._readers: dict[str, FileReader] = {}
+        self._lock = threading.Lock()
+
+    def get(self, plan: FilePlan, index: CacheFile) -> FileReader:
+        with self._lock:
+            reader = self._readers.get(index.key)
+            if reader is None:
+                header = checked(index, self._log)
+                reader = FileReader(plan, index.path, header, self._pool)
+                self._readers[index.key] = reader
+            return reader
+
+
+@dataclass(frozen=True)
+class CorpusOrder:
+    """One corpus: its order, and the cached index of each file (None where never read)."""
+
+    name: str
+    files: tuple[FilePlan, ...]
+    indices: tuple[CacheFile | None, ...]
+    order: ArrayFile | None  # None for a corpus without samples
+
+
+class MegatronDataset:
+    """One split: a fixed order over as many samples as the run was planned to need."""
+
+    def __init__(
+        self,
+        plan: SplitPlan,
+        corpora: Sequence[CorpusOrder],
+        blend: ArrayFile,
+        log: Log,
+        pool: FilePool,
+    ) -> None:
+        """Look samples up in `blend`, then in the order of their corpus."""
+        self.plan = plan
+        self.corpora = tuple(corpora)
+        self.blend = blend
+        self._readers = _Readers(pool, log)
+
+    def __len__(self) -> int:
+        """Samples of the split, a little more than the run needs."""
+        return self.plan.size
+
+    def sample(self, k: int) -> Sample:
+        """Sample `k` of the split.
+
+        Raises:
+            DataError: the order has no such sample, or a file cannot be read.
+        """
+        file, reader, number = self.find(k)
+        epoch, row = reader.locate(number)
+        return Sample(file.corpus, file.prefix, epoch, row, tokens=reader.read(number))
+
+    def locate(self, k: int) -> Location:
+        """Where sample `k` comes from; `index` is its row in the file's sample index."""
+        file, reader, number = self.find(k)
+        return Location(file.corpus, file.prefix, *reader.locate(number))
+
+    def find(self, k: int) -> tuple[FilePlan, FileReader, int]:
+        """The file of sample `k`, its reader, and the sample's number in the file's order."""
+        if not 0 <= k < len(self):
+            raise DataError(
+                f"{self.plan.name} sample {k} is asked for, but DATA_ORDER=megatron was planned "
+                f"for {len(self)} samples; raise TRAIN_ITERS (which changes the order)"
+            )
+        corpus = self.corpora[int(self.blend.arrays["sources"][k])]
+        own = int(self.blend.arrays["numbers"][k])
+        assert corpus.order is not None
+        place = int(corpus.order.arrays["sources"][own])
+        file, index = corpus.files[place], corpus.indices[place]
+        assert index is not None, f"{file.prefix} has no samples"
+        return file, self._readers.get(file, index), int(corpus.order.arrays["numbers"][own])

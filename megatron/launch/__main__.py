@@ -1,0 +1,135 @@
+"""`python -m megatron.launch [-n N] [-ppn N] [-nh N] ... -- command`: a command on the ranks."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from megatron.config.errors import ConfigError
+from megatron.launch import plan, record
+from megatron.launch.command import LAUNCHERS
+from megatron.launch.screen import Screen
+from megatron.launch.site import Location, locate
+from megatron.launch.start import execute
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The options, and the command behind them."""
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron.launch",
+        description="Runs a command as the ranks of this job; without a job, of this host.",
+    )
+    parser.add_argument("-n", "-np", "--nproc", type=int, metavar="N", help="ranks in all")
+    parser.add_argument("-ppn", "--nproc-per-node", type=int, metavar="N", help="ranks a host")
+    parser.add_argument("-nh", "--nhosts", type=int, metavar="N", help="hosts")
+    parser.add_argument("--hostfile", metavar="FILE", help="file with a host a line")
+    parser.add_argument("--cpu-bind", metavar="BINDING", help="as the launcher spells it")
+    parser.add_argument(
+        "--with", dest="launcher", choices=[plan.LOCAL, *LAUNCHERS], help="launcher"
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        metavar="S",
+        help="end with 124 after S seconds without a line of output",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the command, start nothing")
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- command")
+    options = parser.parse_args(argv)
+    options.command = options.command[1:] if options.command[:1] == ["--"] else options.command
+    if not options.command:
+        parser.error("no command: write it after --")
+    return options
+
+
+def topology(
+    ranks: int | None, per_host: int | None, hosts: int | None, available: int, devices: int
+) -> tuple[int, int, int]:
+    """Ranks, hosts and ranks a host, from any of the three.
+
+    Args:
+        ranks, per_host, hosts: what the user gave.
+        available: hosts of the job.
+        devices: accelerators of a host; 0: none.
+
+    Raises:
+        ConfigError: where they contradict each other.
+    """
+    if any(number is not None and number < 1 for number in (ranks, per_host, hosts)):
+        raise ConfigError("-n, -ppn and -nh count from 1")
+    if ranks and per_host and hosts is None:
+        hosts = -(-ranks // per_host)
+    hosts = hosts or available
+    if hosts > available:
+        raise ConfigError(
+            f"-nh {hosts} hosts, but there are {available}: give fewer, or more with --hostfile"
+        )
+    if per_host is None:
+        per_host = -(-ranks // hosts) if ranks else max(1, devices)
+    ranks = ranks or hosts * per_host
+    if not (hosts - 1) * per_host < ranks <= hosts * per_host:
+        raise ConfigError(
+            f"-n {ranks} ranks do not fill {hosts} hosts of {per_host}: "
+            f"{hosts} x {per_host} = {hosts * per_host}"
+        )
+    return ranks, hosts, per_host
+
+
+def plan_of(
+    options: argparse.Namespace, environ: Mapping[str, str], location: Location
+) -> plan.Plan:
+    """How the command is started."""
+    ranks, hosts, per_host = topology(
+        options.nproc,
+        options.nproc_per_node,
+        options.nhosts,
+        len(location.job.hosts),
+        location.devices_per_host,
+    )
+    wish = plan.Wish(
+        world_size=ranks,
+        num_hosts=hosts,
+        ranks_per_host=per_host,
+        launcher=options.launcher,
+        cpu_bind=options.cpu_bind or environ.get("CPU_BIND") or None,
+        folder=Path(tempfile.gettempdir()) / f"megatron-launch-{os.getpid()}",
+    )
+    return plan.make_plan(wish, options.command, environ, location)
+
+
+def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
+    """Run the command; returns its status."""
+    options = parse(argv)
+    given = (
+        (options.hostfile, "--hostfile")
+        if options.hostfile
+        else (environ.get("HOSTFILE"), "HOSTFILE")
+    )
+    try:
+        planned = plan_of(options, environ, locate(environ, *given))
+        if options.dry_run:
+            print(planned.text)
+            return 0
+        plan.require_startable(planned)
+        plan.require_launcher(planned, shutil.which)
+        if planned.hostfile:
+            planned.hostfile[0].parent.mkdir(parents=True, exist_ok=True)
+            record.write_text(*planned.hostfile)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    with Screen() as screen:
+        try:
+            return execute(planned, screen, options.timeout)
+        except FileNotFoundError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 127
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], os.environ))

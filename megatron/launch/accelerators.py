@@ -1,0 +1,119 @@
+"""Accelerators of this host, counted without torch: the kernel's files, then nvidia-smi."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+DISPLAY_CONTROLLER = (
+    "0x0380"  # PCI class of Intel's data center GPUs; graphics of a laptop are 0x0300
+)
+NVIDIA_SMI_TIMEOUT_S = 5.0
+
+# Variables with which a user narrows what a process sees, by vendor.
+VISIBLE = {
+    "nvidia": ("CUDA_VISIBLE_DEVICES",),
+    "amd": ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"),
+    "intel": ("ZE_AFFINITY_MASK",),
+}
+
+
+def count_accelerators(environ: Mapping[str, str], root: Path = Path("/")) -> int:
+    """Accelerators that a process with these variables would see; 0 where there is none.
+
+    Args:
+        environ: the environment's variables.
+        root: of the file system; another one in tests.
+    """
+    for vendor, count in (
+        ("nvidia", _nvidia(root)),
+        ("amd", _amd(root)),
+        ("intel", _intel(root, environ)),
+    ):
+        if count:
+            return narrowed(count, vendor, environ)
+    return 0
+
+
+def narrowed(count: int, vendor: str | None, environ: Mapping[str, str]) -> int:
+    """`count` devices less those that the user hides.
+
+    Args:
+        count: devices of the host.
+        vendor: nvidia, amd or intel; None: any of them.
+        environ: the environment's variables.
+    """
+    names = (
+        VISIBLE[vendor]
+        if vendor
+        else sorted({name for names in VISIBLE.values() for name in names})
+    )
+    for name in names:
+        if name in environ:
+            count = min(count, _listed(environ[name]))
+    return count
+
+
+def _listed(text: str) -> int:
+    """Devices in a list such as `0,1` or `GPU-1f,GPU-2e`; a negative number ends it."""
+    count = 0
+    for word in text.split(","):
+        if not word.strip() or word.strip().startswith("-"):
+            break
+        count += 1
+    return count
+
+
+def _nvidia(root: Path) -> int:
+    """A container has the driver's list of all GPUs but only its own device files."""
+    listed = len(list((root / "proc/driver/nvidia/gpus").glob("*")))
+    files = sum(
+        bool(re.fullmatch(r"nvidia\d+", path.name)) for path in (root / "dev").glob("nvidia*")
+    )
+    if listed and files:
+        return min(listed, files)
+    return listed or files or _nvidia_smi(root)
+
+
+def _nvidia_smi(root: Path) -> int:
+    """Where the driver has no such files (WSL), its tool knows."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None or root != Path("/"):
+        return 0
+    try:
+        found = subprocess.run(
+            [tool, "-L"], capture_output=True, text=True, timeout=NVIDIA_SMI_TIMEOUT_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    return sum(line.startswith("GPU ") for line in found.stdout.splitlines())
+
+
+def _amd(root: Path) -> int:
+    """Nodes of the kernel's compute driver that are GPUs; processors have the id 0."""
+    nodes = (root / "sys/class/kfd/kfd/topology/nodes").glob("*/gpu_id")
+    return sum(_read(path) not in ("", "0") for path in nodes)
+
+
+def _intel(root: Path, environ: Mapping[str, str]) -> int:
+    """Data center GPUs: their tiles, or cards where the user asks for cards."""
+    cards = 0
+    tiles = 0
+    for card in (root / "sys/class/drm").glob("card*"):
+        device = card / "device"
+        is_card = re.fullmatch(r"card\d+", card.name) and _read(device / "vendor") == "0x8086"
+        if is_card and _read(device / "class").startswith(DISPLAY_CONTROLLER):
+            cards += 1
+            tiles += max(1, len(list((card / "gt").glob("gt*"))))
+    composite = environ.get("ZE_FLAT_DEVICE_HIERARCHY", "FLAT").upper() == "COMPOSITE"
+    return cards if composite else tiles
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="ascii", errors="replace").strip()
+    except OSError:
+        return ""

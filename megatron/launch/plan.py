@@ -1,0 +1,202 @@
+"""How a program is started on a machine: launcher, command, variables. Starts nothing."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron.config.errors import ConfigError
+from megatron.launch import command, ranks
+from megatron.launch.machines import Machine
+from megatron.launch.scheduler import Job
+from megatron.launch.site import Location
+
+LOCAL = "local"
+
+# A rank's numbers of an earlier launch would be taken for this one's.
+STALE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", ranks.EXPECTED)
+
+# What Open MPI carries to other hosts, by the beginning of the name.
+EXPORTED = (
+    "PATH", "LD_LIBRARY_PATH", "PYTHON", "VIRTUAL_ENV", "CONDA_", "MASTER_", ranks.EXPECTED,
+    "OMP_", "CUDA_", "NCCL_", "FI_", "TORCH", "TRITON_", "HF_", "WANDB_", "XDG_",
+    "http_proxy", "https_proxy", "no_proxy",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the user asks for.
+
+    Attributes:
+        world_size: ranks in all.
+        num_hosts: hosts to use, the first ones of the job.
+        ranks_per_host: ranks of a full host.
+        launcher: a name of command.LAUNCHERS or "local"; None: the machine's.
+        cpu_bind: None: the machine's.
+        folder: where a host file is written if one is needed.
+    """
+
+    world_size: int
+    num_hosts: int
+    ranks_per_host: int
+    launcher: str | None = None
+    cpu_bind: str | None = None
+    folder: Path = Path(".")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A start, ready to be done or printed.
+
+    Attributes:
+        launcher: a name of command.LAUNCHERS or "local".
+        command: what is executed: launcher, its options, the program; if local, the program.
+        ranks: ranks in all.
+        environ: variables of the process that is executed.
+        added: those of them that the machine's entry sets.
+        hostfile: a file to write before, with its text; None: none.
+        problem: why it cannot be done here, though it can be printed; None: it can.
+    """
+
+    launcher: str
+    command: tuple[str, ...]
+    ranks: int
+    environ: Mapping[str, str]
+    added: Mapping[str, str]
+    hostfile: tuple[Path, str] | None
+    problem: str | None
+
+    @property
+    def text(self) -> str:
+        """The command as a user would type it."""
+        if self.launcher != LOCAL:
+            return shlex.join(self.command)
+        return shlex.join(
+            ["python3", "-m", "megatron.launch", "-n", str(self.ranks), "--", *self.command]
+        )
+
+
+def make_plan(
+    wish: Wish, program: Sequence[str], environ: Mapping[str, str], location: Location
+) -> Plan:
+    """The start of `program` on this machine.
+
+    Args:
+        wish: what the user asks for.
+        program: command of one rank.
+        environ: the environment's variables; what is set in them is not overwritten.
+        location: machine and job.
+
+    Raises:
+        ConfigError: for a MASTER_PORT that is no port.
+    """
+    machine, job = location.machine, location.job
+    launcher = wish.launcher or usual_launcher(machine, job, wish.num_hosts)
+    hosts = job.hosts[: wish.num_hosts]
+    problem = _problem(wish, job, launcher)
+    child, added = _environment(machine, environ, launcher, location.devices_per_host)
+    child[ranks.EXPECTED] = str(wish.world_size)
+    if launcher == LOCAL:
+        return Plan(LOCAL, tuple(program), wish.world_size, child, added, None, problem)
+    key = f"{job.id} {wish.folder}"
+    master = ranks.meeting_point(environ, hosts, machine.domain, key)
+    child |= {"MASTER_ADDR": master[0], "MASTER_PORT": str(master[1])}
+    path, written = _hostfile(job, hosts, launcher, wish)
+    told = command.Launch(
+        world_size=wish.world_size,
+        num_hosts=wish.num_hosts,
+        ranks_per_host=wish.ranks_per_host,
+        hostfile=path,
+        devices_per_host=min(location.devices_per_host, wish.ranks_per_host),
+        cpu_bind=wish.cpu_bind or (machine.cpu_bind if launcher == machine.launcher else None),
+        cores_per_rank=machine.cores_per_rank,
+        srun_options=machine.srun_options,
+        exported=tuple(sorted(name for name in child if name.startswith(EXPORTED))),
+        master=master,
+        outer=machine.launcher if machine.launcher in command.LAUNCHERS else "mpiexec",
+        python=program[0] if Path(program[0]).name.startswith("python") else sys.executable,
+    )
+    words = command.LAUNCHERS[launcher](told, program)
+    return Plan(launcher, tuple(words), wish.world_size, child, added, written, problem)
+
+
+def usual_launcher(machine: Machine, job: Job, num_hosts: int) -> str:
+    """The machine's launcher in a job or over several hosts; else our own."""
+    if num_hosts > 1 or job.scheduler != "none":
+        return machine.launcher if machine.launcher != LOCAL else "mpiexec"
+    return LOCAL
+
+
+def require_startable(plan: Plan) -> None:
+    """Raise ConfigError where the ranks do not fit the hosts."""
+    if plan.problem:
+        raise ConfigError(plan.problem)
+
+
+def require_launcher(plan: Plan, find: Callable[[str], str | None]) -> None:
+    """Raise ConfigError where the launcher is not installed.
+
+    Args:
+        plan: the start.
+        find: path of a command, None where it is not on PATH; shutil.which.
+    """
+    if plan.launcher != LOCAL and find(plan.command[0]) is None:
+        raise ConfigError(
+            f"LAUNCH_WITH={plan.launcher}: {plan.command[0]} is not on PATH. "
+            f"Load the machine's MPI or Slurm module, or on one host set LAUNCH_WITH=local"
+        )
+
+
+def _problem(wish: Wish, job: Job, launcher: str) -> str | None:
+    """Why the ranks do not fit the hosts, if so."""
+    if launcher == LOCAL and wish.num_hosts > 1:
+        return (
+            f"LAUNCH_WITH=local starts ranks on this host only, but NHOSTS={wish.num_hosts}. "
+            f"Set NHOSTS=1 or LAUNCH_WITH=mpiexec"
+        )
+    if wish.num_hosts > len(job.hosts):
+        return (
+            f"NHOSTS={wish.num_hosts}, but {job.source} is {len(job.hosts)}: start it in a job, "
+            f"or name the hosts in a file with HOSTFILE"
+        )
+    places = wish.num_hosts * wish.ranks_per_host
+    if wish.world_size > places:
+        return (
+            f"WORLD_SIZE={wish.world_size} is more than NHOSTS={wish.num_hosts} x "
+            f"NGPU_PER_HOST={wish.ranks_per_host} = {places}. Set WORLD_SIZE={places} or less"
+        )
+    return None
+
+
+def _environment(
+    machine: Machine, environ: Mapping[str, str], launcher: str, devices: int
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Variables for the ranks, and those that the machine adds; NAME= (empty) keeps one out."""
+    wanted = dict(machine.environment)
+    if launcher == "mpiexec":
+        wanted |= machine.mpi_environment
+    added = {name: value for name, value in wanted.items() if name not in environ}
+    vetoed = {name for name in wanted if environ.get(name) == ""}
+    child = {k: v for k, v in environ.items() if k not in STALE and k not in vetoed}
+    if devices == 0:
+        child.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would warn that it found none
+    return child | added | {"PYTHONUNBUFFERED": "1"}, added
+
+
+def _hostfile(
+    job: Job, hosts: Sequence[str], launcher: str, wish: Wish
+) -> tuple[str | None, tuple[Path, str] | None]:
+    """Path of the host file for the launcher, and what to write there first, if anything."""
+    if launcher == "srun" or (launcher == "torchrun" and len(hosts) == 1):
+        return None, None
+    slots = f" slots={wish.ranks_per_host}" if launcher in ("mpirun", "deepspeed") else ""
+    if job.hostfile and len(hosts) == len(job.hosts) and not slots:
+        return job.hostfile, None
+    if job.scheduler == "none" and not job.hostfile:
+        return None, None  # this host
+    path = wish.folder / "hostfile"
+    return str(path), (path, "".join(f"{host}{slots}\n" for host in hosts))

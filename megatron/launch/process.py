@@ -1,0 +1,244 @@
+"""Child processes, watched to their end: lines and signals are passed on, nothing stays behind.
+
+One that fails takes the others down: they get SIGTERM, some seconds, SIGKILL.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from types import FrameType
+from typing import IO, Any
+
+from megatron.launch.failure import TRACEBACK, Ended
+
+SETTLE_S = 1.0  # others that fail for the same reason get this long to say so
+GRACE_S = 10.0
+TICK_S = 0.05
+DRAIN_S = 2.0
+KEPT_LINES = 200
+LONGEST_LINE = 1 << 16
+PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+HUNG = 124
+PR_SET_PDEATHSIG = 1
+
+Output = Callable[[bytes, bool], None]
+"""Takes a line with its end, and whether it came from standard error."""
+
+
+@dataclass(frozen=True)
+class Child:
+    """A process to start."""
+
+    command: Sequence[str]
+    environ: Mapping[str, str]
+
+
+class _Stream:
+    """One pipe of a child, cut into lines."""
+
+    def __init__(self, pipe: IO[bytes], is_error: bool, output: Output) -> None:
+        self.pipe = pipe
+        self.lines: deque[str] = deque(maxlen=KEPT_LINES)
+        self.traceback_at: float | None = None
+        self._is_error = is_error
+        self._output = output
+        self._rest = b""
+
+    def read(self) -> bool:
+        """Pass on what is there; False at the end."""
+        data = os.read(self.pipe.fileno(), 1 << 16)
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for line in lines:
+            self._line(line)
+        if self._rest and (not data or len(self._rest) > LONGEST_LINE):
+            self._line(self._rest)
+            self._rest = b""
+        return bool(data)
+
+    def _line(self, line: bytes) -> None:
+        text = line.decode(errors="replace")
+        self.lines.append(text)
+        if TRACEBACK in text:
+            self.traceback_at = time.monotonic()
+        self._output(line + b"\n", self._is_error)
+
+
+class _Running:
+    """A child that was started."""
+
+    def __init__(self, child: Child, output: Output, prepare: Callable[[], None] | None) -> None:
+        self.process = subprocess.Popen(
+            list(child.command),
+            env=dict(child.environ),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C of a terminal comes to us alone, and is passed on once
+            preexec_fn=prepare,
+        )
+        assert self.process.stdout is not None and self.process.stderr is not None
+        self.out = _Stream(self.process.stdout, False, output)
+        self.err = _Stream(self.process.stderr, True, output)
+        self.ended: Ended | None = None
+        self._asked_to_stop = False
+
+    def poll(self) -> bool:
+        """Whether it has ended; what it left behind is then ended too."""
+        if self.ended is None and (code := self.process.poll()) is not None:
+            stopped = self._asked_to_stop and code in (-signal.SIGTERM, -signal.SIGKILL)
+            self.ended = Ended(code if code >= 0 else 128 - code, time.monotonic(), stopped)
+            self.kill()
+        return self.ended is not None
+
+    def terminate(self) -> None:
+        """Ask it to stop."""
+        self._asked_to_stop = True
+        if not self.poll():
+            self.process.terminate()
+
+    def kill(self) -> None:
+        """End it and all processes that it started."""
+        self._asked_to_stop = True
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+    def result(self) -> Ended:
+        """How it ended, with what it printed last."""
+        assert self.ended is not None
+        self.ended.errors = list(self.err.lines) or list(self.out.lines)
+        self.ended.traceback_at = self.err.traceback_at
+        return self.ended
+
+
+@dataclass
+class Watched:
+    """How the children ended, and what happened meanwhile."""
+
+    ended: list[Ended]
+    signals: list[int]
+    hung: bool
+
+
+def watch(
+    children: Sequence[Child],
+    output: Output,
+    *,
+    grace_s: float = GRACE_S,
+    idle_timeout_s: float | None = None,
+) -> Watched:
+    """Start children and stay until the last has ended.
+
+    SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 are passed on to them; a third SIGINT ends them at once.
+
+    Args:
+        children: processes to start.
+        output: called with every line that they print.
+        grace_s: seconds between SIGTERM and SIGKILL once one has failed.
+        idle_timeout_s: seconds without a line after which they count as hung; None: never.
+
+    Raises:
+        OSError: one cannot be started; those started before it are ended.
+    """
+    running: list[_Running] = []
+    with _passing_on(running) as signals:
+        try:
+            prepare = _die_with_parent()
+            for child in children:
+                running.append(_Running(child, output, prepare))
+            hung = _stay(running, grace_s, idle_timeout_s)
+        finally:
+            for one in running:
+                if not one.poll():  # only where starting one of them failed
+                    one.kill()
+                    one.process.wait()
+    return Watched([one.result() for one in running], signals, hung)
+
+
+def _stay(running: Sequence[_Running], grace_s: float, idle_timeout_s: float | None) -> bool:
+    """Read and poll until all have ended; True where they hung."""
+    hung = False
+    stop_at = kill_at = float("inf")
+    with selectors.DefaultSelector() as selector:
+        for one in running:
+            for stream in (one.out, one.err):
+                selector.register(stream.pipe, selectors.EVENT_READ, stream)
+        heard = time.monotonic()
+        while not all([one.poll() for one in running]):
+            if _read(selector, TICK_S):
+                heard = time.monotonic()
+            now = time.monotonic()
+            failed = any(one.ended is not None and one.ended.status for one in running)
+            if not hung and idle_timeout_s is not None and now - heard > idle_timeout_s:
+                hung, stop_at = True, now
+            elif failed and stop_at == float("inf") and kill_at == float("inf"):
+                stop_at = now + SETTLE_S
+            if now >= stop_at:
+                stop_at, kill_at = float("inf"), now + grace_s
+                for one in running:
+                    one.terminate()
+            if now >= kill_at:
+                for one in running:
+                    one.kill()
+        until = time.monotonic() + DRAIN_S
+        while selector.get_map() and time.monotonic() < until:
+            _read(selector, TICK_S)
+    return hung
+
+
+def _read(selector: selectors.BaseSelector, timeout_s: float) -> bool:
+    """Pass on what the pipes hold; True where there was something."""
+    if not selector.get_map():
+        time.sleep(timeout_s)
+        return False
+    ready = selector.select(timeout_s)
+    for key, _ in ready:
+        if not key.data.read():
+            selector.unregister(key.fileobj)
+            key.data.pipe.close()
+    return bool(ready)
+
+
+@contextmanager
+def _passing_on(running: Sequence[_Running]) -> Iterator[list[int]]:
+    """Pass signals on to the children meanwhile; gives the list of those that came."""
+    came: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        for one in running:
+            if one.ended is None:
+                one.process.send_signal(number)
+                if came.count(signal.SIGINT) >= 3:
+                    one.kill()
+
+    former: dict[int, Any] = {number: signal.signal(number, pass_on) for number in PASSED_ON}
+    try:
+        yield came
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def _die_with_parent() -> Callable[[], None] | None:
+    """What a child runs before its program, to end with us even if we are killed; Linux only."""
+    if not sys.platform.startswith("linux"):
+        return None
+    libc = ctypes.CDLL(None)
+    parent = os.getpid()
+
+    def prepare() -> None:
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the line above
+            os._exit(128 + signal.SIGKILL)
+
+    return prepare

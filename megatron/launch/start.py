@@ -1,0 +1,197 @@
+"""What train_alcf.sh calls: `python -m megatron.launch.start [--check] [--flag value ...]`.
+
+Makes the configuration, writes the run's folder, starts the ranks, ends with their status.
+`--check` only validates: it runs before there is an environment, on any Python >= 3.10.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron.config import report, table
+from megatron.config.errors import ConfigError, DataError
+from megatron.config.resolve import Resolved, resolve
+from megatron.config.schema import RunConfig
+from megatron.launch import local, plan, process, provenance, record
+from megatron.launch.ranks import find_ranks
+from megatron.launch.record import read_run
+from megatron.launch.screen import Screen
+from megatron.launch.site import Location, find_location, site
+
+__all__ = ["main", "prepare_run", "read_run"]
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = ROOT / "pretrain_gpt_alcf.py"
+OUTPUT_FILE = "output.log"
+NOTHING_TO_START = 100  # `--check` ends so after a dry run or --help: all is said
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A run that is resolved and planned."""
+
+    location: Location
+    resolved: Resolved
+    planned: plan.Plan
+
+
+def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
+    """Check or start a run; returns the exit status."""
+    only_check = argv[:1] == ["--check"]
+    argv = argv[1:] if only_check else argv
+    said = NOTHING_TO_START if only_check else 0
+    if "--help" in argv or "-h" in argv:
+        print(table.help_text(), end="")
+        return said
+    try:
+        ready = check(argv, environ)
+        if ready.resolved.run.log.dry_run:
+            print(report.dry_run_text(ready.resolved, _launch_text(ready.planned)), end="")
+            return said
+        return 0 if only_check else start(ready, argv, environ)
+    except (ConfigError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+
+
+def check(argv: Sequence[str], environ: Mapping[str, str]) -> Ready:
+    """Resolve the configuration and plan the start; a dry run may plan for another machine.
+
+    Raises:
+        ConfigError: where a setting is wrong.
+        DataError: where data is wrong.
+    """
+    _refuse_nested(environ)
+    location = find_location(environ, argv)
+    resolved = resolve(environ, argv, site(environ, argv, location))
+    planned = plan_of(resolved.run, environ, location)
+    if not resolved.run.log.dry_run:
+        _require_job(resolved, location)
+        plan.require_startable(planned)
+        record.require_writable(resolved.run.run_folder)
+        record.require_writable(resolved.run.checkpoint_folder)
+    return Ready(location, resolved, planned)
+
+
+def start(ready: Ready, argv: Sequence[str], environ: Mapping[str, str]) -> int:
+    """Write the run's folder, start the ranks, stay until they have ended; returns their status.
+
+    Raises:
+        ConfigError: where the launcher is missing or the folder cannot be written.
+    """
+    plan.require_launcher(ready.planned, shutil.which)
+    origin = provenance.provenance(environ, argv, ready.location, ROOT)
+    record.write_run(ready.resolved, origin)
+    if ready.planned.hostfile:
+        record.write_text(*ready.planned.hostfile)
+    with Screen(ready.resolved.run.run_folder / OUTPUT_FILE) as screen:
+        for line in _headlines(ready.resolved, ready.planned):
+            screen.say(line)
+        return execute(ready.planned, screen)
+
+
+def plan_of(run: RunConfig, environ: Mapping[str, str], location: Location) -> plan.Plan:
+    """How the ranks of a run are started: on no more hosts than they fill."""
+    world_size = run.parallel.world_size
+    per_host = min(run.launch.devices_per_host, world_size)
+    wish = plan.Wish(
+        world_size=world_size,
+        num_hosts=min(run.launch.num_hosts, -(-world_size // per_host)),
+        ranks_per_host=per_host,
+        launcher=run.launch.launch_with,
+        cpu_bind=run.launch.cpu_bind,
+        folder=run.run_folder,
+    )
+    program = (sys.executable, str(PROGRAM), "--config", str(run.run_folder / record.RUN_FILE))
+    return plan.make_plan(wish, program, environ, location)
+
+
+def execute(planned: plan.Plan, screen: Screen, idle_timeout_s: float | None = None) -> int:
+    """Do what was planned; returns the status of the launcher or of the first rank that failed."""
+    if planned.launcher == plan.LOCAL:
+        return local.run_local(
+            planned.command,
+            planned.ranks,
+            planned.environ,
+            screen,
+            idle_timeout_s=idle_timeout_s,
+        )
+    child = process.Child(planned.command, planned.environ)
+    watched = process.watch([child], screen.line, idle_timeout_s=idle_timeout_s)
+    if watched.hung:
+        screen.say(
+            f"no output for {idle_timeout_s:g} s: {planned.launcher} was ended", is_error=True
+        )
+        return process.HUNG
+    return local.tell_failure(watched, screen)
+
+
+def prepare_run(environ: Mapping[str, str], argv: Sequence[str]) -> RunConfig:
+    """The configuration of a run that another launcher has started: the same on every rank.
+
+    Rank 0 writes the run's folder.
+
+    Raises:
+        ConfigError: where a setting is wrong.
+        DataError: where data is wrong.
+    """
+    ranks = find_ranks(environ)
+    environ = {**environ, "WORLD_SIZE": str(ranks.world_size)}
+    location = find_location(environ, argv)
+    resolved = resolve(environ, argv, site(environ, argv, location))
+    if ranks.rank == 0:
+        print(report.messages_text(resolved), file=sys.stderr)
+        record.write_run(resolved, provenance.provenance(environ, argv, location, ROOT))
+    return resolved.run
+
+
+def _launch_text(planned: plan.Plan) -> str:
+    """The launch command of a dry run, with what a real run would stop at."""
+    if planned.problem is None:
+        return planned.text
+    return f"{planned.text}\nWARNING: a real run would stop here with status 2: {planned.problem}"
+
+
+def _headlines(resolved: Resolved, planned: plan.Plan) -> list[str]:
+    """What is said before the ranks say anything."""
+    lines = [report.messages_text(resolved)]
+    if planned.added:
+        words = " ".join(f"{name}={value}" for name, value in planned.added.items())
+        lines.append(
+            f"set for {resolved.run.machine}: {words} (your own value wins; NAME= leaves one out)"
+        )
+    lines.append(f"run folder: {resolved.run.run_folder}")
+    lines.append(f"launch command: {planned.text}")
+    return [line for line in lines if line]
+
+
+def _refuse_nested(environ: Mapping[str, str]) -> None:
+    """Each of many ranks would start all ranks."""
+    ranks = find_ranks(environ)
+    if ranks.world_size > 1:
+        raise ConfigError(
+            f"this is rank {ranks.rank} of {ranks.world_size} already, started by {ranks.family}: "
+            f"run train_alcf.sh once, without a launcher, or give it pretrain_gpt_alcf.py"
+        )
+
+
+def _require_job(resolved: Resolved, location: Location) -> None:
+    """Production runs do not belong on login nodes."""
+    machine, run = location.machine, resolved.run
+    wanted = run.launch.launch_with or run.launch.hostfile
+    if machine.is_hpc and location.job.scheduler == "none" and not wanted:
+        submit = "qsub -A PROJECT -q QUEUE" if machine.scheduler == "pbs" else "sbatch -A PROJECT"
+        raise ConfigError(
+            f"this is {machine.name} and no job: {machine.scheduler.upper()} has set no job id. "
+            f"Submit it ({submit} train_alcf.sh), start it in an interactive job, "
+            f"or set HOSTFILE or LAUNCH_WITH=local to run without one"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], os.environ))

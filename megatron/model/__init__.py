@@ -1,0 +1,1 @@
+"""Models as lists of layers: maths only, no files, no environment, no logging (floor 2)."""

@@ -1,0 +1,99 @@
+"""Rotary position embedding as Hugging Face has it: coordinates i and i + D/2 are a pair.
+
+Legend: B batch, N heads, S sequence, D head width.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class RopeScaling(NamedTuple):
+    """Llama 3.1's stretching of the low frequencies, to read beyond the length trained on.
+
+    Attributes:
+        factor: low frequencies are divided by it.
+        low_freq_factor: wavelengths above original_length / low_freq_factor are low frequencies.
+        high_freq_factor: wavelengths below original_length / high_freq_factor stay as they are;
+            between, a blend.
+        original_length: tokens of the first training.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_length: int
+
+
+class Rope(NamedTuple):
+    """Everything the angles depend on."""
+
+    head_dim: int
+    theta: float
+    scaling: RopeScaling | None = None
+
+
+def inverse_frequencies(rope: Rope, device: torch.device | None = None) -> Tensor:
+    """(D/2,) fp32 angles a position."""
+    exponents = torch.arange(0, rope.head_dim, 2, dtype=torch.int64, device=device).to(
+        torch.float32
+    )
+    frequencies = 1.0 / (rope.theta ** (exponents / rope.head_dim))
+    return frequencies if rope.scaling is None else _stretched(frequencies, rope.scaling)
+
+
+def _stretched(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    longest_kept = scaling.original_length / scaling.high_freq_factor
+    shortest_divided = scaling.original_length / scaling.low_freq_factor
+    wavelengths = 2 * math.pi / frequencies
+    divided = frequencies / scaling.factor
+    kept_share = (scaling.original_length / wavelengths - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
+    blend = (1 - kept_share) * divided + kept_share * frequencies
+    result = torch.where(wavelengths > shortest_divided, divided, blend)
+    return torch.where(wavelengths < longest_kept, frequencies, result)
+
+
+def rotary_tables(rope: Rope, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, each (S, D), for positions (S,); angles in fp32, then cast to `dtype`."""
+    frequencies = inverse_frequencies(rope, positions.device)
+    angles = positions.to(torch.float32)[:, None] * frequencies  # (S, D/2)
+    angles = torch.cat((angles, angles), dim=-1)  # (S, D)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+@functools.lru_cache(maxsize=8)
+def _kept_tables(
+    rope: Rope, length: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    # A table first made in inference mode would be refused by every later backward.
+    with torch.inference_mode(False), torch.no_grad():
+        return rotary_tables(rope, torch.arange(length, device=device), dtype)
+
+
+def tables_for(rope: Rope, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Tables for the positions 0 .. S-1 of x (B, N, S, D), kept between calls.
+
+    Args:
+        rope: what the angles depend on.
+        x: gives length, device and dtype.
+    """
+    length = x.shape[-2]
+    if (
+        torch.compiler.is_compiling()
+    ):  # inside a graph they fuse with their use, and a Python cache does not exist
+        return rotary_tables(rope, torch.arange(length, device=x.device), x.dtype)
+    return _kept_tables(rope, length, x.device, x.dtype)
+
+
+def apply_rope(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotates x (B, N, S, D) by the angles of the tables, each (S, D)."""
+    cos, sin = tables
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin

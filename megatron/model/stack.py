@@ -1,0 +1,81 @@
+"""The list of layers as one module: the model of a run without pipeline stages.
+
+Parameters are called what DeepSpeed's PipelineModule calls them, so a checkpoint does not know how
+many stages wrote it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from torch import Tensor, nn
+
+from megatron.model.layer import Layer
+from megatron.model.recompute import recomputed
+
+
+class Stack(nn.Module):
+    """Applies the layers one after the other: tokens (B, S) -> this rank's logits (B, S, V/tp)."""
+
+    def __init__(self, layers: Sequence[Layer], recompute_num_layers: int = 0) -> None:
+        """Builds every layer.
+
+        Args:
+            layers: the model.
+            recompute_num_layers: keeps the input of every n-th of the layers that allow it, and
+                computes the rest again in the backward pass; 0: leaves that to the layers
+                themselves.
+        """
+        super().__init__()
+        self.tied_modules = nn.ModuleDict()
+        calls: list[Callable[[Tensor], Tensor]] = []
+        for index, layer in enumerate(layers):
+            module = self._module(index, layer)
+            calls.append(module if layer.forward is None else partial(layer.forward, module))
+        self._calls = recompute_runs(
+            calls, [layer.recompute for layer in layers], recompute_num_layers
+        )
+
+    def _module(self, index: int, layer: Layer) -> nn.Module:
+        if layer.tied_key is None:
+            module = layer.build()
+            self.add_module(str(index), module)
+            return module
+        if layer.tied_key not in self.tied_modules:
+            self.tied_modules[layer.tied_key] = layer.build()
+        return self.tied_modules[layer.tied_key]
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens (B, S) int64 -> this rank's logits (B, S, V/tp)."""
+        x = tokens
+        for call in self._calls:
+            x = call(x)
+        return x
+
+
+def recompute_runs(
+    calls: list[Callable[[Tensor], Tensor]], allowed: list[bool], length: int
+) -> list[Callable[[Tensor], Tensor]]:
+    """The calls, each run of up to `length` neighbours that allow it made one recomputed call."""
+    if length == 0:
+        return calls
+    result: list[Callable[[Tensor], Tensor]] = []
+    run: list[Callable[[Tensor], Tensor]] = []
+    for call, may in zip(calls, allowed, strict=True):
+        if run and (not may or len(run) == length):
+            result.append(partial(recomputed, partial(_chain, tuple(run))))
+            run = []
+        if may:
+            run.append(call)
+        else:
+            result.append(call)
+    if run:
+        result.append(partial(recomputed, partial(_chain, tuple(run))))
+    return result
+
+
+def _chain(calls: tuple[Callable[[Tensor], Tensor], ...], x: Tensor) -> Tensor:
+    for call in calls:
+        x = call(x)
+    return x

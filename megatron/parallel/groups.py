@@ -1,0 +1,113 @@
+"""The process groups of a rank, made once and passed to whatever needs one.
+
+A layer takes an `Axis`; the axis of size one has no group and is the serial case. Nothing here is
+global.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from megatron.parallel.layout import Layout
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of the layout as a rank sees it.
+
+    Attributes:
+        group: the ranks' process group; None where size is 1.
+        rank: this rank's place on the axis.
+        size: ranks on the axis.
+        ranks: their ranks in the world, in axis order.
+    """
+
+    group: dist.ProcessGroup | None
+    rank: int
+    size: int
+    ranks: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.rank < self.size == len(self.ranks)
+        assert (self.group is None) == (self.size == 1)
+
+
+SERIAL = Axis(group=None, rank=0, size=1, ranks=(0,))
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Everything a rank knows about its neighbours.
+
+    Attributes:
+        layout: sizes of the axes.
+        rank: this one, in the world.
+        tp, dp, pp, sp: the axes of the layout.
+        sequence_data: dp and sp as one axis, data the slower: the ranks that hold the same weights.
+    """
+
+    layout: Layout
+    rank: int
+    tp: Axis
+    dp: Axis
+    pp: Axis
+    sp: Axis
+    sequence_data: Axis
+
+    def without_sequence(self) -> Groups:
+        """The groups of `Layout.without_sequence`: dp is `sequence_data`, sp this rank alone."""
+        alone = Axis(group=None, rank=0, size=1, ranks=(self.rank,))
+        return Groups(
+            layout=self.layout.without_sequence(),
+            rank=self.rank,
+            tp=self.tp,
+            dp=self.sequence_data,
+            pp=self.pp,
+            sp=alone,
+            sequence_data=self.sequence_data,
+        )
+
+
+def make_groups(layout: Layout, timeout: timedelta | None = None) -> Groups:
+    """Makes this rank's groups; torch.distributed must be initialised with `layout.world` ranks.
+
+    Only a group's members take part in making it, so the start-up does not grow with the world.
+
+    Args:
+        layout: sizes of the axes.
+        timeout: of the groups' collectives; None keeps the backend's default.
+
+    Raises:
+        ValueError: the world has another size than the layout.
+    """
+    world = dist.get_world_size()
+    if world != layout.world:
+        raise ValueError(
+            f"the world has {world} ranks, but TP x PP x DP x SP = "
+            f"{layout.tp} x {layout.pp} x {layout.dp} x {layout.sp} = {layout.world}"
+        )
+    rank = dist.get_rank()
+
+    def axis(ranks: tuple[int, ...]) -> Axis:
+        group = None
+        if len(ranks) > 1:
+            group = dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True)
+        return Axis(group=group, rank=ranks.index(rank), size=len(ranks), ranks=ranks)
+
+    sp, dp = axis(layout.sp_ranks(rank)), axis(layout.dp_ranks(rank))
+    if sp.size == 1 or dp.size == 1:
+        sequence_data = dp if sp.size == 1 else sp  # one of the two is all of it
+    else:
+        sequence_data = axis(layout.without_sequence().dp_ranks(rank))
+    return Groups(
+        layout=layout,
+        rank=rank,
+        tp=axis(layout.tp_ranks(rank)),
+        dp=dp,
+        pp=axis(layout.pp_ranks(rank)),
+        sp=sp,
+        sequence_data=sequence_data,
+    )

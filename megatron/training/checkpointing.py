@@ -1,0 +1,202 @@
+"""A run's checkpoints: what is saved, what a resume takes back, and what it refuses to take."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron.checkpoint import store
+from megatron.checkpoint.tensors import TensorReader, write_pieces
+from megatron.checkpoint.zero_state import WHOLE, Piece, ZeroState
+from megatron.config.errors import ConfigError
+from megatron.config.schema import RunConfig
+from megatron.config.skip import merge, ranges_text
+from megatron.data.record import Record
+from megatron.engine import Engine
+from megatron.training.data import continue_data
+from megatron.training.optimizer import counters, load_counters
+from megatron.training.state import RunState
+from megatron.training.whole_matrix import WholeMatrixOptimizer
+
+log = logging.getLogger(__name__)
+
+SHAPE_FIELDS = (
+    "num_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "ffn_hidden_size",
+    "vocab_size", "tie_embeddings", "nope_interval", "rope_theta", "rope_scaling", "rms_norm_eps",
+)  # fmt: skip
+"""What must be the same for weights to fit and mean the same."""
+
+FREE_FIELDS = ("learning_rate", "min_learning_rate", "lr_decay_style", "weight_decay", "clip_grad")
+"""What may change on a resume, and is said."""
+
+
+class MissingCheckpoint(RuntimeError):
+    """No usable checkpoint where one was required (exit status 4)."""
+
+
+def save(run: RunConfig, engine: Engine, state: RunState) -> tuple[Path, int]:
+    """Commits a checkpoint; called by all ranks.
+
+    Returns:
+        Its folder and its bytes.
+
+    Raises:
+        SaveError: it could not be written; older ones are untouched.
+    """
+    path = store.save(
+        run.checkpoint_folder,
+        state.iteration,
+        lambda file: write_pieces(file, _pieces(engine)),
+        {
+            "state": state.to_dict(),
+            "model": {name: getattr(run.model, name) for name in SHAPE_FIELDS},
+            "optimizer": run.optimizer.optimizer,
+            "counters": counters(engine.optimizer),
+            "loss_scaler": engine.loss_scaler_state(),
+            "layout": str(engine.groups.layout),
+            "run": run.to_dict(),
+        },
+    )
+    return path, sum(file.stat().st_size for file in path.iterdir())
+
+
+def resume(run: RunConfig, engine: Engine, data: Record | None = None) -> RunState:
+    """Takes back the newest sound checkpoint, whatever layout wrote it; called by all ranks.
+
+    Args:
+        run: the configuration.
+        engine: to load into.
+        data: the record of what this start trains on.
+
+    Returns:
+        Where the run stands; the start of a run where there is no checkpoint.
+
+    Raises:
+        MissingCheckpoint: there is none and --exit-on-missing-checkpoint was given, or all are
+            damaged.
+        ConfigError: it is of another model or optimizer, or a range to skip has passed.
+        DataError: it was trained on other data.
+    """
+    root = run.load_folder
+    checkpoint = store.newest_sound(root, log.error)
+    if checkpoint is None:
+        _refuse_where_required(run, root)
+        return _with_data(run, RunState(skip_ranges=run.skip_ranges), data, root)
+    manifest = checkpoint.manifest
+    _check_model(run, manifest["model"], checkpoint.folder)
+    state = _with_data(run, RunState.from_dict(manifest["state"]), data, checkpoint.folder)
+    reader = TensorReader(checkpoint.files("tensors"))
+    # A checkpoint imported from Hugging Face has weights only.
+    with_optimizer = manifest["optimizer"] is not None
+    if with_optimizer:
+        _check_optimizer(run, manifest["optimizer"], checkpoint.folder)
+    _zero_state(engine).load(reader.for_piece, load_optimizer=with_optimizer)
+    if with_optimizer:
+        load_counters(engine.optimizer, manifest["counters"])
+        engine.load_loss_scaler_state(manifest["loss_scaler"])
+        if isinstance(engine.optimizer, WholeMatrixOptimizer):
+            names = engine.optimizer.owned_names()
+            engine.optimizer.load_whole_state({name: _whole(reader, name) for name in names})
+    log.info(f"resumed from {checkpoint.folder} (written as {manifest['layout']})")
+    _say_changes(run, manifest["run"])
+    return _with_ranges(run, state)
+
+
+def _with_data(run: RunConfig, state: RunState, data: Record | None, where: Path) -> RunState:
+    if data is None:
+        return state
+    return continue_data(state, data, run.data.allow_data_change, str(where))
+
+
+def _zero_state(engine: Engine) -> ZeroState:
+    tp = engine.groups.tp
+    return ZeroState(
+        engine.module, engine.zero_optimizer, engine.optimizer, tp.rank, tp.size, engine.replica
+    )
+
+
+def _pieces(engine: Engine) -> Iterator[Piece]:
+    yield from _zero_state(engine).pieces()
+    if not isinstance(engine.optimizer, WholeMatrixOptimizer):
+        return
+    for name, states in engine.optimizer.whole_state().items():
+        for key, value in states.items():
+            tensor = torch.as_tensor(value)
+            shape = tuple(tensor.shape)
+            yield Piece(name, shape, None, 0, 1, 0, {WHOLE + key: tensor.reshape(-1)})
+
+
+def _whole(reader: TensorReader, name: str) -> dict[str, Tensor | float]:
+    values = {
+        state.removeprefix(WHOLE): reader.whole(name, state)
+        for state in reader.states(name)
+        if state.startswith(WHOLE)
+    }
+    return {
+        key: value.item() if key.startswith("group.") else value for key, value in values.items()
+    }
+
+
+def _refuse_where_required(run: RunConfig, root: Path) -> None:
+    if store.committed(root):
+        raise MissingCheckpoint(
+            f"every checkpoint in {root} is damaged (see above); mend or move them, or start anew"
+            " with another RUN_NAME"
+        )
+    if run.checkpoint.exit_on_missing_checkpoint:
+        raise MissingCheckpoint(f"--exit-on-missing-checkpoint: {root} holds no checkpoint")
+    if run.checkpoint.load:
+        log.warning(f"LOAD={root} holds no checkpoint: training starts from new weights")
+
+
+def _check_model(run: RunConfig, stored: Mapping[str, Any], folder: Path) -> None:
+    changed = [
+        f"{name} {stored[name]} -> {getattr(run.model, name)}"
+        for name in SHAPE_FIELDS
+        if stored[name] != getattr(run.model, name)
+    ]
+    if changed:
+        raise ConfigError(
+            f"{folder} is of another model: {', '.join(changed)}; set these as they were, or start"
+            " a new run with another RUN_NAME"
+        )
+
+
+def _check_optimizer(run: RunConfig, stored: str, folder: Path) -> None:
+    if stored != run.optimizer.optimizer:
+        raise ConfigError(
+            f"OPT={run.optimizer.optimizer}, but {folder} holds the states of {stored}, which mean"
+            f" nothing to it; set OPT={stored}, or start a new run with another RUN_NAME"
+        )
+
+
+def _say_changes(run: RunConfig, stored: Mapping[str, Any]) -> None:
+    now = run.to_dict()["optimizer"]
+    for name in FREE_FIELDS:
+        before = stored.get("optimizer", {}).get(name, now[name])
+        if before != now[name]:
+            log.warning(f"{name} was {before} and is {now[name]} from here on")
+
+
+def _with_ranges(run: RunConfig, state: RunState) -> RunState:
+    """The state with the ranges to skip of this start; what was skipped before stays on record."""
+    done, ranges = state.iteration, run.skip_ranges
+    before = set(state.skip_ranges)
+    for first, last in ranges:
+        known = any(a <= first and last <= b for a, b in before)
+        if last <= done and not known:
+            raise ConfigError(
+                f"TRAIN_RANGE_TO_SKIP {first}-{last} has passed: the run is at step {done}; to undo"
+                f" these steps resume from a checkpoint before step {first}"
+            )
+        if first <= done < last and not known:
+            log.warning(f"of the range to skip {first}-{last}, steps up to {done} have been taken")
+    merged = merge([*state.skip_ranges, *ranges])
+    if merged != ranges:
+        log.info(f"ranges to skip, those of the checkpoint included: {ranges_text(merged)}")
+    return RunState.from_dict({**state.to_dict(), "skip_ranges": merged})

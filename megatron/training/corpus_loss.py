@@ -1,0 +1,80 @@
+"""Training loss of each corpus: sums and counts beside the loss, on the ranks that compute it.
+
+The number of a sample's corpus travels in the upper half of its labels, so that it is right under
+any schedule, layout and order of micro-batches; labels without it (evaluation) are not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+_SHIFT = 32  # token ids are below 2^31
+_LABEL = (1 << _SHIFT) - 1
+
+
+def plain_labels(labels: Tensor) -> Tensor:
+    """Labels without the number of their corpus."""
+    return labels & _LABEL
+
+
+class CorpusLosses:
+    """Sums of token losses, and counts of tokens, by corpus.
+
+    Args:
+        corpora: names, equal and in the same order on all ranks.
+    """
+
+    def __init__(self, corpora: Sequence[str]) -> None:
+        self.corpora = tuple(corpora)
+        self._numbers = {name: number for number, name in enumerate(corpora)}
+        self._totals: Tensor | None = None  # (2, corpora + 1) float64: sums, counts; 0: no corpus
+
+    def mark(self, labels: Tensor, corpora: Sequence[str]) -> Tensor:
+        """Labels (B, S) that carry the corpus of each of the B samples."""
+        numbers = torch.tensor([self._numbers[name] + 1 for name in corpora])
+        return labels + (numbers << _SHIFT).unsqueeze(1)
+
+    def counted(self, token_loss: Loss) -> Loss:
+        """The mean of `token_loss` (logits, labels) -> (B, S), which counts marked labels."""
+
+        def loss(logits: Tensor, labels: Tensor) -> Tensor:
+            numbers = labels[:, 0] >> _SHIFT  # (B,)
+            losses = token_loss(logits, plain_labels(labels))
+            self._add(numbers, losses.detach())
+            return losses.mean()
+
+        return loss
+
+    def take(self, device: torch.device) -> dict[str, float]:
+        """Mean loss of each corpus since the last call, over all ranks; those unseen left out.
+
+        An all-reduce over all ranks. Ranks that hold the same losses (tensor parallel) add to sums
+        and counts alike, which leaves their ratio; ranks that compute no loss add nothing.
+        """
+        totals = self._totals
+        if totals is None:
+            totals = torch.zeros(2, len(self.corpora) + 1, dtype=torch.float64, device=device)
+        if dist.is_initialized():
+            dist.all_reduce(totals)
+        self._totals = None
+        sums, counts = totals.tolist()
+        return {
+            name: total / count
+            for name, total, count in zip(self.corpora, sums[1:], counts[1:], strict=True)
+            if count
+        }
+
+    def _add(self, numbers: Tensor, losses: Tensor) -> None:
+        if self._totals is None:
+            self._totals = torch.zeros(
+                2, len(self.corpora) + 1, dtype=torch.float64, device=losses.device
+            )
+        sums = losses.sum(dim=1, dtype=torch.float64)
+        counts = torch.full_like(sums, losses.shape[1])
+        self._totals.index_add_(1, numbers, torch.stack([sums, counts]))

@@ -1,0 +1,233 @@
+"""From a run's configuration to its data: lists, files checked by all ranks, and the sample order.
+
+What was found is kept as a record, which a resume holds against that of the checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from megatron.config.data_list import BUILTIN, ListStage, parse_data_stages
+from megatron.config.data_survey import survey_stages
+from megatron.config.errors import DataError
+from megatron.config.indexed_header import IndexHeader
+from megatron.config.report import epochs_text
+from megatron.config.schema import RunConfig
+from megatron.data.builtin import builtin_corpus
+from megatron.data.checks import Report, check_files
+from megatron.data.dataset import SampleSource
+from megatron.data.megatron_order.build import MegatronSplits
+from megatron.data.record import Record, data_record, differences, drawn_before, shortened
+from megatron.data.stages import LaterDataset, Origin, StagedDataset, StagedSplits, build_stages
+from megatron.data.tokenizer import Tokenizer, build_tokenizer
+from megatron.training.corpus_loss import CorpusLosses
+from megatron.training.data_order import megatron_splits
+from megatron.training.state import DataStage, RunState
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is trained on.
+
+    Attributes:
+        stages: the lists, and from which token on each holds.
+        headers: of their files, by prefix.
+        splits: train, validation and test data of a run from its start.
+        tokenizer: that made them.
+        record: all that decides the samples, for checkpoints.
+        corpus_losses: where LOG_CORPUS_LOSS asks for them.
+    """
+
+    stages: tuple[ListStage, ...]
+    headers: dict[str, IndexHeader]
+    splits: StagedSplits | MegatronSplits
+    tokenizer: Tokenizer
+    record: Record
+    corpus_losses: CorpusLosses | None
+
+
+def build_data(run: RunConfig) -> Data:
+    """Opens and checks the data; called by all ranks, which share the checking.
+
+    Raises:
+        DataError: anything is wrong with it, with file and fix.
+    """
+    stages, tokenizer = _open(run)
+    sources = [source for stage in stages for source in stage.sources]
+    headers = _checked(run, stages, tokenizer)
+    if run.data.order == "megatron":
+        _require_plain(stages)
+        splits = megatron_splits(run, sources, log.info)
+    else:
+        splits = build_stages(
+            stages, run.model.seq_length, _shares(run), run.train.seed, headers=headers
+        )
+    if splits.train is None:
+        raise DataError("TRAIN_SPLIT=0 leaves nothing to train on")
+    for warning in splits.warnings:
+        log.info(warning)
+    log.info(f"epochs of each corpus in this run:\n{_epochs(run, stages, headers)}")
+    corpora = sorted({source.corpus for source in sources})
+    return Data(
+        stages,
+        headers,
+        splits,
+        tokenizer,
+        _record(run, stages, headers, tokenizer),
+        CorpusLosses(corpora) if run.log.log_corpus_loss else None,
+    )
+
+
+def train_data(run: RunConfig, data: Data, state: RunState) -> SampleSource:
+    """The training samples of a run that stands at `state`, by their number in the run.
+
+    Raises:
+        DataError: the limits of epochs leave fewer samples than the run has steps.
+    """
+    origin = origin_of(state)
+    train = data.splits.train
+    assert train is not None
+    if not isinstance(train, StagedDataset):
+        return LaterDataset(origin.samples, train) if origin.samples else train
+    if origin.samples:
+        train = build_stages(
+            data.stages, run.model.seq_length, _shares(run), run.train.seed, origin, data.headers
+        ).train
+        assert train is not None
+    steps = max(run.train.train_iters - state.iteration, 0)
+    short = train.shortage(state.consumed_samples + steps * run.train.global_batch_size)
+    if short is not None:
+        number, total, wanted = short
+        raise DataError(
+            f"{data.stages[number].path}: with its max_epochs the list gives {total:,} samples, "
+            f"the run wants {wanted:,} of it; raise max_epochs, add data or lower TRAIN_ITERS"
+        )
+    return train
+
+
+def origin_of(state: RunState) -> Origin:
+    """Where the present data of a run began."""
+    if not state.data:
+        return Origin()
+    stage = state.data[-1]
+    return Origin(stage.samples, stage.tokens, stage.drawn)
+
+
+def continue_data(state: RunState, record: Record, allow_change: bool, where: str) -> RunState:
+    """The state of a run that goes on with the data of `record`.
+
+    Args:
+        state: from a checkpoint; its last stage says what was trained on.
+        record: of this start.
+        allow_change: another record begins a stage at the state's sample.
+        where: the checkpoint, for messages.
+
+    Raises:
+        DataError: the data is not what the checkpoint was trained on; shows what changed.
+    """
+    stage = DataStage(state.iteration, state.consumed_samples, state.consumed_tokens, record, {})
+    if not state.data:
+        return dataclasses.replace(state, data=(stage,))
+    last = state.data[-1]
+    changes = differences(last.record, record)
+    if not changes:  # but for folders: keep where the files are now
+        same = dataclasses.replace(last, record=record)
+        return dataclasses.replace(state, data=(*state.data[:-1], same))
+    if not allow_change:
+        raise DataError(
+            f"the data is not what {where} was trained on:\n{shortened(changes)}\n"
+            "Set it back, start a new run with another RUN_NAME, or begin a new stage at sample "
+            f"{state.consumed_samples:,} with --allow-data-change (ALLOW_DATA_CHANGE=1)"
+        )
+    origin = Origin(last.samples, last.tokens, last.drawn)
+    drawn = drawn_before(last.record, origin, record, state.consumed_samples)
+    log.warning(
+        f"a new stage of data begins at step {state.iteration}, sample "
+        f"{state.consumed_samples:,}:\n{shortened(changes)}\n  "
+        + ("each file goes on where it stood" if drawn else "all files begin anew")
+    )
+    return dataclasses.replace(state, data=(*state.data, dataclasses.replace(stage, drawn=drawn)))
+
+
+def _open(run: RunConfig) -> tuple[tuple[ListStage, ...], Tokenizer]:
+    """Lists and tokenizer; the built-in corpus is made by one rank."""
+    data = run.data
+    if data.data_file_list != BUILTIN:
+        stages = parse_data_stages(data.data_file_list)
+        tokenizer = build_tokenizer(data.tokenizer_type, data.tokenizer_model, run.model.vocab_size)
+        return stages, tokenizer
+    if dist.get_rank() == 0:
+        builtin_corpus(data.tokenizer_type, data.tokenizer_model, log.info)
+    dist.barrier()
+    corpus = builtin_corpus(data.tokenizer_type, data.tokenizer_model, log.debug)
+    return (ListStage(0, BUILTIN, corpus.entries),), corpus.tokenizer
+
+
+def _checked(
+    run: RunConfig, stages: Iterable[ListStage], tokenizer: Tokenizer
+) -> dict[str, IndexHeader]:
+    """Headers of all files; each is read and checked by one rank."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    sources = [source for stage in stages for source in stage.sources]
+    report = check_files(sources, run.model.vocab_size, tokenizer, rank, world)
+    reports: list[Report] = [report] * world
+    dist.all_gather_object(reports, report)
+    whole = Report.joined(reports)
+    whole.raise_problems()
+    for warning in whole.warnings():
+        log.warning(warning)
+    return whole.headers
+
+
+def _require_plain(stages: tuple[ListStage, ...]) -> None:
+    """Refuses what the reference's order does not have."""
+    limited = sorted({s.corpus for s in stages[0].sources if s.max_epochs is not None})
+    if len(stages) > 1 or limited:
+        what = f"max_epochs of {', '.join(limited)}" if limited else f"{len(stages)} stages"
+        raise DataError(
+            f"{stages[0].path}: {what}: DATA_ORDER=megatron knows neither stages nor limits; take "
+            "them out, or set DATA_ORDER=stateless"
+        )
+
+
+def _shares(run: RunConfig) -> tuple[float, float, float]:
+    return run.data.train_split, run.data.valid_split, run.data.test_split
+
+
+def _epochs(run: RunConfig, stages: tuple[ListStage, ...], headers: dict[str, IndexHeader]) -> str:
+    shares = _shares(run)
+    tokens, share = run.train.train_iters * run.tokens_per_step, shares[0] / sum(shares)
+    return epochs_text(survey_stages(stages, tokens, share, run.model.seq_length, headers))
+
+
+def _record(
+    run: RunConfig,
+    stages: tuple[ListStage, ...],
+    headers: dict[str, IndexHeader],
+    tokenizer: Tokenizer,
+) -> Record:
+    data, settings = run.data, {}
+    if data.order == "megatron":  # its order depends on how long the run was planned to be
+        settings = {
+            "TRAIN_ITERS x GLOBAL_BATCH": run.train.train_iters * run.train.global_batch_size,
+            "BLEND_SAMPLE_IN_CORPUS": data.blend_sample_in_corpus,
+            "SHUFFLE_SAMPLE_IN_CORPUS": data.shuffle_sample_in_corpus,
+            "TRAIN_DATA_EXACT_NUM_EPOCHS": data.train_data_exact_num_epochs,
+        }
+    return data_record(
+        stages,
+        headers,
+        order=data.order,
+        seed=run.train.seed,
+        seq_length=run.model.seq_length,
+        shares=_shares(run),
+        tokenizer=tokenizer.fingerprint(),
+        settings=settings,
+    )

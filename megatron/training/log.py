@@ -1,0 +1,48 @@
+"""One rank-aware logger: `[date time][LEVEL][module] - message` on standard output.
+
+Rank 0 prints everything from the chosen level on, the others only warnings and worse, with their
+rank. Modules ask for `logging.getLogger(__name__)`; the line of training steps comes from the name
+`training_log`.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from datetime import datetime
+
+ROOT = "megatron"
+TRAINING_LOG = f"{ROOT}.training_log"
+
+
+class PrefixFormatter(logging.Formatter):
+    """Prefix of a message; `module` is the last part of the logger's name."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self._rank = "" if rank == 0 else f"[rank {rank}]"
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The prefixed message; a traceback follows on lines of its own."""
+        moment = datetime.fromtimestamp(record.created).strftime("%Y-%m-%d %H:%M:%S.%f")
+        module = record.name.rpartition(".")[2]
+        text = f"[{moment}][{record.levelname}][{module}]{self._rank} - {record.getMessage()}"
+        return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
+
+
+def setup(rank: int, level: str) -> None:
+    """Configures the project's logger of this process; a second call replaces the first.
+
+    Args:
+        rank: global rank.
+        level: DEBUG, INFO, WARNING or ERROR: lowest level rank 0 prints.
+    """
+    # Looked up here, not at import: whoever redirects standard output before set-up is followed.
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(PrefixFormatter(rank))
+    logger = logging.getLogger(ROOT)
+    logger.handlers = [handler]
+    logger.propagate = False
+    logger.setLevel(level)
+    if rank != 0:
+        logger.setLevel(max(logger.level, logging.WARNING))

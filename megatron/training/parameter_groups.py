@@ -1,0 +1,47 @@
+"""Parameters that an update rule treats alike: block matrices, vocabulary matrices, vectors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+HIDDEN = "hidden"  # matrices inside blocks
+VOCABULARY = "vocabulary"  # embedding and head
+VECTORS = "vectors"  # norms; never decayed
+
+_BLOCK_MATRIX = re.compile(r"\d+\.(attention|mlp)\.")
+
+
+def parameter_groups(
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    learning_rate: float,
+    weight_decay: float,
+) -> list[dict[str, Any]]:
+    """Groups for a torch optimizer, each with "name", "params", "lr" and "weight_decay".
+
+    A group with nothing in it is left out: a pipeline stage need not have all three.
+    """
+    members: dict[str, list[nn.Parameter]] = {HIDDEN: [], VOCABULARY: [], VECTORS: []}
+    for name, parameter in named_parameters:
+        members[_group_of(name, parameter)].append(parameter)
+    return [
+        {
+            "name": name,
+            "params": parameters,
+            "lr": learning_rate,
+            "weight_decay": 0.0 if name == VECTORS else weight_decay,
+        }
+        for name, parameters in members.items()
+        if parameters
+    ]
+
+
+def _group_of(name: str, parameter: nn.Parameter) -> str:
+    # ZeRO-3 may have emptied the parameter already; its full shape is kept beside it.
+    shape = getattr(parameter, "full_shape", parameter.shape)
+    if len(shape) < 2:
+        return VECTORS
+    return HIDDEN if _BLOCK_MATRIX.match(name) else VOCABULARY

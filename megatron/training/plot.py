@@ -1,0 +1,166 @@
+"""Curves in a terminal, at most 80 columns wide, and as a PNG where matplotlib is installed.
+
+One curve is drawn with quadrant blocks (two by two points a character); several, or a terminal
+without Unicode, with one plain mark a curve.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Series = Sequence[tuple[float, float]]
+"""Points (x, y), x ascending."""
+
+LABEL = 10  # characters of a y label, as long as -1.234e+56
+MARKS = "*o+x#@%&"
+# Character of a cell by its four points: 1 upper left, 2 upper right, 4 lower left, 8 lower right.
+QUADRANTS = (
+    " \u2598\u259d\u2580\u2596\u258c\u259e\u259b\u2597\u259a\u2590\u259c\u2584\u2599\u259f\u2588"
+)
+
+
+def series(records: Iterable[Mapping[str, Any]], metric: str = "loss") -> list[tuple[float, float]]:
+    """(iteration, metric) of every step that did work and has the metric as a finite number."""
+    values = ((r["iteration"], r.get(metric)) for r in records if r["event"] == "step")
+    return [(x, y) for x, y in values if y is not None and math.isfinite(y)]
+
+
+def plot(
+    curves: Mapping[str, Series],
+    title: str,
+    x_label: str = "iteration",
+    width: int = 80,
+    height: int = 16,
+    encoding: str = "utf-8",
+) -> str:
+    """Draws curves in one frame.
+
+    Args:
+        curves: name -> points; names are shown where there are several.
+        title: first line.
+        x_label: what x is.
+        width: columns in all, at least 30.
+        height: rows of the drawing, at least 2.
+        encoding: of the stream it is for; decides about blocks.
+
+    Returns:
+        Lines of at most `width` columns, the last one ended; a line saying so where there is no
+        point.
+
+    Raises:
+        ValueError: the frame is too small.
+    """
+    if width < 30 or height < 2:
+        raise ValueError(
+            f"a plot of {width} x {height} is too small: at least 30 columns and 2 rows are needed"
+        )
+    points = [point for curve in curves.values() for point in curve]
+    if not points:
+        return f"{title}: nothing to plot\n"
+    columns = width - LABEL - 2
+    low_x, high_x = _limits([x for x, _ in points])
+    low_y, high_y = _limits([y for _, y in points])
+
+    def grid(curve: Series, across: int, down: int) -> set[tuple[int, int]]:
+        """Cells (column, row), row 0 on top, that the curve passes through."""
+        scaled = [
+            (
+                (x - low_x) / (high_x - low_x) * (across - 1),
+                (high_y - y) / (high_y - low_y) * (down - 1),
+            )
+            for x, y in curve
+        ]
+        return set(_trace(scaled))
+
+    if len(curves) == 1 and _encodable(QUADRANTS, encoding):
+        rows = _blocks(grid(next(iter(curves.values())), 2 * columns, 2 * height), columns, height)
+    else:
+        rows = _marks([grid(curve, columns, height) for curve in curves.values()], columns, height)
+    lines = [title.center(width).rstrip()[:width]]
+    for number, row in enumerate(rows):
+        label = (
+            high_y - (high_y - low_y) * number / (height - 1)
+            if number in (0, height // 2, height - 1)
+            else None
+        )
+        lines.append(f"{'' if label is None else f'{label:.4g}':>{LABEL}} |{row}"[:width].rstrip())
+    left, right = f"{low_x:.10g}", f"{high_x:.10g}"
+    lines.append(f"{'':>{LABEL}} +{'-' * columns}")
+    lines.append(
+        f"{'':>{LABEL}}  {left}{x_label.center(columns - len(left) - len(right))}{right}"[:width]
+    )
+    if len(curves) > 1:
+        lines += [f"{MARKS[i % len(MARKS)]} {name}"[:width] for i, name in enumerate(curves)]
+    return "\n".join(lines) + "\n"
+
+
+def save_png(path: Path, curves: Mapping[str, Series], title: str, y_label: str = "loss") -> bool:
+    """Writes the same curves as a PNG; False where matplotlib is not installed."""
+    try:
+        matplotlib = importlib.import_module("matplotlib")
+        figures = importlib.import_module("matplotlib.figure")
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    figure = figures.Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for name, curve in curves.items():
+        axes.plot([x for x, _ in curve], [y for _, y in curve], label=name, linewidth=1)
+    axes.set(title=title, xlabel="iteration", ylabel=y_label)
+    if len(curves) > 1:
+        axes.legend()
+    figure.savefig(path, dpi=120)
+    return True
+
+
+def _limits(values: list[float]) -> tuple[float, float]:
+    """Smallest and largest value, apart even where all are equal."""
+    low, high = min(values), max(values)
+    return (low, high) if high > low else (low - 0.5, high + 0.5)
+
+
+def _trace(points: Series) -> Iterator[tuple[int, int]]:
+    """Cells on the straight lines from point to point."""
+    column, row = points[0] if points else (0.0, 0.0)
+    for next_column, next_row in points:
+        steps = max(1, math.ceil(max(abs(next_column - column), abs(next_row - row))))
+        for step in range(steps + 1):
+            share = step / steps
+            yield (
+                round(column + (next_column - column) * share),
+                round(row + (next_row - row) * share),
+            )
+        column, row = next_column, next_row
+
+
+def _blocks(cells: set[tuple[int, int]], columns: int, height: int) -> list[str]:
+    def quadrant(column: int, row: int) -> str:
+        corners = (
+            (2 * column, 2 * row),
+            (2 * column + 1, 2 * row),
+            (2 * column, 2 * row + 1),
+            (2 * column + 1, 2 * row + 1),
+        )
+        return QUADRANTS[sum(1 << bit for bit, corner in enumerate(corners) if corner in cells)]
+
+    return ["".join(quadrant(column, row) for column in range(columns)) for row in range(height)]
+
+
+def _marks(curves: list[set[tuple[int, int]]], columns: int, height: int) -> list[str]:
+    rows = [[" "] * columns for _ in range(height)]
+    for number, cells in enumerate(curves):
+        for column, row in cells:
+            rows[row][column] = MARKS[number % len(MARKS)]
+    return ["".join(row) for row in rows]
+
+
+def _encodable(text: str, encoding: str) -> bool:
+    try:
+        text.encode(encoding)
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True

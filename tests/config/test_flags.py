@@ -1,0 +1,89 @@
+"""The command line: spellings, notes and refusals."""
+
+import pytest
+
+from megatron.config.flags import ALWAYS, REFUSED, SHORTHANDS, read_command_line
+from megatron.config.options import options
+from tests.config.helpers import configured, refusal, resolved
+
+
+def test_both_forms_of_a_value():
+    assert configured("--num-layers", "6").model.num_layers == 6
+    assert configured("--num-layers=6").model.num_layers == 6
+    assert configured("--lr=1e-3", "--min-lr", "1e-4").optimizer.min_learning_rate == 1e-4
+
+
+def test_bare_booleans():
+    assert configured("--tie-embeddings", "--num-layers", "2").model.tie_embeddings
+    assert not configured("--tie-embeddings=0", TIE_EMBEDDINGS=1).model.tie_embeddings
+    assert configured("--dry-run").log.dry_run
+
+
+def test_ranges_take_values_up_to_the_next_flag():
+    run = configured("--train-range-to-skip", "10", "20", "25", "30", "--num-layers", "2")
+    assert run.skip_ranges == ((10, 20), (25, 30)) and run.model.num_layers == 2
+    assert configured("--train-range-to-skip=5-6").skip_ranges == ((5, 6),)
+
+
+@pytest.mark.parametrize(
+    ("flag", "read"),
+    [
+        ("--bf16", lambda run: run.train.dtype == "bf16"),
+        ("--fp16", lambda run: run.train.dtype == "fp16"),
+        ("--checkpoint-activations", lambda run: run.train.activation_checkpointing == "1"),
+        ("--recompute-activations", lambda run: run.train.activation_checkpointing == "selective"),
+        ("--recompute-granularity=full", lambda run: run.train.activation_checkpointing == "1"),
+        ("--untie-embeddings-and-output-weights", lambda run: not run.model.tie_embeddings),
+        ("--split=98.5,1,0.5", lambda run: run.data.train_split == 98.5),
+        ("--rotary-position-embeddings-theta=10000", lambda run: run.model.rope_theta == 1e4),
+    ],
+)
+def test_spellings_of_megatron(flag, read):
+    assert read(configured(flag, TIE_EMBEDDINGS=1))
+
+
+@pytest.mark.parametrize("flag", [*ALWAYS, "--normalization=rmsnorm", "--hidden-dropout=0"])
+def test_what_is_always_so_is_noted(flag):
+    assert any(note.startswith(flag.partition("=")[0]) for note in resolved(flag).notes)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--num-layer", "4"], ["--num-layer ", "--num-layers"]),
+        (["--qqq"], ["--qqq", "--help"]),
+        (["num-layers=4"], ["num-layers", "flags start with --"]),
+        (["--num-layers"], ["--num-layers needs a value"]),
+        (["--num-layers", "--lr", "1"], ["--num-layers needs a value"]),
+        (["--bf16=1"], ["--bf16 takes no value"]),
+        (["--normalization", "layernorm"], ["--normalization layernorm", "rmsnorm"]),
+        (["--attention-dropout=0.1"], ["--attention-dropout 0.1", "--attention-dropout 0"]),
+        (["--split", "1"], ["--split 1", "three"]),
+        (["--lr", "1e-3", "--lr", "2e-3"], ["--lr=0.001", "--lr=2e-3"]),
+        (["--lr-warmup-iters", "5"], ["--lr-warmup-iters", "--lr-warmup-fraction"]),
+        (["--fp16", "--bf16"], ["--fp16", "--bf16"]),
+        (["--train-range-to-skip"], ["--train-range-to-skip needs values"]),
+    ],
+)  # fmt: skip
+def test_wrong_command_lines(argv, words):
+    message = refusal(*argv)
+    missing = [word for word in words if word not in message]
+    assert not missing, f"{missing} not in {message!r}"
+
+
+def test_refused_flags_swallow_their_values_and_say_why():
+    for flag, instead in REFUSED.items():
+        line = read_command_line([flag, "5", "--num-layers", "2"])
+        assert line.problems == [f"{flag} is not offered: {instead}"]
+        assert line.settings == [("model.num_layers", "2", "--num-layers")]
+
+
+def test_help_is_recognised():
+    assert read_command_line(["--help"]).wants_help and read_command_line(["-h"]).wants_help
+    assert not read_command_line(["--num-layers", "2"]).wants_help
+
+
+def test_no_flag_is_named_twice():
+    flags = [flag for option in options() for flag in option.flags]
+    flags += [*SHORTHANDS, *ALWAYS, *REFUSED]
+    assert len(flags) == len(set(flags))

@@ -1,0 +1,82 @@
+"""A resumed run reads each sample exactly once, and refuses data that is not what it was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.data.resumed import Place, train_noting
+from tests.e2e.recorded import write_data
+from tests.spawn import run
+
+SMALL = {"HIDDEN": "16", "NLAYERS": "2", "HEADS": "2", "NUM_KV_HEAD": "2", "FFN_HIDDEN_SIZE": "16"}
+
+
+def noted(tmp_path: Path, world: int = 1, **variables: str) -> dict[int, Place]:
+    """What all ranks of a run read, from wherever it stands."""
+    settings = {
+        "DATA_FILE_LIST": str(tmp_path / "list.txt"),
+        "RUN_DIR": str(tmp_path / "run"),
+        "WORLD_SIZE": str(world),
+        **SMALL,
+        **variables,
+    }
+    results = run(train_noting, world, settings)
+    refused = [result for result in results if isinstance(result, str)]
+    if refused:
+        raise AssertionError(refused[0])
+    read: dict[int, Place] = {}
+    for rank, result in enumerate(results):
+        if "TP" not in variables:  # ranks of one replica read the same samples
+            assert not read.keys() & result.keys(), f"rank {rank} reads what another one has read"
+        read |= result
+    return read
+
+
+def test_each_sample_once_whatever_batch_and_layout_a_resume_has(tmp_path: Path) -> None:
+    write_data(tmp_path)
+    read = [
+        noted(tmp_path, GLOBAL_BATCH="8", TRAIN_ITERS="3"),
+        noted(tmp_path, 2, GLOBAL_BATCH="12", TRAIN_ITERS="5"),
+        noted(tmp_path, 2, GLOBAL_BATCH="4", TP="2", TRAIN_ITERS="8"),
+    ]
+    assert [sorted(part) for part in read] == [
+        list(range(24)),
+        list(range(24, 48)),
+        list(range(48, 60)),
+    ]
+    places = [place for part in read for place in part.values()]
+    assert len(set(places)) == 60
+    whole = noted(tmp_path, RUN_DIR=str(tmp_path / "whole"), GLOBAL_BATCH="12", TRAIN_ITERS="5")
+    assert whole == {k: place for part in read for k, place in part.items()}
+
+
+def test_a_changed_list_is_refused_or_begins_a_stage_that_repeats_nothing(tmp_path: Path) -> None:
+    path = write_data(tmp_path, files=3, tokens=2000)
+    lines = path.read_text().splitlines()
+    first = noted(tmp_path, TRAIN_ITERS="10")
+    path.write_text(f"5 {lines[0][2:]}\n{lines[2]}\n")
+    with pytest.raises(AssertionError) as refusal:
+        noted(tmp_path, TRAIN_ITERS="14")
+    for words in (
+        "step-00000010 was trained on",
+        "weight of corpus_0/part_0: 1 -> 5",
+        "- file corpus_1/part_1: 2,000 tokens, weight 2",
+        "--allow-data-change",
+        "sample 80",
+    ):
+        assert words in str(refusal.value)
+    second = noted(tmp_path, TRAIN_ITERS="14", ALLOW_DATA_CHANGE="1")
+    assert sorted(second) == list(range(80, 112))
+    # Later starts know where the stage began, whether or not a change is still allowed.
+    third = noted(tmp_path, 2, TRAIN_ITERS="16")
+    assert sorted(third) == list(range(112, 128))
+    places = [*first.values(), *second.values(), *third.values()]
+    assert len(set(places)) == len(places)
+    assert {file for file, _, _ in second.values()} == {"part_0", "part_2"}
+    manifest = json.loads((tmp_path / "run/checkpoints/step-00000016/manifest.json").read_text())
+    stages = manifest["state"]["data"]
+    assert [stage["samples"] for stage in stages] == [0, 80]
+    assert [len(stage["record"]["stages"][0]["files"]) for stage in stages] == [3, 2]

@@ -1,0 +1,126 @@
+"""Export and import against transformers: logits, losses and the steps that follow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+)
+
+from tests.equivalence import front
+from tests.spawn import run
+from tools import convert_hf
+
+LAYOUTS = {
+    "tp1": {},
+    "tp2": {"TP": "2"},
+    "pp2": {"PP": "2"},
+    "tp2-pp2": {"TP": "2", "PP": "2"},
+    "dp2-zero3": {"WORLD_SIZE": "2", "ZERO_STAGE": "3"},
+    "tp2-dp2-zero3": {"TP": "2", "WORLD_SIZE": "4", "ZERO_STAGE": "3"},
+    "tp2-dp2-zero2": {"TP": "2", "WORLD_SIZE": "4", "ZERO_STAGE": "2"},
+    "tied-nope-pp2": {"PP": "2", "TIE_EMBEDDINGS": "1", "NOPE_INTERVAL": "4"},
+    "llama3-scaling": {"ROPE_SCALING": "llama3:8,1,4,16", "ROPE_THETA": "10000"},
+    "schedule-free": {"OPT": "adamwschedulefree", "LR": "0.01"},
+    "muon": {"OPT": "muon", "LR": "0.01", "TP": "2"},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_export(layout: str, tmp_path: Path) -> None:
+    variables = {**LAYOUTS[layout], "RUN_DIR": str(tmp_path / "run")}
+    config = front.run_config(variables)
+    results = run(front.train_and_save, front.world(variables), variables, 3)
+    assert convert_hf.main(["export", str(tmp_path / "run"), str(tmp_path / "hf")]) == 0
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    assert model.config.vocab_size == 200, "the padding is cut off"
+    with torch.no_grad():
+        expected = model(front.probe(config)).logits
+    parts = [logits for _, logits in results if logits is not None]
+    tp = int(variables.get("TP", "1"))
+    ours = torch.cat(parts[:tp], dim=-1)[..., :200]
+    assert (ours - expected).abs().max() <= 1e-5
+
+
+def hugging_face_model(kind: str, folder: Path) -> None:
+    shape = {
+        "vocab_size": 200, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-5, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    if kind == "llama":
+        rope = {"rope_type": "default", "rope_theta": 10000.0}
+        model = LlamaForCausalLM(LlamaConfig(**shape, rope_parameters=rope))
+    else:
+        model = SmolLM3ForCausalLM(SmolLM3Config(**shape, tie_word_embeddings=True))
+    model.save_pretrained(folder)
+
+
+VARIABLES_OF = {
+    "llama": {"ROPE_THETA": "10000"},
+    "smollm3": {"ROPE_THETA": "2000000", "TIE_EMBEDDINGS": "1", "NOPE_INTERVAL": "4"},
+}
+
+
+@pytest.mark.parametrize("layout", ["tp1", "tp2-pp2"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("kind", VARIABLES_OF)
+def test_import_follows_a_plain_loop(
+    kind: str, optimizer: str, layout: str, tmp_path: Path
+) -> None:
+    hugging_face_model(kind, tmp_path / "hf")
+    assert convert_hf.main(["import", str(tmp_path / "hf"), str(tmp_path / "run")]) == 0
+    rate = {"sgd": "0.1", "adamw": "0.001"}[optimizer]
+    variables = {
+        **LAYOUTS[layout],
+        **VARIABLES_OF[kind],
+        "RUN_DIR": str(tmp_path / "run"),
+        "OPT": optimizer,
+        "LR": rate,
+        "WEIGHT_DECAY": "0.1" if optimizer == "adamw" else "0",
+    }
+    ours = run(front.resume_and_train, front.world(variables), variables, 10)[0]
+    plain = plain_loop(tmp_path / "hf", front.run_config(variables), 10)
+    for (loss, norm), (expected_loss, expected_norm) in zip(ours, plain, strict=True):
+        assert loss == pytest.approx(expected_loss, abs=1e-5)
+        assert norm == pytest.approx(expected_norm, abs=1e-5)
+
+
+def plain_loop(folder: Path, config, count: int) -> list[tuple[float, float]]:
+    """The steps with nothing but torch and transformers."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    settings = config.optimizer
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.dim() == 1]
+    if settings.optimizer == "sgd":
+        optimizer = torch.optim.SGD(model.parameters(), lr=settings.learning_rate)
+    else:
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": matrices, "weight_decay": settings.weight_decay},
+                {"params": vectors, "weight_decay": 0.0},
+            ],
+            lr=settings.learning_rate,
+            betas=(settings.adam_beta1, settings.adam_beta2),
+            eps=settings.adam_eps,
+        )
+    curve = []
+    for step in range(count):
+        batch = front.samples(config, step)
+        logits = model(batch[:, :-1]).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_grad)
+        curve.append((loss.item(), norm.item()))
+        optimizer.step()
+        optimizer.zero_grad()
+    return curve

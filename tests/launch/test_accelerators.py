@@ -1,0 +1,68 @@
+"""Counting accelerators in file systems that have some."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron.launch.accelerators import count_accelerators
+
+
+def _write(path: Path, text: str = "") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="ascii")
+
+
+def _nvidia(root: Path, listed: int, files: int) -> None:
+    for number in range(listed):
+        _write(root / f"proc/driver/nvidia/gpus/0000:0{number}:00.0/information")
+    for name in [f"nvidia{number}" for number in range(files)] + ["nvidiactl", "nvidia-uvm"]:
+        _write(root / "dev" / name)
+
+
+def _intel_card(root: Path, number: int, kind: str, tiles: int) -> None:
+    card = root / f"sys/class/drm/card{number}"
+    _write(card / "device/vendor", "0x8086\n")
+    _write(card / "device/class", f"{kind}\n")
+    for tile in range(tiles):
+        _write(card / f"gt/gt{tile}/id")
+
+
+def test_no_accelerator(tmp_path: Path) -> None:
+    assert count_accelerators({}, tmp_path) == 0
+
+
+@pytest.mark.parametrize(("listed", "files", "count"), [(8, 8, 8), (8, 1, 1), (4, 0, 4), (0, 2, 2)])
+def test_nvidia(tmp_path: Path, listed: int, files: int, count: int) -> None:
+    _nvidia(tmp_path, listed, files)
+    assert count_accelerators({}, tmp_path) == count
+
+
+@pytest.mark.parametrize(
+    ("visible", "count"),
+    [("", 0), ("-1", 0), ("0", 1), ("2,3", 2), ("GPU-1f,GPU-2e,GPU-3d", 3), ("0,-1,1", 1)],
+)
+def test_hidden_devices_do_not_count(tmp_path: Path, visible: str, count: int) -> None:
+    _nvidia(tmp_path, 4, 4)
+    assert count_accelerators({"CUDA_VISIBLE_DEVICES": visible}, tmp_path) == count
+
+
+def test_a_list_of_devices_makes_none(tmp_path: Path) -> None:
+    assert count_accelerators({"CUDA_VISIBLE_DEVICES": "0,1"}, tmp_path) == 0
+
+
+def test_amd_counts_nodes_with_a_gpu(tmp_path: Path) -> None:
+    for number, gpu in enumerate(["0", "0", "4711", "4712"]):
+        _write(tmp_path / f"sys/class/kfd/kfd/topology/nodes/{number}/gpu_id", f"{gpu}\n")
+    assert count_accelerators({}, tmp_path) == 2
+    assert count_accelerators({"ROCR_VISIBLE_DEVICES": "1"}, tmp_path) == 1
+
+
+def test_intel_counts_tiles_and_no_graphics(tmp_path: Path) -> None:
+    _intel_card(tmp_path, 0, "0x030000", 1)  # a laptop's
+    assert count_accelerators({}, tmp_path) == 0
+    for number in (1, 2):
+        _intel_card(tmp_path, number, "0x038000", 2)
+    assert count_accelerators({}, tmp_path) == 4
+    assert count_accelerators({"ZE_FLAT_DEVICE_HIERARCHY": "COMPOSITE"}, tmp_path) == 2

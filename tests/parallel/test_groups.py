@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron.parallel.groups import SERIAL, Axis, make_groups
+from megatron.parallel.layout import Layout
+from tests.spawn import RankError, run
+
+
+def sums(layout: Layout) -> dict[str, object]:
+    groups = make_groups(layout)
+    result: dict[str, object] = {"rank": groups.rank}
+    for name in ("tp", "dp", "pp", "sp", "sequence_data"):
+        axis = getattr(groups, name)
+        total = torch.tensor([dist.get_rank()])
+        if axis.group is not None:
+            dist.all_reduce(total, group=axis.group)
+            assert dist.get_rank(axis.group) == axis.rank
+        assert axis.ranks[axis.rank] == groups.rank
+        result[name] = (int(total), axis.size)
+    return result
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(2, 2, 1),
+        Layout(1, 2, 2),
+        Layout(4, 1, 1),
+        Layout(2, 2, 2),
+        Layout(),
+        Layout(sp=2),
+        Layout(dp=2, sp=2),
+        Layout(tp=2, dp=2, sp=2),
+    ],
+    ids=str,
+)
+def test_each_group_joins_the_ranks_of_its_axis(layout: Layout) -> None:
+    for rank, result in enumerate(run(sums, layout.world, layout)):
+        assert result == {
+            "rank": rank,
+            "tp": (sum(layout.tp_ranks(rank)), layout.tp),
+            "dp": (sum(layout.dp_ranks(rank)), layout.dp),
+            "pp": (sum(layout.pp_ranks(rank)), layout.pp),
+            "sp": (sum(layout.sp_ranks(rank)), layout.sp),
+            "sequence_data": (
+                sum(layout.without_sequence().dp_ranks(rank)),
+                layout.dp * layout.sp,
+            ),
+        }
+
+
+def merged() -> tuple[object, ...]:
+    groups = make_groups(Layout(tp=2, dp=2, sp=2)).without_sequence()
+    assert groups.dp is groups.sequence_data and groups.sp.size == 1
+    assert groups.layout == Layout(tp=2, dp=4)
+    return groups.dp.ranks, groups.dp.rank
+
+
+def test_without_the_sequence_axis_its_ranks_are_data_parallel() -> None:
+    assert run(merged, 8)[3] == ((1, 3, 5, 7), 1)
+
+
+def groups_made(layout: Layout) -> int:
+    count = [0]
+    original = dist.new_group
+
+    def counted(*args: object, **kwargs: object) -> object:
+        count[0] += 1
+        return original(*args, **kwargs)
+
+    dist.new_group = counted
+    make_groups(layout)
+    return count[0]
+
+
+@pytest.mark.parametrize(
+    ("layout", "groups"), [(Layout(dp=2), 1), (Layout(sp=2), 1), (Layout(dp=2, sp=2), 3)], ids=str
+)
+def test_no_group_is_made_twice(layout: Layout, groups: int) -> None:
+    assert run(groups_made, layout.world, layout) == [groups] * layout.world
+
+
+def test_a_layout_of_another_world_is_refused() -> None:
+    with pytest.raises(
+        RankError, match=r"the world has 1 ranks, but TP x PP x DP x SP = 2 x 1 x 1 x 1 = 2"
+    ):
+        run(sums, 1, Layout(tp=2))
+
+
+def test_an_axis_of_one_has_no_group() -> None:
+    assert Axis(None, 0, 1, (0,)) == SERIAL
+    with pytest.raises(AssertionError):
+        Axis(None, 0, 2, (0, 1))

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron.parallel import mappings
+from megatron.parallel.groups import SERIAL
+from tests.parallel.axis import whole_world
+from tests.spawn import run
+
+WIDTH = 8
+
+
+def part(rank: int, width: int = WIDTH, salt: int = 0) -> Tensor:
+    """What rank `rank` holds: (3, width), another on each rank."""
+    return torch.randn(3, width, generator=torch.Generator().manual_seed(100 * salt + rank))
+
+
+def forward_and_backward(name: str, width_in: int, width_out: int) -> tuple[Tensor, Tensor]:
+    """A mapping's output and input gradient; checks that it wrote into neither x nor grad."""
+    tp = whole_world()
+    x = part(tp.rank, width_in).requires_grad_()
+    grad = part(tp.rank, width_out, salt=1)
+    y = getattr(mappings, name)(x, tp)
+    y.backward(grad)
+    assert torch.equal(x, part(tp.rank, width_in)) and torch.equal(
+        grad, part(tp.rank, width_out, salt=1)
+    )
+    assert x.grad is not None
+    return y.detach(), x.grad
+
+
+def expected(name: str, ranks: int, rank: int) -> tuple[Tensor, Tensor]:
+    small = WIDTH // ranks
+    own = slice(rank * small, (rank + 1) * small)
+
+    def together(width: int, salt: int) -> list[Tensor]:
+        return [part(i, width, salt) for i in range(ranks)]
+
+    return {
+        "copy_to_tensor_parallel": lambda: (part(rank), sum(together(WIDTH, 1))),
+        "reduce_from_tensor_parallel": lambda: (sum(together(WIDTH, 0)), part(rank, salt=1)),
+        "gather_from_tensor_parallel": lambda: (
+            torch.cat(together(small, 0), -1),
+            part(rank, salt=1)[:, own],
+        ),
+        "scatter_to_tensor_parallel": lambda: (
+            part(rank)[:, own],
+            torch.cat(together(small, 1), -1),
+        ),
+    }[name]()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "copy_to_tensor_parallel",
+        "reduce_from_tensor_parallel",
+        "gather_from_tensor_parallel",
+        "scatter_to_tensor_parallel",
+    ],
+)
+def test_forward_and_backward(name: str, ranks: int) -> None:
+    small = WIDTH // ranks
+    width_in = small if name.startswith("gather") else WIDTH
+    width_out = small if name.startswith("scatter") else WIDTH
+    for rank, (y, grad) in enumerate(run(forward_and_backward, ranks, name, width_in, width_out)):
+        want_y, want_grad = expected(name, ranks, rank)
+        torch.testing.assert_close(y, want_y)
+        torch.testing.assert_close(grad, want_grad)
+
+
+def test_alone_every_mapping_is_the_identity() -> None:
+    x = torch.ones(2, 2)
+    for name in ("copy_to", "reduce_from", "gather_from", "scatter_to"):
+        assert getattr(mappings, f"{name}_tensor_parallel")(x, SERIAL) is x
+
+
+def residual_branch() -> Tensor:
+    tp = whole_world()
+    x = torch.ones(2, requires_grad=True)
+    (x + mappings.copy_to_tensor_parallel(x, tp)).sum().backward()
+    assert x.grad is not None
+    return x.grad
+
+
+def test_a_shared_gradient_is_not_reduced_on_its_other_branch() -> None:
+    assert all(torch.equal(grad, torch.full((2,), 3.0)) for grad in run(residual_branch, 2))

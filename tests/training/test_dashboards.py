@@ -1,0 +1,201 @@
+"""TensorBoard and W&B: what they wrote is read back from disk."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+from megatron.config.schema import LogConfig, RunConfig
+from megatron.training import dashboards
+from megatron.training.scalars import scalars
+from tests.training import records_factory as make
+from tests.training.run_config import tiny_run
+
+RECORDS = [make.step(1, 3.0), make.skip(2), make.evaluation(2), make.step(3, 2.0), make.save(3)]
+
+
+@pytest.fixture
+def no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A home without credentials."""
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "NETRC", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+
+
+def messages(caplog: pytest.LogCaptureFixture) -> list[tuple[int, str]]:
+    found = [r for r in caplog.records if r.name == dashboards.__name__]
+    return [(record.levelno, record.getMessage()) for record in found]
+
+
+def read_tensorboard(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    event_accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator"
+    )
+    reader = event_accumulator.EventAccumulator(str(folder))
+    reader.Reload()
+    names = reader.Tags()["scalars"]
+    return {name: [(e.step, e.value) for e in reader.Scalars(name)] for name in names}
+
+
+def test_tensorboard_holds_every_number(tmp_path: Path) -> None:
+    tracker = dashboards.start_tensorboard(LogConfig(), tmp_path, 10**9, 0)
+    assert tracker is not None
+    for record in RECORDS:
+        tracker.log(record)
+    tracker.close()
+    found = read_tensorboard(tmp_path)
+    expected: dict[str, list[tuple[int, float]]] = {}
+    for record in RECORDS:
+        for name, value in scalars(record, 10**9).items():
+            expected.setdefault(name, []).append((record["iteration"], value))
+    # TensorBoard replaces blanks in names.
+    assert {name.replace(" ", "_") for name in expected} == {n.replace(" ", "_") for n in found}
+    by_name = {name.replace(" ", "_"): points for name, points in found.items()}
+    for name, points in expected.items():
+        read = by_name[name.replace(" ", "_")]
+        assert [step for step, _ in read] == [step for step, _ in points]
+        assert [v for _, v in read] == pytest.approx([v for _, v in points], rel=1e-6)
+
+
+def test_a_resumed_tensorboard_forgets_what_is_done_again(tmp_path: Path) -> None:
+    for start, losses in ((0, {1: 3.0, 2: 9.0, 3: 9.0}), (1, {2: 2.0})):
+        tracker = dashboards.start_tensorboard(LogConfig(), tmp_path, 1, start)
+        assert tracker is not None
+        for iteration, loss in losses.items():
+            tracker.log(make.step(iteration, loss))
+        tracker.close()
+    found = read_tensorboard(tmp_path)
+    assert next(v for k, v in found.items() if k.startswith("loss/lm")) == [(1, 3.0), (2, 2.0)]
+
+
+def test_no_tensorboard(tmp_path: Path) -> None:
+    options = LogConfig(no_tensorboard=True)
+    assert dashboards.start_tensorboard(options, tmp_path / "t", 1, 0) is None
+    assert not (tmp_path / "t").exists()
+
+
+def missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> NoReturn:
+        raise ModuleNotFoundError(f"No module named {name!r}")
+
+    monkeypatch.setattr(dashboards.importlib, "import_module", absent)
+
+
+def test_missing_packages_are_said_once_and_are_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    missing(monkeypatch)
+    caplog.set_level(logging.INFO)
+    assert dashboards.start_tensorboard(LogConfig(), tmp_path, 1, 0) is None
+    assert dashboards.start_wandb(tiny_run(tmp_path), tmp_path, 1) is None
+    assert dashboards.start_wandb(tiny_run(tmp_path, wandb_mode="offline"), tmp_path, 1) is None
+    levels = [level for level, _ in messages(caplog)]
+    assert levels == [logging.INFO, logging.INFO, logging.WARNING]
+    assert all("No module named" in text for _, text in messages(caplog))
+
+
+def offline_runs(folder: Path) -> list[Path]:
+    return sorted((folder / "wandb").glob("offline-run-*/run-*.wandb"))
+
+
+def wandb_run(folder: Path, records: list[dict[str, Any]]) -> RunConfig:
+    run = tiny_run(folder, wandb_mode="offline")
+    tracker = dashboards.start_wandb(run, folder, 1_500_000_000)
+    assert tracker is not None
+    for record in records:
+        tracker.log(record)
+    tracker.close()
+    return run
+
+
+@pytest.mark.usefixtures("no_key")
+def test_offline_wandb_is_read_back_and_resumes_under_its_id(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    from tests.training import wandb_folder
+
+    nan = make.step(4, math.nan)
+    run = wandb_run(tmp_path, [*RECORDS, nan])
+    (path,) = offline_runs(tmp_path)
+    rows = wandb_folder.history(path)
+    assert rows[:-1] == [pytest.approx(scalars(record, 1_500_000_000)) for record in RECORDS]
+    assert rows[-1]["throughput/tokens_per_sec"] == 64.0
+    assert math.isnan(float(rows[-1]["loss/lm loss"]))
+
+    config = wandb_folder.config(path)
+    assert config["num_params"] == 1_500_000_000
+    assert config["machine"] == run.machine
+    assert config["args"]["global_batch_size"] == run.train.global_batch_size
+    assert config["env"]["MODEL_ARCH"] == run.model.model_arch
+    assert config["env"]["NHOSTS"] == run.launch.num_hosts
+    assert wandb_folder.metrics(path)["throughput/*"] == "throughput/iteration"
+
+    identity = wandb_folder.run(path).run_id
+    assert wandb_folder.run(path).project == "AuroraGPT"
+    assert wandb_folder.run(path).display_name == tmp_path.name
+    assert (tmp_path / "wandb" / "run_id").read_text().strip() == identity
+
+    wandb_run(tmp_path, [make.step(5)])
+    assert {wandb_folder.run(path).run_id for path in offline_runs(tmp_path)} == {identity}
+
+
+def test_closing_waits_for_the_client_that_writes_the_last_block() -> None:
+    calls: list[str] = []
+
+    class Client:
+        def define_metric(self, glob: str, step_metric: str) -> None:
+            assert step_metric == glob.replace("*", "iteration")
+
+        def finish(self) -> None:
+            calls.append("finish")
+
+        def teardown(self) -> None:
+            calls.append("teardown")
+
+    client = Client()
+    dashboards.WandbTracker(client, client, 1).close()
+    assert calls == ["finish", "teardown"]
+
+
+@pytest.mark.usefixtures("no_key")
+def test_without_a_key_wandb_is_off_and_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("wandb")
+    caplog.set_level(logging.INFO)
+    assert dashboards.start_wandb(tiny_run(tmp_path), tmp_path, 1) is None
+    assert dashboards.start_wandb(tiny_run(tmp_path, wandb_mode="online"), tmp_path, 1) is None
+    (level, text), (asked_level, asked_text) = messages(caplog)
+    assert (level, asked_level) == (logging.INFO, logging.WARNING)
+    assert "no API key" in text
+    assert text == asked_text
+    assert not (tmp_path / "wandb").exists()
+
+
+@pytest.mark.parametrize("off", [{"wandb_disabled": True}, {"wandb_mode": "disabled"}])
+def test_disabled_is_silent(
+    off: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    assert dashboards.start_wandb(tiny_run(tmp_path, **off), tmp_path, 1) is None
+    assert not messages(caplog)
+
+
+def test_a_client_that_cannot_start_is_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Unreachable:
+        @staticmethod
+        def login(prompt: bool) -> NoReturn:
+            raise ConnectionError("no route")
+
+    monkeypatch.setattr(dashboards.importlib, "import_module", lambda name: Unreachable)
+    assert dashboards.start_wandb(tiny_run(tmp_path), tmp_path, 1) is None
+    ((level, text),) = messages(caplog)
+    assert level == logging.WARNING
+    assert "ConnectionError: no route" in text
+    assert "WANDB_MODE=offline" in text

@@ -1,0 +1,114 @@
+"""Trackers: what each writes, and that none of them stops a run."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron.training import loggers, records
+from megatron.training.progress import Progress
+from tests.training import records_factory as make
+
+
+class Collecting:
+    """Remembers what it was given; fails on demand."""
+
+    def __init__(self, broken: bool = False) -> None:
+        self.records: list[Mapping[str, Any]] = []
+        self.broken = broken
+        self.calls = 0
+        self.closed = 0
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        self.calls += 1
+        if self.broken:
+            raise ConnectionError("no route")
+        self.records.append(record)
+
+    def close(self) -> None:
+        self.closed += 1
+        if self.broken:
+            raise ConnectionError("no route")
+
+
+def test_a_failing_tracker_is_reported_once_and_stops_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    good, bad, last = Collecting(), Collecting(broken=True), Collecting()
+    tracker = loggers.Trackers([good, bad, last])
+    for iteration in (1, 2, 3):
+        tracker.log(make.step(iteration))
+    tracker.close()
+    tracker.close()
+    assert (
+        [r["iteration"] for r in good.records]
+        == [r["iteration"] for r in last.records]
+        == [1, 2, 3]
+    )
+    assert bad.calls == 1
+    assert good.closed == last.closed == 1
+    warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert warnings == ["Collecting is off from here on: ConnectionError: no route"]
+
+
+def test_a_tracker_that_fails_to_close_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    bad, last = Collecting(broken=True), Collecting()
+    loggers.Trackers([bad, last]).close()
+    assert last.closed == 1
+    assert "was not closed cleanly" in caplog.text
+
+
+def test_an_interrupt_is_not_swallowed() -> None:
+    class Interrupted(Collecting):
+        def log(self, record: Mapping[str, Any]) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        loggers.Trackers([Interrupted()]).log(make.step(1))
+
+
+def test_each_record_is_on_disk_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    tracker = loggers.JsonlTracker(path)
+    for iteration in (1, 2):
+        tracker.log(make.step(iteration, float("nan")))
+        lines = path.read_text().splitlines()
+        assert len(lines) == iteration
+        assert json.loads(lines[-1])["non_finite"] == {"loss": "nan"}
+    tracker.close()
+    again = loggers.JsonlTracker(path)
+    again.log(make.step(3))
+    again.close()
+    assert [r["iteration"] for r in records.read(path)] == [1, 2, 3]
+
+
+def test_the_console_prints_lines_and_now_and_then_the_time_left(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    now = [0.0]
+    caplog.set_level(logging.INFO, logger="megatron")
+    tracker = loggers.ConsoleTracker(Progress(every=30.0, clock=lambda: now[0]))
+    tracker.log(make.step(1))
+    now[0] = 40.0
+    tracker.log(make.skip(2))
+    tracker.log(make.evaluation(2))
+    tracker.close()
+    printed = [record.getMessage() for record in caplog.records]
+    assert {record.name for record in caplog.records} == {"megatron.training_log"}
+    assert [text.split("=")[0] for text in printed] == [
+        "iteration",
+        "iteration",
+        "progress",
+        "iteration",
+    ]
+
+
+def test_the_null_tracker_takes_anything() -> None:
+    tracker = loggers.NullTracker()
+    tracker.log({"event": "nap"})
+    tracker.close()

@@ -1,0 +1,247 @@
+"""Meter with a clock that the test turns, and rates against published ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from megatron.config import formulas
+from megatron.training.metrics import Meter, Workload
+from megatron.training.state import RunState
+
+# A 3-layer 7B shape on 24 devices, every block recomputed: the run of the published log lines.
+SHAPE = formulas.Shape(3, 4096, 32, 8, 11008, 4096, 32000, False)
+LOG_RUN = Workload(
+    train_iters=635782,
+    global_batch_size=768,
+    seq_length=4096,
+    world_size=24,
+    data_parallel=24,
+    flops_per_token_lm=formulas.flops_per_token_lm(SHAPE),
+    flops_per_token_ds=formulas.flops_per_token_ds(SHAPE, "1"),
+    flops_per_token_causal=formulas.flops_per_token_causal(SHAPE),
+    peak_tflops=298.2,
+)
+SMALL = Workload(100, 4, 8, 2, 2, 1e9, 2e9, 0.5e9)
+STATE = RunState(5, 20, 160)
+
+
+class Clock:
+    """Seconds that only pass when told to."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+def make(clock: Clock, workload: Workload = SMALL, **changes: Any) -> Meter:
+    return Meter(workload, lambda: 1.5, clock=clock, wall_clock=lambda: 7.0, **changes)
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "tgs", "samples", "lm", "ds"),
+    [
+        (29570.0, 4432.597, 25.972, 20.30, 26.18),
+        (8457.2, 15498.234, 90.810, 70.98, 91.53),
+        (7136.5, 18366.372, 107.615, 84.12, 108.46),
+        (7147.0, 18339.524, 107.458, 84.00, 108.31),
+    ],
+)
+def test_rates_are_those_of_the_published_log(
+    milliseconds: float, tgs: float, samples: float, lm: float, ds: float
+) -> None:
+    """The log rounds the time to 0.1 ms: figures agree to 1e-5, TFLOPS to their last digit."""
+    found = LOG_RUN.rates(milliseconds / 1000)
+    assert found["tokens_per_gpu_per_s"] == pytest.approx(tgs, rel=1e-5)
+    assert found["samples_per_s"] == pytest.approx(samples, rel=1e-4)
+    assert found["tflops_lm"] == pytest.approx(lm, abs=0.011)
+    assert found["tflops_ds"] == pytest.approx(ds, abs=0.011)
+    assert found["mfu"] == pytest.approx(lm / 298.2, rel=1e-3)
+    assert found["tflops_causal"] < found["tflops_lm"]
+
+
+def test_per_device_rates_are_the_global_ones_divided() -> None:
+    found = SMALL.rates(0.5)
+    assert found["samples_per_s"] == 8
+    assert found["tokens_per_s"] == 64
+    assert found["tokens_per_gpu_per_s"] == 32
+    assert found["tflops_lm"] == pytest.approx(32 * 1e9 / 1e12)
+    assert found["mfu"] is None
+
+
+def test_a_step_record_has_the_contracted_fields(clock: Clock) -> None:
+    meter = make(clock)
+    clock.now += 0.5
+    meter.step(2.5, 1.25, 4.0)
+    record = meter.record(STATE, 1e-3, {"code": 2.0})
+    assert record == {
+        "event": "step",
+        "iteration": 5,
+        "train_iters": 100,
+        "time": 7.0,
+        "consumed_samples": 20,
+        "consumed_tokens": 160,
+        "learning_rate": 1e-3,
+        "global_batch_size": 4,
+        "seq_length": 8,
+        "world_size": 2,
+        "data_parallel": 2,
+        "skipped_iterations": 0,
+        "nan_iterations": 0,
+        "steps": 1,
+        "loss": 2.5,
+        "grad_norm": 1.25,
+        "loss_scale": 4.0,
+        **SMALL.rates(0.5),
+        "memory_max_gib": 1.5,
+        "corpus_loss": {"code": 2.0},
+    }
+
+
+def test_skipped_steps_and_what_is_off_the_clock_change_no_rate(clock: Clock) -> None:
+    meter = make(clock)
+    for loss in (1.0, 2.0, 6.0):
+        clock.now += 2.0
+        meter.step(loss, loss)
+        with meter.off_the_clock():
+            clock.now += 50.0
+            meter.skip()
+    record = meter.record(STATE, 1e-3)
+    assert record["elapsed_s"] == pytest.approx(2.0)
+    assert record["loss"] == 3.0
+    assert record["grad_norm"] == 6.0
+    assert record["steps"] == 3
+    assert record["skipped_iterations"] == 3
+
+
+def test_an_interval_without_work_has_no_rate_and_no_loss(clock: Clock) -> None:
+    meter = make(clock)
+    meter.skip()
+    record = meter.record(STATE, 1e-3)
+    assert record["event"] == "skip"
+    assert record["skipped_iterations"] == 1
+    assert not {"loss", "grad_norm", "elapsed_s", "tokens_per_s", "tflops_lm"} & record.keys()
+
+
+def test_a_record_starts_the_next_interval(clock: Clock) -> None:
+    meter = make(clock)
+    clock.now += 1.0
+    meter.step(1.0, 1.0)
+    meter.skip()
+    meter.record(STATE, 1e-3)
+    clock.now += 4.0
+    meter.step(5.0, None)
+    record = meter.record(STATE.after(4, 32), 1e-3)
+    assert (record["loss"], record["elapsed_s"], record["grad_norm"]) == (5.0, 4.0, None)
+    assert record["skipped_iterations"] == 0
+
+
+def test_time_off_the_clock_counts_when_it_ends_in_an_error(clock: Clock) -> None:
+    meter = make(clock)
+    with pytest.raises(OSError, match="full"), meter.off_the_clock():
+        clock.now += 9.0
+        raise OSError("disk full")
+    clock.now += 1.0
+    meter.step(1.0, 1.0)
+    assert meter.record(STATE, 1e-3)["elapsed_s"] == 1.0
+
+
+def test_an_overflow_is_work_without_an_update(clock: Clock) -> None:
+    meter = make(clock)
+    clock.now += 2.0
+    meter.step(1.0, 1.0, 65536.0, updated=False)
+    record = meter.record(STATE, 1e-3)
+    assert (record["event"], record["skipped_iterations"]) == ("step", 1)
+    assert record["elapsed_s"] == 2.0
+
+
+def test_a_nan_is_counted_and_not_averaged_away(clock: Clock) -> None:
+    meter = make(clock)
+    clock.now += 1.0
+    meter.step(math.nan, math.inf)
+    meter.step(1.0, 1.0)
+    record = meter.record(STATE, 1e-3)
+    assert math.isnan(record["loss"])
+    assert record["nan_iterations"] == 1
+
+
+class Counting:
+    """A loss that counts how often it is fetched."""
+
+    fetched = 0
+
+    def __float__(self) -> float:
+        Counting.fetched += 1
+        return 1.0
+
+
+def test_losses_are_fetched_at_log_time_only(clock: Clock) -> None:
+    meter = make(clock)
+    clock.now += 1.0
+    for _ in range(3):
+        meter.step(Counting(), Counting())
+    assert Counting.fetched == 0
+    meter.record(STATE, 1e-3)
+    assert Counting.fetched == 4  # three losses, the last norm
+
+
+def test_tensors_become_plain_floats(clock: Clock) -> None:
+    meter = make(clock)
+    clock.now += 1.0
+    meter.step(torch.tensor(2.0, dtype=torch.bfloat16), torch.tensor(3.0))
+    record = meter.record(STATE, 1e-3)
+    assert type(record["loss"]) is float
+    assert type(record["grad_norm"]) is float
+
+
+def test_the_device_is_waited_for_before_the_clock_is_read(clock: Clock) -> None:
+    """Work that is queued when a pause or an interval ends belongs to the steps before it."""
+
+    def synchronize() -> None:
+        clock.now += sum(queued)
+        queued.clear()
+
+    queued: list[float] = []
+    meter = make(clock, synchronize=synchronize)
+    meter.step(1.0, 1.0)
+    queued.append(3.0)
+    with meter.off_the_clock():
+        clock.now += 100.0
+        queued.append(10.0)  # queued by what is off the clock: not the step's
+    meter.step(1.0, 1.0)
+    queued.append(1.0)
+    assert meter.record(STATE, 1e-3)["elapsed_s"] == pytest.approx((3.0 + 1.0) / 2)
+
+
+def test_more_devices_at_equal_speed_halve_the_per_device_rate() -> None:
+    double = dataclasses.replace(SMALL, world_size=4)
+    assert double.rates(1.0)["tokens_per_s"] == SMALL.rates(1.0)["tokens_per_s"]
+    assert double.rates(1.0)["tflops_lm"] == SMALL.rates(1.0)["tflops_lm"] / 2
+
+
+def test_what_the_engine_measures_is_asked_for_by_every_record(clock: Clock) -> None:
+    """It may be a collective, which no rank may leave out; a record without work has none of it."""
+    asked: list[int] = []
+
+    def measured() -> dict[str, float]:
+        asked.append(1)
+        return {"pipeline_bubble": 0.25}
+
+    meter = make(clock, measured=measured)
+    meter.skip()
+    assert "pipeline_bubble" not in meter.record(RunState(iteration=1), 0.1)
+    meter.step(1.0, 1.0)
+    clock.now += 1
+    assert meter.record(RunState(iteration=2), 0.1)["pipeline_bubble"] == 0.25
+    assert len(asked) == 2

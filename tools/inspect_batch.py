@@ -1,0 +1,166 @@
+#!/usr/bin/env python3
+"""Explains a step of a run: each sample's corpus, file, documents and text. Needs no accelerator.
+
+    python3 tools/inspect_batch.py --run RUN --step 120 [--rank 3] [--decode] [--json]
+    python3 tools/inspect_batch.py --run RUN --step 120 --loss RUN/checkpoints/step-00000100
+    python3 tools/inspect_batch.py --run RUN --find-document data/books_text_document:17
+
+RUN is a run's folder. Exit status: 0, 2 for a wrong setting, 3 for wrong data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, not installed
+
+import torch
+
+from megatron.config.errors import ConfigError, DataError
+from megatron.config.schema import RunConfig
+from megatron.data.loader import StepPlan
+from megatron.data.tokenizer import Tokenizer
+from megatron.parallel.layout import Layout
+from megatron.training.explain import ExplainedSample, RunHistory
+
+_SHOWN_TOKENS = 16
+_SHOWN_TEXT = 400
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit status."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        history = RunHistory(options.run)
+        if options.find_document is not None:
+            _say_uses(history, options.find_document, options.json)
+        elif options.step is None:
+            raise ConfigError("give --step N or --find-document FILE:NUMBER")
+        else:
+            _say_step(history, options)
+    except (ConfigError, DataError) as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return error.exit_status
+    return 0
+
+
+def _say_step(history: RunHistory, options: argparse.Namespace) -> None:
+    whole = history.samples(options.step)
+    numbers = list(whole)
+    if options.rank is not None:
+        numbers = _samples_of_rank(history.run, whole, options.rank)
+    samples = [history.explain(number) for number in numbers]
+    losses: list[float] | None = None
+    if options.loss is not None:
+        from megatron.training.sample_loss import SampleLosses  # imports what trains
+
+        model = SampleLosses(options.loss)
+        losses = model.losses([torch.from_numpy(sample.tokens) for sample in samples])
+        order = sorted(range(len(samples)), key=lambda place: -losses[place])
+        samples, losses = [samples[i] for i in order], [losses[i] for i in order]
+    tokenizer = history.tokenizer() if options.decode else None
+    rows = [
+        _row(sample, tokenizer, None if losses is None else losses[place])
+        for place, sample in enumerate(samples)
+    ]
+    if options.json:
+        step = {"step": options.step, "first_sample": whole.start, "samples": rows}
+        print(json.dumps(step, indent=1))
+        return
+    print(f"step {options.step}: samples {whole.start:,} to {whole.stop - 1:,}")
+    for row in rows:
+        _say_sample(row)
+
+
+def _samples_of_rank(run: RunConfig, whole: range, rank: int) -> list[int]:
+    """Samples of a step that a rank reads, in its order, as run.json lays the ranks out."""
+    cut, train = run.parallel, run.train
+    layout = Layout(
+        tp=cut.tensor_parallel, pp=cut.pipeline_parallel, dp=run.data_parallel,
+        sp=cut.sequence_parallel,
+    )  # fmt: skip
+    if not 0 <= rank < layout.world:
+        raise ConfigError(f"--rank {rank}: the run has ranks 0 to {layout.world - 1}")
+    if len(whole) != train.global_batch_size:
+        raise ConfigError(
+            f"--rank: the step had {len(whole)} samples, but run.json lays out "
+            f"{train.global_batch_size}; leave --rank out"
+        )
+    place = layout.coordinates(rank)
+    gas = train.gradient_accumulation_steps
+    plan = StepPlan(len(whole), train.micro_batch_size, gas, place.dp, layout.dp)
+    return [k for number in range(gas) for k in plan.micro_batch(whole.start, number)]
+
+
+def _row(
+    sample: ExplainedSample, tokenizer: Tokenizer | None, loss: float | None
+) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "sample": sample.sample,
+        "corpus": sample.corpus,
+        "file": sample.file,
+        "epoch": sample.epoch,
+        "index": sample.index,
+        "documents": [part._asdict() for part in sample.parts],
+        "tokens": sample.tokens.tolist(),
+    }
+    if loss is not None:
+        row["loss"] = loss
+    if tokenizer is not None:
+        row["text"] = tokenizer.decode(row["tokens"])
+    return row
+
+
+def _say_sample(row: dict[str, Any]) -> None:
+    loss = f"  loss {row['loss']:.6f}" if "loss" in row else ""
+    print(f"\nsample {row['sample']:,}  {row['corpus']}  {row['file']}  epoch {row['epoch']}{loss}")
+    parts = row["documents"]
+    shown = [f"{p['document']}[{p['offset']}:{p['offset'] + p['length']}]" for p in parts[:12]]
+    more = f" and {len(parts) - 12} more" if len(parts) > 12 else ""
+    print(f"  documents {' '.join(shown)}{more}")
+    head = " ".join(map(str, row["tokens"][:_SHOWN_TOKENS]))
+    print(f"  tokens {head} ... ({len(row['tokens'])})")
+    if "text" in row:
+        text = row["text"]
+        print(f"  text {text[:_SHOWN_TEXT]!r}{' ...' if len(text) > _SHOWN_TEXT else ''}")
+
+
+def _say_uses(history: RunHistory, wanted: str, as_json: bool) -> None:
+    prefix, colon, number = wanted.rpartition(":")
+    if not colon or not number.isdigit():
+        raise ConfigError(f"--find-document {wanted}: give FILE:NUMBER, e.g. data/books:17")
+    uses = [
+        {"step": step, "sample": sample, "epoch": epoch}
+        for step, sample, epoch in history.find_document(prefix, int(number))
+    ]
+    if as_json:
+        print(json.dumps(uses, indent=1))
+        return
+    for use in uses:
+        print("step {step:,}  sample {sample:,}  epoch {epoch}".format(**use))
+    print(f"{len(uses)} sample(s) hold tokens of document {number} of {prefix}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--run", type=Path, required=True, help="the run's folder")
+    add("--step", type=int, help="the step to explain, as the log numbers it")
+    add("--rank", type=int, help="only the samples that this rank reads")
+    add("--decode", action="store_true", help="also as text")
+    add("--json", action="store_true", help="everything, as JSON")
+    add("--loss", type=Path, metavar="CHECKPOINT", help="rank the samples by their loss under it")
+    add("--find-document", metavar="FILE:NUMBER", help="at which steps a document is read")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+#!/usr/bin/env python3
+"""What one rank does to start in a world of any size: groups it makes, seconds it takes.
+
+python3 tools/measure_startup.py                                   # the table, in markdown
+python3 tools/measure_startup.py --worlds 96 3072 --layouts 2x8    # TP x PP
+
+One process plays one rank with torch's fake process group: collectives return at once, so what is
+measured is the rank's own work, which on a real machine comes before any waiting for others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+WORLDS = (96, 384, 1536, 3072, 12288)
+LAYOUTS = ("1x1", "2x8", "1x16")
+
+MODEL = {
+    "NLAYERS": "16",
+    "HIDDEN": "256",
+    "HEADS": "8",
+    "NUM_KV_HEAD": "2",
+    "FFN_HIDDEN_SIZE": "704",
+    "SEQ": "32",
+    "VOCAB_SIZE": "4096",
+    "TIE_EMBEDDINGS": "1",  # tied weights need groups of their own
+    "TOKENIZER_TYPE": "NullTokenizer",
+    "DRY_RUN": "1",  # no data is read
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prints the table; with --rank the measurement of that rank, as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--worlds", nargs="+", type=int, default=WORLDS, help="ranks in all")
+    parser.add_argument("--layouts", nargs="+", default=LAYOUTS, help="TP x PP, such as 2x8")
+    parser.add_argument("--zero-stage", default="1", choices=["1", "2", "3"])
+    parser.add_argument("--repeat", type=int, default=3, help="runs of which the fastest counts")
+    parser.add_argument("--rank", type=int, help="measure this rank of the one world and layout")
+    options = parser.parse_args(argv)
+    if options.rank is not None:
+        (world,), (layout,) = options.worlds, options.layouts
+        print(json.dumps(measure(world, layout, options.rank, options.zero_stage)))
+        return 0
+    print("| ranks | TP x PP | rank | groups made | their sizes | CPU seconds |")
+    print("|---|---|---|---|---|---|")
+    for layout in options.layouts:
+        for world in options.worlds:
+            for rank in (0, world - 1):
+                found = [
+                    measured(world, layout, rank, options.zero_stage) for _ in range(options.repeat)
+                ]
+                sizes = found[0]["groups"]
+                seconds = min(one["seconds"] for one in found)
+                print(
+                    f"| {world:,} | {layout} | {rank:,} | {len(sizes)} |"
+                    f" {', '.join(map(str, sizes))} | {seconds:.2f} |",
+                    flush=True,
+                )
+    return 0
+
+
+def measured(world: int, layout: str, rank: int, zero_stage: str = "1") -> dict:
+    """`measure` in a process of its own, as a rank is one."""
+    command = [sys.executable, __file__, "--worlds", str(world), "--layouts", layout]
+    result = subprocess.run(
+        [*command, "--rank", str(rank), "--zero-stage", zero_stage],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        check=False,
+    )
+    if result.returncode:
+        raise RuntimeError(f"rank {rank} of {world}, {layout}:\n{result.stderr}")
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def measure(world: int, layout: str, rank: int, zero_stage: str) -> dict:
+    """Starts as `rank` of `world`, from joining the process group to a built engine.
+
+    Returns:
+        groups: sizes of the process groups made, each a collective of its members; seconds: of
+        this process' CPU, imports not counted.
+    """
+    sys.path.insert(0, str(ROOT))
+    # fake_pg registers the backend "fake".
+    import torch.distributed as dist
+    from torch.distributed import distributed_c10d
+    from torch.testing._internal.distributed import fake_pg  # noqa: F401
+
+    from megatron.config.resolve import resolve
+    from megatron.config.site import Site
+    from megatron.engine import start_distributed
+    from megatron.parallel.groups import make_groups
+    from megatron.training.build import build_engine, layout_of
+    from megatron.training.device import detect
+
+    tp, pp = layout.split("x")
+    variables = {"WORLD_SIZE": str(world), "TP": tp, "PP": pp, "ZERO_STAGE": zero_stage}
+    run = resolve({**MODEL, **variables}, [], Site()).run
+    groups_made: list[int] = []
+    original = distributed_c10d._new_group_with_tag
+
+    def noted(ranks: Sequence[int] | None = None, *args: object, **kwargs: object) -> object:
+        groups_made.append(world if ranks is None else len(ranks))
+        return original(ranks, *args, **kwargs)
+
+    distributed_c10d._new_group_with_tag = noted
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    dist.init_process_group("fake", store=dist.HashStore(), rank=rank, world_size=world)
+    start = time.process_time()
+    start_distributed("gloo", rank, world, 0, "", 60)
+    build_engine(run, make_groups(layout_of(run)), detect(0, run.train.dtype))
+    return {"groups": groups_made, "seconds": time.process_time() - start}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,446 @@
+#!/usr/bin/env python3
+"""Turn JSON lines, Parquet and plain text into Megatron's `.bin/.idx` pairs.
+
+Writes `<output-prefix>_<key>_document.{bin,idx,tokenizer.json}`, one pair a JSON key. A `.txt` file
+is one document. Memory stays constant, documents keep their order for any number of workers, and an
+interrupted run goes on where it was when the same command is given again.
+Exit status: 0 done, 2 a setting is wrong, 3 the data is wrong, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import glob
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, not installed
+
+from megatron.config.errors import ConfigError, DataError
+from megatron.data import text_input
+from megatron.data.fingerprint import write_note
+from megatron.data.indexed import token_dtype
+from megatron.data.shards import ShardedWriter
+from megatron.data.text_input import SUFFIXES, Bad, Unit
+from megatron.data.tokenizer import (
+    TOKENIZERS,
+    CharTokenizer,
+    HFTokenizer,
+    LoadedTokenizer,
+    Tokenizer,
+    build_tokenizer,
+)
+from megatron.data.words import WordEncoder
+
+UNITS_A_WORKER = 3  # in flight; bounds memory and disk when the writer is the slow one
+BATCH_DOCUMENTS = 256  # tokenised at a time
+SHOWN_BAD_LINES = 10
+SAVE_SECONDS = 10.0  # between two notes of how far the work is
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a worker must know; small, since it travels with every unit."""
+
+    tokenizer_type: str
+    tokenizer_model: str | None
+    vocab_size: int | None
+    keys: tuple[str, ...]
+    append_eod: bool
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A tokenised unit, whose tokens are in its shards.
+
+    Attributes:
+        unit: without its data.
+        lengths: tokens of each document, for each key.
+        documents: that ended in it.
+        lines: it took, bad ones included.
+        bad: lines that were left out.
+    """
+
+    unit: Unit
+    lengths: list[npt.NDArray[np.int64]]
+    documents: int
+    lines: int
+    bad: list[Bad]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse, read, tokenise, write; returns the exit status."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        paths = _input_files(options.input, options.json_keys)
+        model = _tokenizer_model(options, paths)
+        recipe = Recipe(
+            options.tokenizer_type,
+            model,
+            options.vocab_size,
+            tuple(options.json_keys),
+            options.append_eod,
+        )
+        preprocess(
+            paths,
+            options.output_prefix,
+            recipe,
+            options.workers,
+            options.max_bad_lines,
+            options.log_interval,
+        )
+    except (ConfigError, DataError) as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted: the same command goes on from here", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def preprocess(
+    paths: Sequence[str],
+    output_prefix: str,
+    recipe: Recipe,
+    workers: int = 1,
+    max_bad_lines: int = 100,
+    log_interval: float = 5.0,
+) -> None:
+    """Tokenise files into one pair a key; no pair appears unless all of them are complete.
+
+    Raises:
+        DataError: too many bad lines, no document at all, or text that is no UTF-8.
+        ConfigError: the tokenizer cannot be loaded or the output cannot be written.
+    """
+    tokenizer = _encoder(recipe)[0]  # its errors come before any process is started
+    prefixes = [f"{output_prefix}_{key}_document" for key in recipe.keys]
+    folder = Path(f"{output_prefix}.partial")
+    try:
+        task = _task(paths, recipe, tokenizer)
+        writer = ShardedWriter(prefixes, token_dtype(tokenizer.vocab_size), folder, task)
+        progress = Progress(paths, writer, log_interval)
+        try:
+            _write_all(paths, recipe, workers, writer, progress, max_bad_lines)
+            writer.commit()
+            for prefix in prefixes:
+                write_note(prefix, tokenizer, recipe.append_eod)
+            writer.abandon()
+        except DataError:
+            writer.abandon()  # other input is another task
+            raise
+        finally:
+            writer.close()
+    except OSError as error:
+        raise ConfigError(
+            f"--output-prefix {output_prefix} cannot be written ({error}); what was done is kept "
+            f"in {folder}"
+        ) from error
+    progress.finish(prefixes)
+
+
+def _write_all(
+    paths: Sequence[str],
+    recipe: Recipe,
+    workers: int,
+    writer: ShardedWriter,
+    progress: Progress,
+    max_bad_lines: int,
+) -> None:
+    """Append every unit that is not yet written, in order."""
+    first = progress.units
+    units = enumerate(text_input.units(paths, recipe.keys))
+    saved = time.monotonic()
+    for number, encoded in _encode_all(islice(units, first, None), recipe, workers, writer):
+        writer.append(number, encoded.lengths, encoded.unit.ends_document)
+        messages = progress.add(encoded)
+        for message in messages[: max(SHOWN_BAD_LINES - progress.bad + len(messages), 0)]:
+            print(f"bad line: {message}", file=sys.stderr)
+        if progress.bad > max_bad_lines:
+            raise DataError(
+                f"{progress.bad} bad lines, more than --max-bad-lines {max_bad_lines}; the last: "
+                f"{messages[-1]}; correct the input or raise the limit"
+            )
+        if time.monotonic() - saved >= SAVE_SECONDS:
+            saved = time.monotonic()
+            writer.save(progress.counters())
+    writer.save(progress.counters())
+    if not writer.tokens:
+        raise DataError(f"no document with text in {len(paths)} file(s); are --json-keys right?")
+
+
+class Progress:
+    """Counts what was written; says it, with rates and the time left, every few seconds."""
+
+    def __init__(self, paths: Sequence[str], writer: ShardedWriter, interval: float) -> None:
+        """Begin to count, or go on from what the writer has noted; `interval` in seconds."""
+        self._writer = writer
+        self._interval = interval
+        self._started = self._said = time.monotonic()
+        self._total_bytes = sum(os.path.getsize(path) for path in paths)
+        known = writer.progress
+        self.units = int(known.get("units", 0))
+        self.bad = int(known.get("bad", 0))
+        self._documents = int(known.get("documents", 0))
+        self._bytes = int(known.get("bytes", 0))
+        self._path, self._lines = known.get("lines", ["", 0])
+        self._before = (self._documents, writer.tokens, self._bytes)
+        if self.units:
+            print(f"going on after {self.units} units, {self._documents:,} documents",
+                  file=sys.stderr)  # fmt: skip
+
+    def add(self, encoded: Encoded) -> list[str]:
+        """Count a unit that was written; returns its bad lines, with file and line."""
+        unit = encoded.unit
+        if unit.path != self._path:
+            self._path, self._lines = unit.path, 0
+        messages = [
+            f"{unit.path}:{self._lines + bad.line + 1}: {bad.reason}" for bad in encoded.bad
+        ]
+        self._lines += encoded.lines
+        self.units += 1
+        self.bad += len(encoded.bad)
+        self._documents += encoded.documents
+        self._bytes += unit.input_bytes
+        now = time.monotonic()
+        if now - self._said >= self._interval:
+            self._said = now
+            print(self._line(), file=sys.stderr, flush=True)
+        return messages
+
+    def counters(self) -> dict[str, Any]:
+        """What a later start needs to go on."""
+        return {
+            "units": self.units,
+            "bad": self.bad,
+            "documents": self._documents,
+            "bytes": self._bytes,
+            "lines": [self._path, self._lines],
+        }
+
+    def finish(self, prefixes: Sequence[str]) -> None:
+        """Say what was written."""
+        print(f"{self._line()}; wrote {', '.join(prefixes)}", file=sys.stderr, flush=True)
+
+    def _line(self) -> str:
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        documents, tokens, read = self._before
+        tokens_now = self._writer.tokens
+        share = self._bytes / max(self._total_bytes, 1)
+        rate = (self._bytes - read) / seconds
+        left = (self._total_bytes - self._bytes) / rate if rate else float("inf")
+        return (
+            f"{share:.1%}: {self._documents:,} documents, {tokens_now:,} tokens in {seconds:.1f} s"
+            f": {(self._documents - documents) / seconds:,.0f} documents/s, "
+            f"{(tokens_now - tokens) / seconds:,.0f} tokens/s, {left:,.0f} s left"
+            + (f", {self.bad} bad lines left out" if self.bad else "")
+        )
+
+
+def _task(paths: Sequence[str], recipe: Recipe, tokenizer: Tokenizer) -> dict[str, Any]:
+    """All that decides the output."""
+    files = [(str(Path(path).absolute()), os.stat(path)) for path in paths]
+    return {
+        "inputs": [[path, stat.st_size, stat.st_mtime_ns] for path, stat in files],
+        "keys": recipe.keys,
+        "append_eod": recipe.append_eod,
+        "tokenizer": tokenizer.fingerprint(),
+        "units": [text_input.UNIT_BYTES, text_input.PIECE_CHARACTERS],
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Turn JSON lines, Parquet and plain text into .bin/.idx pairs."
+    )
+    add = parser.add_argument
+    add(
+        "--input",
+        nargs="+",
+        required=True,
+        help="files or globs: .jsonl and .json (a document a line), these as .gz or .zst, "
+        ".parquet, .txt",
+    )
+    add(
+        "--json-keys",
+        nargs="+",
+        default=["text"],
+        help="keys to take, one pair each (default: text)",
+    )
+    add("--tokenizer-type", required=True, choices=sorted(TOKENIZERS), help="kind of tokenizer")
+    add(
+        "--tokenizer-model",
+        help="name or path; CharTokenizer without one makes its alphabet from the input",
+    )
+    add("--vocab-file", help="GPT2BPETokenizer: vocab.json")
+    add("--merge-file", help="GPT2BPETokenizer: merges.txt")
+    add("--vocab-size", type=int, help="NullTokenizer: number of ids, end of document included")
+    add("--append-eod", action="store_true", help="end each document with the end-of-document id")
+    add("--output-prefix", required=True, help="writes <prefix>_<key>_document.bin and .idx")
+    add("--workers", type=_positive, default=1, help="processes that tokenise (default: 1)")
+    add("--max-bad-lines", type=int, default=100, help="more unusable lines than this: status 3")
+    add("--log-interval", type=float, default=5.0, help="seconds between lines of progress")
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not 1 or more")
+    return number
+
+
+def _input_files(patterns: Sequence[str], keys: Sequence[str]) -> list[str]:
+    """Files of the patterns, in the order given, those of a glob sorted."""
+    paths: list[str] = []
+    for pattern in patterns:
+        found = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
+        if not found:
+            raise ConfigError(f"--input {pattern}: no such file")
+        paths += found
+    for path in paths:
+        if not path.endswith(SUFFIXES):
+            known = ", ".join(SUFFIXES)
+            raise ConfigError(f"--input {path}: unknown kind of file; known: {known}")
+        if path.endswith(".txt") and len(keys) != 1:
+            raise ConfigError(
+                f"--input {path}: plain text has no keys, but --json-keys names {len(keys)}"
+            )
+    if len(set(keys)) != len(keys):
+        raise ConfigError(f"--json-keys {' '.join(keys)}: a key is named twice")
+    return paths
+
+
+def _tokenizer_model(options: argparse.Namespace, paths: Sequence[str]) -> str | None:
+    """TOKENIZER_MODEL, from whichever flag gave it; an alphabet is made where none is given."""
+    if (options.vocab_file is None) != (options.merge_file is None):
+        raise ConfigError("--vocab-file and --merge-file go together")
+    if options.vocab_file is not None:
+        if options.tokenizer_type != "GPT2BPETokenizer" or options.tokenizer_model is not None:
+            raise ConfigError(
+                "--vocab-file and --merge-file are for GPT2BPETokenizer without --tokenizer-model"
+            )
+        return f"{options.vocab_file},{options.merge_file}"
+    if options.tokenizer_type == "CharTokenizer" and options.tokenizer_model is None:
+        path = f"{options.output_prefix}_alphabet.json"
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        characters: set[str] = set()
+        for unit in text_input.units(paths, options.json_keys):
+            for texts in text_input.texts(unit, options.json_keys).by_key.values():
+                characters.update(*texts)
+        CharTokenizer.write_alphabet(characters, path)
+        print(f"alphabet of {len(characters)} characters: {path}", file=sys.stderr)
+        return path
+    model: str | None = options.tokenizer_model
+    return model
+
+
+def _encode_all(
+    units: Iterable[tuple[int, Unit]], recipe: Recipe, workers: int, writer: ShardedWriter
+) -> Iterator[tuple[int, Encoded]]:
+    """Number and result of each unit, in order; its shards are written then."""
+    keys = range(len(recipe.keys))
+    shards = functools.partial(_shards, writer, keys)
+    if workers == 1:
+        for number, unit in units:
+            yield number, encode_unit(unit, recipe, shards(number))
+        return
+    # Spawned, not forked: the tokenizers library's threads do not survive a fork.
+    loaded = _loaded(recipe)
+    context = get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _start_worker, (recipe, loaded)) as pool:
+        waiting: deque[tuple[int, Future[Encoded]]] = deque()
+        try:
+            for number, unit in units:
+                future = pool.submit(encode_unit, unit, recipe, shards(number))
+                waiting.append((number, future))
+                if len(waiting) > UNITS_A_WORKER * workers:
+                    number, future = waiting.popleft()
+                    yield number, future.result()
+            while waiting:
+                number, future = waiting.popleft()
+                yield number, future.result()
+        finally:
+            for _, future in waiting:
+                future.cancel()
+
+
+def _shards(writer: ShardedWriter, keys: range, number: int) -> list[str]:
+    return [str(writer.shard_path(number, key)) for key in keys]
+
+
+Loaded = tuple[str, int, int]  # definition, vocabulary and end of document of an HFTokenizer
+
+
+def _loaded(recipe: Recipe) -> Loaded | None:
+    """What spares the workers the import of transformers."""
+    tokenizer = _encoder(recipe)[0]
+    if not isinstance(tokenizer, HFTokenizer):
+        return None
+    return tokenizer.definition(), tokenizer.vocab_size, tokenizer.eod
+
+
+def _start_worker(recipe: Recipe, loaded: Loaded | None) -> None:
+    # A process a core is the parallelism; threads inside each would only get in each other's way.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if loaded is not None:
+        tokenizer = LoadedTokenizer(*loaded)
+        _ENCODERS[recipe] = tokenizer, WordEncoder(tokenizer, token_dtype(tokenizer.vocab_size))
+
+
+_ENCODERS: dict[Recipe, tuple[Tokenizer, WordEncoder]] = {}
+
+
+def _encoder(recipe: Recipe) -> tuple[Tokenizer, WordEncoder]:
+    """The tokenizer, loaded once a process."""
+    if recipe not in _ENCODERS:
+        tokenizer = build_tokenizer(
+            recipe.tokenizer_type, recipe.tokenizer_model, recipe.vocab_size
+        )
+        _ENCODERS[recipe] = tokenizer, WordEncoder(tokenizer, token_dtype(tokenizer.vocab_size))
+    return _ENCODERS[recipe]
+
+
+def encode_unit(unit: Unit, recipe: Recipe, shards: Sequence[str]) -> Encoded:
+    """Write the tokens of a unit to its shards; the end-of-document id counts as a token."""
+    tokenizer, encoder = _encoder(recipe)
+    dtype = token_dtype(tokenizer.vocab_size)
+    found = text_input.texts(unit, recipe.keys)
+    ends = recipe.append_eod and unit.ends_document
+    end = np.array([tokenizer.eod], dtype).tobytes() if ends else b""
+    lengths = []
+    for key, shard in zip(recipe.keys, shards, strict=True):
+        documents = found.by_key[key]
+        sizes: list[int] = []
+        with open(shard, "wb") as file:
+            for first in range(0, len(documents), BATCH_DOCUMENTS):
+                pieces = [
+                    text_input.split_text(t) for t in documents[first : first + BATCH_DOCUMENTS]
+                ]
+                ids = iter(encoder.encode([piece for parts in pieces for piece in parts]))
+                for parts in pieces:
+                    document = b"".join([*islice(ids, len(parts)), end])
+                    file.write(document)
+                    sizes.append(len(document) // dtype.itemsize)
+        lengths.append(np.array(sizes, dtype=np.int64))
+    done = Unit(**{**asdict(unit), "data": b""})
+    count = len(lengths[0]) if unit.ends_document else 0
+    return Encoded(done, lengths, count, found.lines, found.bad)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
