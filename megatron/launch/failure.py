@@ -15,6 +15,12 @@ from dataclasses import dataclass, field
 TRACEBACK = "Traceback (most recent call last):"
 SHOWN_LINES = 30
 
+# No peer's failure ends a process so. Its connections close as it dies, before its memory is
+# given back and its end can be seen: by then the tracebacks of its peers may have been printed.
+_NO_CONSEQUENCE = {
+    128 + int(number) for number in (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL)
+}
+
 # torch.distributed writes its rank before every line of a traceback.
 _RANK = re.compile(r"\[rank\d+\]: ")
 
@@ -29,7 +35,7 @@ class Ended:
     Attributes:
         status: exit status; 128 + n where signal n killed it.
         at: when, seconds of a monotonic clock.
-        stopped: it was killed by us, because of another or because we were told to.
+        stopped: a signal of ours ended it, sent because of another or because we were told to.
         traceback_at: when it printed its last traceback; None: never.
         errors: its last lines on standard error, else on standard output.
     """
@@ -44,14 +50,16 @@ class Ended:
 def first_failure(ended: Sequence[Ended]) -> int | None:
     """Index of the process that failed first; None where none did.
 
-    A traceback is older than the exit that follows it, which can take a second; a process that was
-    killed has none, so its end counts.
+    A traceback is older than the exit that follows it, which can take a second. One that was killed
+    without a traceback of its own, and not by us, goes before all that printed one.
     """
     seen = {index: _first_sign(end) for index, end in enumerate(ended) if end.status}
     return min(seen, key=lambda index: seen[index], default=None)
 
 
 def _first_sign(end: Ended) -> tuple[float, float]:
+    if end.status in _NO_CONSEQUENCE and end.traceback_at is None and not end.stopped:
+        return -math.inf, end.at
     signs = [end.traceback_at if end.traceback_at is not None else math.inf]
     if not end.stopped:
         signs.append(end.at)

@@ -90,25 +90,25 @@ class _Running:
         self.out = _Stream(self.process.stdout, False, output)
         self.err = _Stream(self.process.stderr, True, output)
         self.ended: Ended | None = None
-        self._asked_to_stop = False
+        self._sent: set[int] = set()
 
     def poll(self) -> bool:
         """Whether it has ended; what it left behind is then ended too."""
         if self.ended is None and (code := self.process.poll()) is not None:
-            stopped = self._asked_to_stop and code in (-signal.SIGTERM, -signal.SIGKILL)
-            self.ended = Ended(code if code >= 0 else 128 - code, time.monotonic(), stopped)
+            status = code if code >= 0 else 128 - code
+            self.ended = Ended(status, time.monotonic(), stopped=-code in self._sent)
             self.kill()
         return self.ended is not None
 
     def terminate(self) -> None:
         """Ask it to stop."""
-        self._asked_to_stop = True
         if not self.poll():
+            self._sent.add(signal.SIGTERM)
             self.process.terminate()
 
     def kill(self) -> None:
         """End it and all processes that it started."""
-        self._asked_to_stop = True
+        self._sent.add(signal.SIGKILL)
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
 

@@ -96,9 +96,7 @@ def test_a_changed_state(tmp_path):
     assert [(s.samples, s.record) for s in fresh.data] == [(0, before)]
     later = RunState(5, 50, 400, data=fresh.data)
     assert continue_data(later, before, False, "runs/a") == later
-    with pytest.raises(
-        DataError, match=r"runs/a was (.|\n)*- file code/part0(.|\n)*--allow"
-    ):
+    with pytest.raises(DataError, match=r"runs/a was (.|\n)*- file code/part0(.|\n)*--allow"):
         continue_data(later, now, False, "runs/a")
     changed = continue_data(later, now, True, "runs/a")
     assert [(s.iteration, s.samples, s.tokens) for s in changed.data] == [(0, 0, 0), (5, 50, 400)]

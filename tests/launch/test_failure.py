@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+
+import pytest
+
 from megatron.launch.failure import Ended, first_failure, reason, status_text
 
 
@@ -18,6 +22,15 @@ def test_the_oldest_traceback_beats_the_earliest_exit() -> None:
 
 def test_a_killed_process_beats_tracebacks_after_it() -> None:
     assert first_failure([Ended(1, 12.0, traceback_at=11.5), Ended(137, 11.0)]) == 1
+
+
+@pytest.mark.parametrize("killed_by", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_killed_process_beats_tracebacks_that_were_seen_before_its_end(killed_by: int) -> None:
+    """The kernel closes its connections first and takes its time with the rest."""
+    peer = Ended(1, 12.0, traceback_at=10.8)
+    assert first_failure([peer, Ended(128 + killed_by, 11.0)]) == 1
+    assert first_failure([peer, Ended(128 + killed_by, 11.0, stopped=True)]) == 0
+    assert first_failure([peer, Ended(128 + killed_by, 11.0, traceback_at=10.9)]) == 0
 
 
 def test_those_that_we_stopped_come_last() -> None:
