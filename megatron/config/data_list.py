@@ -23,7 +23,12 @@ TOKEN_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
 class DataSource(NamedTuple):
-    """One line of a list; `max_epochs` is its corpus' limit, None for no limit."""
+    """One line of a list.
+
+    Attributes:
+        weight: share in the mix, 0 or above; a line of weight 0 is checked but never read.
+        max_epochs: limit of its corpus; None for no limit.
+    """
 
     weight: float
     prefix: str
@@ -67,6 +72,8 @@ def parse_data_list(path: str | Path, name: str = "DATA_FILE_LIST") -> tuple[Dat
             f"{name}={path} has no data line; write `weight prefix corpus`, e.g. `1.0 data/books "
             "books`"
         )
+    if not any(source.weight for source in sources):
+        raise DataError(f"{name}={path}: every line has weight 0; give one a weight above 0")
     limits: dict[str, float] = {}
     corpora = {source.corpus for source in sources}
     for number, words in lines:
@@ -179,9 +186,7 @@ def _source(words: list[str], where: str, number: int) -> DataSource:
         raise DataError(
             f"{where}: weight {words[0]!r} is not a number; write `weight prefix corpus`"
         ) from None
-    if not (math.isfinite(weight) and weight > 0):
-        raise DataError(
-            f"{where}: weight {words[0]} is not above 0; put # before a line that is not wanted"
-        )
+    if not (math.isfinite(weight) and weight >= 0):
+        raise DataError(f"{where}: weight {words[0]} must be 0 (never read) or above")
     prefix = words[1].partition(".bin")[0]
     return DataSource(weight, prefix, words[2] if len(words) == 3 else DEFAULT_CORPUS, number)

@@ -169,7 +169,10 @@ def fill(weights: Sequence[float], limits: Sequence[float], amount: float) -> li
     """
     parts = list(limits)
     left, weight = amount, sum(weights)
-    for place in sorted(range(len(weights)), key=lambda place: limits[place] / weights[place]):
+    reached_at = [
+        limit / share if share else _INFINITE for limit, share in zip(limits, weights, strict=True)
+    ]
+    for place in sorted(range(len(weights)), key=reached_at.__getitem__):
         parts[place] = min(limits[place], left * weights[place] / weight) if weight > 0 else 0.0
         left -= parts[place]
         weight -= weights[place]

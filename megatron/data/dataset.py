@@ -182,11 +182,10 @@ def _open_files(
     files: list[_File] = []
     seen: Counter[str] = Counter()
     for entry in entries:
-        if not 0 < entry.weight < float("inf"):
-            raise DataError(
-                f"{entry.prefix}: weight {entry.weight}: must be above 0; remove the line to leave "
-                "it out"
-            )
+        if not 0 <= entry.weight < float("inf"):
+            raise DataError(f"{entry.prefix}: weight {entry.weight}: must be 0 or above")
+        if entry.weight == 0:
+            continue
         header = headers.get(entry.prefix) or read_header(entry.prefix)
         # Neither folder nor line number: data may move and lists may grow without reshuffling every
         # file. A file listed twice gets two orders.
@@ -196,7 +195,7 @@ def _open_files(
         shares = split_ranges(num_samples(header.tokens, seq_length), splits)
         files.append(_File(entry, header, identity, shares))
     if not files:
-        raise DataError("DATA_FILE_LIST names no file")
+        raise DataError("DATA_FILE_LIST names no file with a weight above 0")
     return files
 
 

@@ -30,19 +30,25 @@ def test_lines(tmp_path):
     ("text", "word"),
     [
         ("", "no data line"), ("# only this\n", "no data line"), ("/data/a\n", ":1: 1 words"),
-        ("1 a b c\n", ":1: 4 words"), ("1 a\nx b\n", ":2: weight 'x'"), ("0 a\n", "not above 0"),
+        ("1 a b c\n", ":1: 4 words"), ("1 a\nx b\n", ":2: weight 'x'"),
+        ("0 a\n0.0 b\n", "every line has weight 0"),
         ("1 a b\ncorpus c max_epochs=2\n", ":2: no line has the corpus c; there are: b"),
         ("1 a b\ncorpus b max_epochs=0\n", ":2: .*above 0"),
         ("1 a b\ncorpus b epochs=2\n", ":2: .*max_epochs=NUMBER"),
         ("1 a b\ncorpus b max_epochs=2\ncorpus b max_epochs=3\n", ":3: .*two limits"),
         ("1 a b\nstage 2T c.txt\n", ":2: a stage stands in a list of `stage` lines alone"),
-        ("-1 a\n", "not above 0"), ("nan a\n", "not above 0"), ("inf a\n", "not above 0"),
+        ("-1 a\n", "0 .* or above"), ("nan a\n", "0 .* or above"), ("inf a\n", "0 .* or above"),
     ],
 )  # fmt: skip
 def test_bad_lines(tmp_path, text, word):
     with pytest.raises(DataError, match=word) as error:
         parse_data_list(_list(tmp_path, text), "MY_LIST")
     assert "MY_LIST" in str(error.value) and "list.txt" in str(error.value)
+
+
+def test_a_line_may_have_weight_zero(tmp_path):
+    sources = parse_data_list(_list(tmp_path, "1 x a\n0.0 y b\n"))
+    assert [(source.weight, source.prefix) for source in sources] == [(1.0, "x"), (0.0, "y")]
 
 
 def test_a_limit_is_its_corpus_files(tmp_path):
@@ -83,6 +89,7 @@ def test_what_a_limited_part_cannot_take_goes_to_the_others():
     assert fill([1, 1, 2], [inf, 10, inf], 100) == pytest.approx([30, 10, 60])
     assert fill([1, 1], [5, 7], 100) == [5, 7]
     assert fill([1, 3], [inf, inf], 8) == [2, 6]
+    assert fill([0, 3, 0], [inf, inf, 5], 8) == [0, 8, 0]
 
 
 def test_epochs_over_stages_and_limits(tmp_path):

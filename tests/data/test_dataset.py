@@ -138,6 +138,15 @@ def test_the_mix_follows_the_weights(entries):
         assert abs(counts[corpus] - quota) < 2
 
 
+def test_a_line_of_weight_zero_is_as_if_taken_out(entries):
+    unwanted = [
+        entry._replace(weight=0.0) if entry.corpus == "code" else entry for entry in entries
+    ]
+    without = [entry for entry in entries if entry.corpus != "code"]
+    order, expected = (build_datasets(e, SEQ, (1, 0, 0)).train for e in (unwanted, without))
+    assert [order.locate(k) for k in range(200)] == [expected.locate(k) for k in range(200)]
+
+
 def test_the_pool_stays_bounded_and_order_does_not_depend_on_it(entries):
     pool = FilePool(capacity=2)
     small = build_datasets(entries, SEQ, pool=pool).train
@@ -174,10 +183,11 @@ def test_what_cannot_train_is_refused(tmp_path):
     short = write_list(tmp_path / "short", {"b": [SEQ]})[0]
     for entries, splits, message in [
         ([_entry(str(tmp_path / "gone"))], (1, 0, 0), "gone"),
-        ([_entry(good.prefix, 0.0)], (1, 0, 0), "weight 0"),
+        ([_entry(good.prefix, 0.0)], (1, 0, 0), "no file with a weight above 0"),
+        ([_entry(good.prefix, -1.0)], (1, 0, 0), "weight -1"),
         ([good, short], (1, 0, 0), "corpus b.*lower SEQ"),
         ([short], (1, 0, 0), "train sample.*lower SEQ"),
-        ([], (1, 0, 0), "names no file"),
+        ([], (1, 0, 0), "no file"),
         ([good], (0, 0, 0), "TRAIN_SPLIT"),
         ([good], (-1, 2, 0), "TRAIN_SPLIT"),
     ]:
