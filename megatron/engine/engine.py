@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Iterator, Sequence
 
 import deepspeed
@@ -49,6 +50,9 @@ class Engine:
         groups: Groups,
         options: EngineOptions,
     ) -> None:
+        # Imported modules live as long as the run: walking them again and again, the collector takes
+        # most of the time in which DeepSpeed makes its tables of thousands of ranks.
+        gc.freeze()
         self.groups = groups
         self.pipelined = groups.layout.pp > 1
         self._loss = loss

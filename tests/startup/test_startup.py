@@ -8,10 +8,8 @@ from tests.spawn import run
 from tools.measure_startup import LAYOUTS, WORLDS, main, measure
 
 ZERO_STAGES = ["1", "3"]
-# The aim is a factor of 2 from 96 to 3,072 ranks, which tools/measure_startup.py prints; a busy
-# host needs room. torch's fake gather copies once a rank of the group, for each of ZeRO-3's
-# parameters.
-GROWTH = {"1": 4.0, "3": 6.0}
+GROWTH = 2.0
+ROUNDS = 4
 QUICK = [("2x8", "1"), ("1x1", "1")]
 CASES = [(layout, stage) for layout in LAYOUTS for stage in ZERO_STAGES]
 CASES = [(layout, stage) for layout, stage in CASES if layout == "1x1" or stage == "1"]
@@ -22,19 +20,25 @@ def measured(world: int, layout: str, rank: int, zero_stage: str) -> dict:
 
 
 def check(layout: str, zero_stage: str, worlds: tuple[int, ...]) -> None:
-    """Groups are counted, seconds are this process' own: other processes do not matter."""
+    """Groups are counted; of the seconds of a rank's own CPU the fewest count, noise only adds."""
     groups, seconds = set(), {world: [] for world in worlds}
-    for _ in range(2):
+    for _ in range(ROUNDS):
         for world in worlds:
-            for rank in (0, world - 1):  # the shortest of four counts
+            for rank in (0, world - 1):
                 found = measured(world, layout, rank, zero_stage)
                 groups.add(len(found["groups"]))
                 seconds[world].append(found["seconds"])
+        fewest = {world: min(values) for world, values in seconds.items()}
+        if all(fewest[world] <= allowed(world) * fewest[worlds[0]] for world in worlds):
+            break
+    else:
+        pytest.fail(f"{seconds}")
     assert len(groups) == 1 and max(groups) <= 6, groups
-    first = min(seconds[worlds[0]])
-    for world in worlds[1:]:
-        # Lists of one entry a data-parallel rank stay; TP x PP = 1 has 12,288 of these ranks.
-        assert min(seconds[world]) <= GROWTH[zero_stage] * first * max(1, world / 3072), seconds
+
+
+def allowed(world: int) -> float:
+    """Lists of one entry a data-parallel rank stay; TP x PP = 1 has 12,288 of these ranks."""
+    return GROWTH * max(1, world / 3072)
 
 
 @pytest.mark.parametrize(("layout", "zero_stage"), QUICK)
