@@ -123,7 +123,7 @@ def test_closing_ends_the_thread_and_the_iteration():
     started = time.monotonic()
     loader.close()
     loader.close()
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 5
     assert threading.active_count() == before
     with pytest.raises(StopIteration):
         next(loader)

@@ -84,7 +84,10 @@ def test_speed(count, least):
     draw = np.random.RandomState(0)
     weights = draw.lognormal(0, 1, count)
     weights /= weights.sum()
-    size, started = 4_000_000, time.perf_counter()
-    drawn = sum(len(draws.sources) for draws in greedy.greedy_blend(weights, size))
-    rate = drawn / (time.perf_counter() - started)
-    assert drawn == size and rate > least, f"{rate / 1e6:.1f} million draws a second"
+    size, seconds = 4_000_000, []
+    for _ in range(3):
+        started = time.process_time()
+        assert sum(len(draws.sources) for draws in greedy.greedy_blend(weights, size)) == size
+        seconds.append(time.process_time() - started)
+    rate = size / min(seconds)
+    assert rate > least, f"{rate / 1e6:.1f} million draws a second of processor time"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import subprocess
@@ -87,16 +88,16 @@ def stand_ins(folder: Path, *names: str) -> str:
 def test_a_wrong_variable_is_refused_within_a_second(
     project: Path, environ: dict[str, str], status: int, word: str
 ) -> None:
-    """Best of three: other work on the machine is not this script's."""
-    times = []
-    for _ in range(3):
+    """The best of some: other work on the machine is not this script's."""
+    times = [math.inf]
+    while min(times) >= 1 and len(times) < 6:
         began = time.monotonic()
         found = run(project, script=project / "train_alcf.sh", **environ)
         times.append(time.monotonic() - began)
         assert found.returncode == status
         assert word in found.stderr
         assert "Traceback" not in found.stderr
-    assert min(times) < 1
+    assert min(times) < 1, times
     assert not (project / "runs").exists()
     assert not (project / ".venv").exists()
 
