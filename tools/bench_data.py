@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Times the data path beside its peers, in alternating rounds; prints medians as a table.
 
-    python3 tools/bench_data.py preprocess|start|latency [--rounds N] [--folder DIR]
+    python3 tools/bench_data.py preprocess|start|latency|waiting [--rounds N] [--folder DIR]
 
 preprocess: tokens/s of tools/preprocess_data.py, of a plain `encode_batch` writer, and of a pool
 that is handed a document at a time. start: from a list of 2,419 files to the first sample, in the
 stateless order and by building the index of DATA_ORDER=megatron. latency: one sample of 8,192.
+waiting: share of the time that steps of 20 ms wait for their data.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ import numpy as np
 
 from megatron.config.data_list import DataSource, ListStage
 from megatron.data.builtin import code_documents, prose_documents
-from megatron.data.dataset import build_datasets
+from megatron.data.dataset import Dataset, build_datasets
 from megatron.data.indexed import IndexedDataset, IndexedWriter, token_dtype, write_index
+from megatron.data.loader import Loader, StepPlan
 from megatron.data.megatron_order.build import build_megatron_datasets
 from megatron.data.megatron_order.plan import OrderSettings
 from megatron.data.stages import build_stages
@@ -262,14 +264,7 @@ def _sparse_files(folder: Path) -> Iterator[DataSource]:
 
 def latency(folder: Path, count: int) -> None:
     """`dataset.sample(k)` in order and at random places, from the page cache."""
-    entries = []
-    for number in range(CORPORA):
-        prefix = str(folder / f"corpus{number}")
-        with IndexedWriter(prefix, np.dtype("<u2")) as writer:
-            writer.add_document(np.random.default_rng(number).integers(0, 60000, 2_000_000))
-        entries.append(DataSource(1.0 + number, prefix, f"corpus{number}", number + 1))
-    train = build_datasets(entries, SEQ_LENGTH).train
-    assert train is not None
+    train = _small_mix(folder)
     for k in range(4000):
         train.sample(k)
     places = np.random.default_rng(0).integers(0, 4000, 4000).tolist()
@@ -284,7 +279,39 @@ def latency(folder: Path, count: int) -> None:
     table(rounds(contenders, count), "microseconds a sample", lambda seconds: seconds * 1e6)
 
 
-BENCHMARKS = {"preprocess": preprocess, "start": start, "latency": latency}
+def waiting(folder: Path, count: int) -> None:
+    """Steps of 20 ms that take 2 micro-batches of 4 samples of 8,192 from the loader."""
+    train, steps, step_s = _small_mix(folder), 200, 0.020
+
+    def share() -> float:
+        plan = StepPlan(8, 4, 2, data_parallel_rank=0, data_parallel_size=1)
+        with Loader(train, plan, [(i + 1, 8 * i) for i in range(steps + 1)]) as loader:
+            next(loader), next(loader)  # the first read is start-up
+            waited, began = loader.waited_s, time.perf_counter()
+            for _ in range(steps):
+                next(loader), next(loader)
+                time.sleep(step_s)  # the model, elsewhere than on this core
+            return (loader.waited_s - waited) / (time.perf_counter() - began)
+
+    shares = [share() for _ in range(count)]
+    shown = " ".join(f"{100 * value:.3f}" for value in shares)
+    print(f"waiting for data: {100 * statistics.median(shares):.3f}% of the time ({shown})")
+
+
+def _small_mix(folder: Path) -> Dataset:
+    """A corpus a file, 28 million tokens in all: they stay in the page cache."""
+    entries = []
+    for number in range(CORPORA):
+        prefix = str(folder / f"corpus{number}")
+        with IndexedWriter(prefix, np.dtype("<u2")) as writer:
+            writer.add_document(np.random.default_rng(number).integers(0, 60000, 2_000_000))
+        entries.append(DataSource(1.0 + number, prefix, f"corpus{number}", number + 1))
+    train = build_datasets(entries, SEQ_LENGTH).train
+    assert train is not None
+    return train
+
+
+BENCHMARKS = {"preprocess": preprocess, "start": start, "latency": latency, "waiting": waiting}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -32,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
+        if options.workers < 1:
+            raise ConfigError(f"--workers {options.workers}: must be 1 or more")
         stages = parse_data_stages(options.list, "LIST")
         tokenizer = None
         if options.tokenizer_type:
@@ -70,7 +72,8 @@ def check(
         print(json.dumps(_as_json(audits.values(), problems), indent=1))
     else:
         print(_table(sources, audits, {prefix for prefix, _ in problems}))
-        without = [prefix for prefix in prefixes if not note_path(prefix).exists()]
+        opened = [audit.prefix for audit in audits.values() if audit.dtype != "-"]
+        without = [prefix for prefix in opened if not note_path(prefix).exists()]
         if without:
             print(f"{len(without)} file(s) do not say which tokenizer made them, e.g. {without[0]}")
         if vocab_size is None and without:

@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +59,11 @@ def _say_step(history: RunHistory, options: argparse.Namespace) -> None:
     samples = [history.explain(number) for number in numbers]
     losses: list[float] | None = None
     if options.loss is not None:
-        from megatron.training.sample_loss import SampleLosses  # imports what trains
+        with redirect_stdout(sys.stderr):  # DeepSpeed's logger writes to standard output
+            from megatron.training.sample_loss import SampleLosses  # imports what trains
 
-        model = SampleLosses(options.loss)
-        losses = model.losses([torch.from_numpy(sample.tokens) for sample in samples])
+            model = SampleLosses(options.loss)
+            losses = model.losses([torch.from_numpy(sample.tokens) for sample in samples])
         order = sorted(range(len(samples)), key=lambda place: -losses[place])
         samples, losses = [samples[i] for i in order], [losses[i] for i in order]
     tokenizer = history.tokenizer() if options.decode else None
@@ -70,10 +72,16 @@ def _say_step(history: RunHistory, options: argparse.Namespace) -> None:
         for place, sample in enumerate(samples)
     ]
     if options.json:
-        step = {"step": options.step, "first_sample": whole.start, "samples": rows}
+        step = {
+            "step": options.step,
+            "fate": history.fate(options.step),
+            "first_sample": whole.start,
+            "samples": rows,
+        }
         print(json.dumps(step, indent=1))
         return
-    print(f"step {options.step}: samples {whole.start:,} to {whole.stop - 1:,}")
+    fate = history.fate(options.step)
+    print(f"step {options.step} ({fate}): samples {whole.start:,} to {whole.stop - 1:,}")
     for row in rows:
         _say_sample(row)
 
@@ -144,7 +152,8 @@ def _say_uses(history: RunHistory, wanted: str, as_json: bool) -> None:
         return
     for use in uses:
         print("step {step:,}  sample {sample:,}  epoch {epoch}".format(**use))
-    print(f"{len(uses)} sample(s) hold tokens of document {number} of {prefix}")
+    last = history.run.train.train_iters
+    print(f"{len(uses)} sample(s) hold tokens of document {number} of {prefix} until step {last:,}")
 
 
 def _parser() -> argparse.ArgumentParser:

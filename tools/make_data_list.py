@@ -34,8 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_status
     if options.output is None:
         sys.stdout.write(text)
-    else:
+        return 0
+    try:
         options.output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        print(f"{parser.prog}: error: --output {options.output}: {error}", file=sys.stderr)
+        return ConfigError.exit_status
     return 0
 
 
@@ -120,9 +124,12 @@ def _numbers(flag: str, given: Sequence[str], corpora: Sequence[str]) -> dict[st
 
 
 def _positive(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not (math.isfinite(value) and value > 0):
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
     return value
 
 

@@ -18,6 +18,7 @@ from megatron.config.stages import parse_cuts, stages_a_rank
 TP, PP, SP = "parallel.tensor_parallel", "parallel.pipeline_parallel", "parallel.sequence_parallel"
 MEGATRON_SP = "parallel.megatron_sequence_parallel"
 ZERO, WORLD = "parallel.zero_stage", "parallel.world_size"
+HOSTS = "launch.num_hosts"
 SCHEDULE, CUTS = "parallel.pipeline_schedule", "parallel.pipeline_cuts"
 HEADS, KV_HEADS = "model.num_attention_heads", "model.num_key_value_heads"
 HIDDEN, FFN, LAYERS = "model.hidden_size", "model.ffn_hidden_size", "model.num_layers"
@@ -173,6 +174,12 @@ def check_world(draft: Draft) -> Iterator[str]:
             f"{draft.show(TP)} x {draft.show(PP)} x {draft.show(SP)} = {copy}: {world} / {copy} "
             f"leaves {world % copy}. Set WORLD_SIZE={-(-world // copy) * copy} or a smaller TP, PP "
             "or SP"
+        )
+    if HOSTS in draft.given and draft.get(HOSTS) > world:
+        yield (
+            f"{draft.show(HOSTS)}, but {draft.name(WORLD)}={world} ({draft.sources[WORLD]}) leaves "
+            f"{draft.get(HOSTS) - world} of them without a rank. Set NGPU_PER_HOST, WORLD_SIZE or "
+            f"{draft.name(HOSTS)}={world}"
         )
 
 

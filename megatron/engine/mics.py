@@ -53,11 +53,13 @@ def average_over_replicas(zero_optimizer: Any, replica: Axis) -> None:
     Every replica then has the gradient of the global batch, hence one norm, one clip, one update;
     an infinity of one replica is seen by all.
 
-    Forward only: an all-reduce of 1/shard_size of the gradients a step.
+    Forward only: an all-reduce of 1/shard_size of the gradients a step, in the type in which
+    DeepSpeed reduces them inside a shard group.
     """
     if replica.group is None:
         return
     # The partitions of all parameters, one after the other; micro-batches accumulate into it.
     gradients = zero_optimizer.grad_partitions_flat_buffer
-    dist.all_reduce(gradients, group=replica.group)
-    gradients.div_(replica.size)
+    mean = gradients.to(zero_optimizer.communication_data_type)
+    dist.all_reduce(mean, group=replica.group)
+    gradients.copy_(mean.div_(replica.size))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -26,7 +26,7 @@ from megatron.data.record import Record, data_record, differences, drawn_before,
 from megatron.data.stages import LaterDataset, Origin, StagedDataset, StagedSplits, build_stages
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.training.corpus_loss import CorpusLosses
-from megatron.training.data_order import megatron_splits
+from megatron.training.data_order import megatron_splits, recorded_settings
 from megatron.training.state import DataStage, RunState
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ def build_data(run: RunConfig) -> Data:
         headers,
         splits,
         tokenizer,
-        _record(run, stages, headers, tokenizer),
+        run_record(run, stages, headers, tokenizer.fingerprint()),
         CorpusLosses(corpora) if run.log.log_corpus_loss else None,
     )
 
@@ -110,6 +110,23 @@ def train_data(run: RunConfig, data: Data, state: RunState) -> SampleSource:
             f"the run wants {wanted:,} of it; raise max_epochs, add data or lower TRAIN_ITERS"
         )
     return train
+
+
+def run_record(
+    run: RunConfig, stages: Sequence[ListStage], headers: Mapping[str, IndexHeader], tokenizer: str
+) -> Record:
+    """All that decides the samples of a run from its start; `tokenizer` is a fingerprint."""
+    return data_record(
+        stages,
+        headers,
+        order=run.data.order,
+        seed=run.train.seed,
+        seq_length=run.model.seq_length,
+        shares=_shares(run),
+        tokenizer=tokenizer,
+        # Megatron's order depends on how long the run was planned to be.
+        settings=recorded_settings(run) if run.data.order == "megatron" else None,
+    )
 
 
 def origin_of(state: RunState) -> Origin:
@@ -205,29 +222,3 @@ def _epochs(run: RunConfig, stages: tuple[ListStage, ...], headers: dict[str, In
     shares = _shares(run)
     tokens, share = run.train.train_iters * run.tokens_per_step, shares[0] / sum(shares)
     return epochs_text(survey_stages(stages, tokens, share, run.model.seq_length, headers))
-
-
-def _record(
-    run: RunConfig,
-    stages: tuple[ListStage, ...],
-    headers: dict[str, IndexHeader],
-    tokenizer: Tokenizer,
-) -> Record:
-    data, settings = run.data, {}
-    if data.order == "megatron":  # its order depends on how long the run was planned to be
-        settings = {
-            "TRAIN_ITERS x GLOBAL_BATCH": run.train.train_iters * run.train.global_batch_size,
-            "BLEND_SAMPLE_IN_CORPUS": data.blend_sample_in_corpus,
-            "SHUFFLE_SAMPLE_IN_CORPUS": data.shuffle_sample_in_corpus,
-            "TRAIN_DATA_EXACT_NUM_EPOCHS": data.train_data_exact_num_epochs,
-        }
-    return data_record(
-        stages,
-        headers,
-        order=data.order,
-        seed=run.train.seed,
-        seq_length=run.model.seq_length,
-        shares=_shares(run),
-        tokenizer=tokenizer.fingerprint(),
-        settings=settings,
-    )

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from megatron.config.data_list import DataSource
+from megatron.config.errors import DataError
+from megatron.config.indexed_header import read_header
 from megatron.config.schema import RunConfig
 from megatron.data.megatron_order.build import MegatronSplits, build_megatron_datasets
+from megatron.data.megatron_order.order import MegatronDataset
 from megatron.data.megatron_order.plan import OrderSettings
+from megatron.data.record import Record, stages_of
+
+_WANTED = "TRAIN_ITERS x GLOBAL_BATCH"
+_BLEND = "BLEND_SAMPLE_IN_CORPUS"
+_SHUFFLE = "SHUFFLE_SAMPLE_IN_CORPUS"
+_EPOCHS = "TRAIN_DATA_EXACT_NUM_EPOCHS"
 
 
 def megatron_splits(
@@ -45,3 +55,46 @@ def cache_folder(run: RunConfig) -> Path:
     """Where the order is cached: shared by the runs of one folder unless the user says."""
     chosen = run.data.cache_path
     return Path(chosen) if chosen else run.run_folder.parent / "data-cache"
+
+
+def recorded_settings(run: RunConfig) -> dict[str, Any]:
+    """What decides the training samples besides the list, for the record of a run."""
+    data = run.data
+    return {
+        _WANTED: run.train.train_iters * run.train.global_batch_size,
+        _BLEND: data.blend_sample_in_corpus,
+        _SHUFFLE: data.shuffle_sample_in_corpus,
+        _EPOCHS: data.train_data_exact_num_epochs,
+    }
+
+
+def recorded_order(record: Record, cache: Path) -> MegatronDataset:
+    """The training order of a record, whatever list and settings are today's.
+
+    Raises:
+        DataError: a file has gone or has changed its length.
+        ConfigError: the cache cannot be written.
+    """
+    stages, recorded = stages_of(record)
+    for prefix, header in recorded.items():
+        tokens = read_header(prefix, allow_empty=True).tokens
+        if tokens != header.tokens:
+            raise DataError(
+                f"{prefix}.bin has {tokens:,} tokens, the run read one of {header.tokens:,}: its "
+                "order cannot be made again; restore the file"
+            )
+    first, second, third = record["shares"]
+    settings = OrderSettings(
+        entries=stages[0].sources,
+        seq_length=record["seq_length"],
+        shares=(first, second, third),
+        seed=record["seed"],
+        train_iters=record["settings"][_WANTED],  # the product alone decides
+        global_batch_size=1,
+        eval_interval=0,
+        eval_iters=0,
+        blend_in_corpus=record["settings"][_BLEND],
+        shuffle_in_corpus=record["settings"][_SHUFFLE],
+        exact_epochs=record["settings"][_EPOCHS],
+    )
+    return build_megatron_datasets(settings, cache, lambda line: None).train

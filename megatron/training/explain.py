@@ -23,13 +23,14 @@ from megatron.data.dataset import Location
 from megatron.data.documents import Part, document_range, parts_of, samples_with
 from megatron.data.indexed import IndexedDataset
 from megatron.data.megatron_order.order import MegatronDataset
-from megatron.data.record import data_record, stateless_order
+from megatron.data.record import stateless_order
 from megatron.data.samples import Tokens
 from megatron.data.stages import Origin, StagedDataset
 from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.launch.record import RUN_FILE, read_run
 from megatron.training import records
-from megatron.training.data_order import megatron_splits
+from megatron.training.data import run_record
+from megatron.training.data_order import cache_folder, recorded_order
 from megatron.training.state import DataStage, RunState
 
 
@@ -41,7 +42,7 @@ class ExplainedSample:
         sample: its number in the run.
         corpus, file, epoch: where it comes from.
         index: its number in the file's order.
-        parts: its tokens by document; None where a token range is not known.
+        parts: its tokens by document.
         tokens: int64 (S + 1,).
     """
 
@@ -63,11 +64,15 @@ class RunHistory:
         Raises:
             ConfigError: it is none.
         """
+        if not (folder / RUN_FILE).is_file():
+            raise ConfigError(
+                f"--run {folder}: it holds no {RUN_FILE}; give a run's folder, e.g. runs/NAME"
+            )
         self.folder = folder
         self.run: RunConfig = read_run(folder / RUN_FILE)
         self.checkpoints = store.committed(self.run.checkpoint_folder)
         self._stages = self._data_stages()
-        self._orders: dict[int, StagedDataset | MegatronDataset] = {}
+        self._orders: dict[int, StagedDataset | MegatronDataset] = {}  # by first sample
 
     def samples(self, step: int) -> range:
         """Samples of a step, taken, skipped or yet to come.
@@ -91,6 +96,15 @@ class RunHistory:
         start = before_samples + (step - 1 - before_step) * size
         return range(start, start + size)
 
+    def fate(self, step: int) -> str:
+        """`taken`, `skipped` (not trained on) or `to come`, as far as the folder tells."""
+        if step > self._points[-1][0]:
+            return "to come"
+        ranges = [*self.run.skip_ranges]
+        for checkpoint in self.checkpoints[:1]:
+            ranges += _state(checkpoint).skip_ranges
+        return "skipped" if any(a <= step <= b for a, b in ranges) else "taken"
+
     def step_of(self, sample: int) -> int:
         """The step that a sample belongs to."""
         after = bisect_left([samples for _, samples in self._points], sample + 1)
@@ -105,8 +119,7 @@ class RunHistory:
         """Where a sample comes from, and its tokens."""
         order, sequence = self._order_of(sample)
         if isinstance(order, MegatronDataset):
-            own = sample - self._stages[-1].samples
-            file, reader, number = order.find(own)
+            file, reader, number = order.find(sample - self._stage_of(sample).samples)
             epoch, row = reader.locate(number)
             parts = [Part(*piece) for piece in reader.pieces(number) if piece.length]
             where = Location(file.corpus, file.prefix, epoch, row)
@@ -120,32 +133,30 @@ class RunHistory:
         """(step, sample, epoch) of each time a document is read until TRAIN_ITERS, in order.
 
         Raises:
-            ConfigError: the order is not stateless, or no list of the run has the file.
+            ConfigError: no list of the run has the file.
             DataError: the file has no such document.
         """
         path = str(Path(prefix.partition(".bin")[0]).absolute())
-        total = self.samples(self.run.train.train_iters).stop
-        found: list[tuple[int, int]] = []
-        known: set[str] = set()
-        for number, stage in enumerate(self._stages):
-            following = self._stages[number + 1].samples if number + 1 < len(self._stages) else None
-            end = total if following is None else min(total, following)
-            order, sequence = self._order_of(stage.samples)
-            if isinstance(order, MegatronDataset):
-                raise ConfigError("--find-document works with DATA_ORDER=stateless")
-            firsts = [first for first, _ in order.parts]
-            for (first, dataset), stop in zip(order.parts, [*firsts[1:], end], strict=True):
-                files = {file.prefix for corpus in dataset.corpora for file in corpus.files}
-                known |= files
-                if path in files and min(stop, end) > first:
-                    tokens = document_range(IndexedDataset(path, check=False), document)
-                    hits = samples_with(dataset, path, tokens, sequence, min(stop, end) - first)
-                    found += [(first + position, epoch) for position, epoch in hits]
+        records = [part for stage in self._stages for part in stage.record["stages"]]
+        known = {row[1] for part in records for row in part["files"]}
         if path not in known:
             raise ConfigError(
                 f"--find-document {prefix}: no list of the run has {path}; it has, e.g., "
                 + ", ".join(sorted(known)[:3])
             )
+        total = self.samples(self.run.train.train_iters).stop
+        found: list[tuple[int, int]] = []
+        for stage, end in zip(
+            self._stages, [*(s.samples for s in self._stages[1:]), total], strict=True
+        ):
+            if min(end, total) <= stage.samples:
+                continue
+            order, sequence = self._order_of(stage.samples)
+            if isinstance(order, MegatronDataset):
+                samples = [stage.samples + own for own in order.uses(path, document)]
+                found += [(k, self.explain(k).epoch) for k in samples if k < min(end, total)]
+            else:
+                found += _stateless_uses(order, path, document, sequence, min(end, total))
         for sample, epoch in sorted(found):
             yield self.step_of(sample), sample, epoch
 
@@ -170,19 +181,18 @@ class RunHistory:
 
     def _order_of(self, sample: int) -> tuple[StagedDataset | MegatronDataset, int]:
         """The order that a sample is of, and its sequence length."""
-        number = max(i for i, stage in enumerate(self._stages) if stage.samples <= sample)
-        stage = self._stages[number]
-        if number not in self._orders:
-            self._orders[number] = self._build(number, stage)
-        return self._orders[number], stage.record["seq_length"]
+        stage = self._stage_of(sample)
+        if stage.samples not in self._orders:
+            self._orders[stage.samples] = self._build(stage)
+        return self._orders[stage.samples], stage.record["seq_length"]
 
-    def _build(self, number: int, stage: DataStage) -> StagedDataset | MegatronDataset:
+    def _stage_of(self, sample: int) -> DataStage:
+        return [stage for stage in self._stages if stage.samples <= sample][-1]
+
+    def _build(self, stage: DataStage) -> StagedDataset | MegatronDataset:
         if stage.record["order"] == "stateless":
             return stateless_order(stage.record, Origin(stage.samples, stage.tokens, stage.drawn))
-        if number != len(self._stages) - 1:
-            raise ConfigError("an earlier stage with DATA_ORDER=megatron cannot be looked up")
-        sources = [source for part in self._lists() for source in part.sources]
-        return megatron_splits(self.run, sources, lambda line: None).train
+        return recorded_order(stage.record, cache_folder(self.run))
 
     def _data_stages(self) -> tuple[DataStage, ...]:
         """What the run was trained on; without a checkpoint, what its settings say."""
@@ -190,17 +200,10 @@ class RunHistory:
         known = next((state.data for state in states if state.data), None)
         if known is not None:
             return known
-        data, lists = self.run.data, self._lists()
+        lists = self._lists()
         prefixes = {source.prefix for part in lists for source in part.sources}
-        record = data_record(
-            lists,
-            {prefix: read_header(prefix) for prefix in prefixes},
-            order=data.order,
-            seed=self.run.train.seed,
-            seq_length=self.run.model.seq_length,
-            shares=(data.train_split, data.valid_split, data.test_split),
-            tokenizer="",
-        )
+        headers = {prefix: read_header(prefix) for prefix in prefixes}
+        record = run_record(self.run, lists, headers, tokenizer="")
         return (DataStage(0, 0, 0, record, {}),)
 
     def _lists(self) -> tuple[ListStage, ...]:
@@ -209,6 +212,21 @@ class RunHistory:
             return parse_data_stages(data.data_file_list)
         corpus = builtin_corpus(data.tokenizer_type, data.tokenizer_model)
         return (ListStage(0, BUILTIN, corpus.entries),)
+
+
+def _stateless_uses(
+    order: StagedDataset, prefix: str, document: int, sequence: int, end: int
+) -> Iterator[tuple[int, int]]:
+    """Sample of the run, and epoch, of each sample before `end` with tokens of a document."""
+    firsts = [first for first, _ in order.parts]
+    for (first, dataset), stop in zip(order.parts, [*firsts[1:], end], strict=True):
+        files = {file.prefix for corpus in dataset.corpora for file in corpus.files}
+        if prefix in files and min(stop, end) > first:
+            tokens = document_range(IndexedDataset(prefix, check=False), document)
+            for position, epoch in samples_with(
+                dataset, prefix, tokens, sequence, min(stop, end) - first
+            ):
+                yield first + position, epoch
 
 
 def _explained(sample: int, where: Location, parts: list[Part], tokens: Tokens) -> ExplainedSample:

@@ -23,6 +23,7 @@ BAD = [
     ({"PP": 2, "ZERO_STAGE": 3}, ["ZERO_STAGE=3", "PP=2", "ZERO_STAGE=1"]),
     ({"PP": 2, "ZERO_STAGE": 2}, ["ZERO_STAGE=2", "PP=2"]),
     ({"ZERO_STAGE": 4}, ["ZERO_STAGE=4", "at most 3"]),
+    ({"NHOSTS": 2}, ["NHOSTS=2", "WORLD_SIZE=1", "TP x PP x SP", "1 of them", "NGPU_PER_HOST"]),
     ({"WORLD_SIZE": 3, "TP": 2}, ["WORLD_SIZE=3", "3 / 2 leaves 1", "WORLD_SIZE=4"]),
     (
         {"SP": 3, "HEADS": 8, "HIDDEN": 64, "SEQ": 96},

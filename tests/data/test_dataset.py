@@ -4,13 +4,14 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron.config.data_list import DataSource
 from megatron.config.errors import DataError
 from megatron.data.dataset import Location, build_datasets
 from megatron.data.file_pool import FilePool
+from megatron.data.loader import Loader, StepPlan
 from megatron.data.samples import num_samples, split_ranges
 from tests.data.pairs import idx_bytes, write_list
 
@@ -105,6 +106,35 @@ def test_random_access_in_any_order_equals_sequential(entries):
     forwards, backwards = (build_datasets(entries, SEQ, (9, 1, 0)).train for _ in range(2))
     sequential = [forwards.locate(k) for k in range(300)]
     assert [backwards.locate(k) for k in reversed(range(300))] == sequential[::-1]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    parts=st.lists(st.tuples(*[st.integers(1, 4)] * 3, st.integers(1, 5)), min_size=1, max_size=4),
+    ahead=st.integers(1, 3),
+)
+def test_no_batch_layout_or_resume_changes_what_a_run_reads(tmp_path_factory, parts, ahead):
+    """Parts of a run, each with its own micro-batch, GAS, replicas and steps; all data read anew."""
+    entries = write_list(tmp_path_factory.mktemp("d"), SIZES, WEIGHTS)
+    read: dict[int, list[int]] = {}
+    cursor = step = 0
+    for micro_batch_size, gas, dp, steps in parts:
+        batch = micro_batch_size * gas * dp
+        starts = [(step + i, cursor + i * batch) for i in range(steps)]
+        for rank in range(dp):
+            plan = StepPlan(batch, micro_batch_size, gas, rank, dp)
+            train = build_datasets(entries, SEQ, seed=5).train
+            with Loader(train, plan, starts, ahead) as loader:
+                for number, got in enumerate(loader):
+                    first = starts[number // gas][1]
+                    for k, row in zip(
+                        plan.micro_batch(first, number % gas), got.tokens.tolist(), strict=True
+                    ):
+                        assert k not in read
+                        read[k] = row
+        cursor, step = cursor + steps * batch, step + steps
+    whole = build_datasets(entries, SEQ, seed=5).train
+    assert read == {k: whole.sample(k).tokens[:-1].tolist() for k in range(cursor)}
 
 
 def test_a_moved_data_set_keeps_its_order(tmp_path):

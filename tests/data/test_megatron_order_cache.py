@@ -187,16 +187,21 @@ def test_a_leftover_of_a_living_process_is_kept(tmp_path, lines):
 
 
 def test_a_file_gets_its_name_when_it_is_complete(tmp_path, lines, monkeypatch):
-    complete = set()
-    flush = os.fsync
+    complete, early = set(), set()
+    flush, cache = os.fsync, tmp_path / "cache"
+
+    def named():
+        return {path.stat().st_ino for path in cache.glob("*.order")}
 
     def watch(descriptor):
+        early.update(named() & {os.fstat(descriptor).st_ino})
         flush(descriptor)
         complete.add(os.fstat(descriptor).st_ino)
 
     monkeypatch.setattr(os, "fsync", watch)
-    build(tmp_path / "cache", lines)
-    assert {path.stat().st_ino for path in (tmp_path / "cache").glob("*.order")} <= complete
+    build(cache, lines)
+    assert named() <= complete
+    assert not early
 
 
 def test_without_locks_the_files_are_built_all_the_same(tmp_path, lines, monkeypatch):

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron.training import records
+from megatron.training.explain import RunHistory
 from tests.data.resumed import Place, train_noting
 from tests.e2e.recorded import write_data
 from tests.spawn import run
@@ -51,6 +53,28 @@ def test_each_sample_once_whatever_batch_and_layout_a_resume_has(tmp_path: Path)
     assert len(set(places)) == 60
     whole = noted(tmp_path, RUN_DIR=str(tmp_path / "whole"), GLOBAL_BATCH="12", TRAIN_ITERS="5")
     assert whole == {k: place for part in read for k, place in part.items()}
+
+
+@pytest.mark.parametrize("order", ["stateless", "megatron"])
+def test_a_run_with_lines_of_weight_zero(tmp_path: Path, order: str) -> None:
+    """A whole corpus and one file of another: trained, saved and resumed without a token of them."""
+    path = write_data(tmp_path, files=4)
+    lines = [line.split() for line in path.read_text().splitlines()]
+    unread = [lines[1][1], lines[2][1]]
+    lines[1][2] = "alone"
+    path.write_text("".join(f"{0 if p in unread else w} {p} {c}\n" for w, p, c in lines))
+    settings = {
+        "DATA_FILE_LIST": str(path), "RUN_DIR": str(tmp_path / "run"), "DATA_ORDER": order,
+        "LOG_CORPUS_LOSS": "1", "EVAL_INTERVAL": "4", "EVAL_ITERS": "1", "VAL_SPLIT": "100", **SMALL,
+    }  # fmt: skip
+    for iters in ("4", "8"):  # the megatron order depends on the length: a new stage
+        run(train_noting, 1, {**settings, "TRAIN_ITERS": iters, "ALLOW_DATA_CHANGE": "1"})
+    steps = [r for r in records.read(tmp_path / "run/metrics.jsonl") if r["event"] == "step"]
+    assert [step["iteration"] for step in steps] == list(range(1, 9))
+    assert {name for step in steps for name in step["corpus_loss"]} == {"corpus_0", "corpus_1"}
+    history = RunHistory(tmp_path / "run")
+    files = {history.explain(k).file for k in range(64)}
+    assert files == {prefix for _, prefix, _ in lines} - set(unread)
 
 
 def test_a_changed_list_is_refused_or_begins_a_stage_that_repeats_nothing(tmp_path: Path) -> None:

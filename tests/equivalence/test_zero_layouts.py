@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from megatron.checkpoint import store
@@ -131,6 +132,28 @@ def test_half_precision(layout: str, dtype: str) -> None:
     for (loss, norm), (wanted_loss, wanted_norm) in zip(curve, wanted, strict=True):
         assert loss == pytest.approx(wanted_loss, abs=2e-3)
         assert norm == pytest.approx(wanted_norm, abs=2e-3)
+
+
+def neighbours(variables: dict[str, str]) -> list[tuple[int, ...]]:
+    """Ranks of this one's MiCS shard and replica, or of its second partition."""
+    _, engine = build(variables)
+    if "MICS_SHARD_SIZE" in variables:
+        return [engine._shards.shard.ranks, engine._shards.replica.ranks]
+    group = next(engine.module.parameters()).ds_zero_param_process_group
+    return [tuple(dist.get_process_group_ranks(group))]
+
+
+@pytest.mark.parametrize("layout", ["mics-tp2", "hpz-tp2"])
+def test_neighbours_share_out(layout: str) -> None:
+    """Any two copies of the weights give the same losses: only near ones are fast.
+
+    Four data-parallel ranks, every second rank of the world for TP is 2.
+    """
+    shards = {0: (0, 2), 1: (1, 3), 2: (0, 2), 3: (1, 3), 4: (4, 6), 5: (5, 7)}
+    groups = run(neighbours, 8, settings(layout, "0", 1))
+    assert {rank: groups[rank][0] for rank in shards} == shards
+    if layout == "mics-tp2":
+        assert [group[1] for group in groups] == [(rank % 4, rank % 4 + 4) for rank in range(8)]
 
 
 # --- Partitioned initialisation -------------------------------------------------------------------

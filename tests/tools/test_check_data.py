@@ -94,6 +94,10 @@ def test_every_bad_file_is_named(data, capsys):
     said = capsys.readouterr().out
     assert "part0.bin" in said and "part2.idx: sequence 1 is said to start at byte 77" in said
     assert "3 files, 2 bad" in said
+    (data / "part0.idx").unlink()
+    (data / "part0.tokenizer.json").unlink()
+    assert run(data) == 3
+    assert "do not say which tokenizer" not in capsys.readouterr().out  # of a file not there
 
 
 def test_json_and_settings(data, capsys):
@@ -104,4 +108,5 @@ def test_json_and_settings(data, capsys):
     assert run(data, "--tokenizer-type", "NullTokenizer", "--vocab-size", "257") == 3
     assert "made with another tokenizer" in capsys.readouterr().out
     assert run(data, "--tokenizer-type", "HFTokenizer") == 2
+    assert run(data, "--workers", "0") == 2
     assert check_data.main([str(data / "gone.txt")]) == 3

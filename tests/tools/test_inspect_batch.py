@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron.config.data_list import parse_data_list
 from megatron.data.indexed import IndexedDataset
 from megatron.training import records
+from tests.data.megatron_cases import build
 from tests.data.resumed import train_noting
 from tests.e2e.recorded import write_data
 from tests.spawn import run
@@ -24,6 +28,7 @@ LAYOUTS = {
     "dp2": {"WORLD_SIZE": "2", "MICRO_BATCH": "2"},
     "tp2": {"TP": "2"},
     "pp2": {"PP": "2", "MICRO_BATCH": "1"},
+    "sp2": {"SP": "2"},
 }
 
 
@@ -69,9 +74,11 @@ def test_a_step_is_what_the_run_read(tmp_path, capsys):
     assert [row["sample"] for row in later["samples"]] == list(range(64, 72))
 
 
-def test_a_document_is_found_wherever_it_was_read(tmp_path, capsys):
+@pytest.mark.parametrize("order", ["stateless", "megatron"])
+def test_a_document_is_found_wherever_it_was_read(tmp_path, capsys, order):
     write_data(tmp_path, files=2, tokens=400)  # 24 samples of training a file: several epochs
-    train(tmp_path, "dp2", TRAIN_ITERS="12", LR_DECAY_ITERS="12", SAVE_INTERVAL="0")
+    settings = {"DATA_ORDER": order, "TRAIN_SPLIT": "1", "VAL_SPLIT": "0"}
+    train(tmp_path, "dp2", TRAIN_ITERS="12", LR_DECAY_ITERS="12", SAVE_INTERVAL="0", **settings)
     uses = defaultdict(list)
     for step in range(1, 13):
         for row in inspect(capsys, tmp_path, "--step", str(step))["samples"]:
@@ -107,6 +114,42 @@ def test_losses_of_samples_and_corpora(tmp_path, capsys, layout):
     assert step["corpus_loss"] == pytest.approx(wanted, abs=1e-5)
 
 
+def test_stages_of_megatron_order_are_known_from_the_checkpoint(tmp_path, capsys):
+    """Neither the list of today nor a longer run changes what is said of the steps before."""
+    path = write_data(tmp_path, files=3)
+    settings = {"DATA_ORDER": "megatron", "TRAIN_RANGE_TO_SKIP": "2 2"}
+    train(tmp_path, "tp2", **settings)
+    first = [inspect(capsys, tmp_path, "--step", str(step)) for step in (1, 2, 4)]
+    assert [step["fate"] for step in first] == ["taken", "skipped", "taken"]
+    assert inspect(capsys, tmp_path, "--step", "5")["fate"] == "to come"
+    path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
+    assert [inspect(capsys, tmp_path, "--step", str(step)) for step in (1, 2, 4)] == first
+    train(tmp_path, "dp2", **settings, TRAIN_ITERS="8", ALLOW_DATA_CHANGE="1")
+    assert [inspect(capsys, tmp_path, "--step", str(step)) for step in (1, 2, 4)] == first
+    sources = parse_data_list(path)
+    order = build(
+        tmp_path / "cache", [source[:3] for source in sources], shares=(990.0, 10.0, 0.0),
+        train_iters=8, eval_interval=0,
+    ).train  # fmt: skip
+    later = inspect(capsys, tmp_path, "--step", "6")["samples"]  # the stage's own second step
+    assert [row["tokens"] for row in later] == [
+        order.sample(k).tokens.tolist() for k in range(8, 16)
+    ]
+
+
+def test_standard_output_is_json_alone(tmp_path):
+    write_data(tmp_path)
+    train(tmp_path, "dp2", TRAIN_ITERS="2")
+    tool = Path(inspect_batch.__file__)
+    done = subprocess.run(
+        [sys.executable, str(tool), "--run", str(tmp_path / "run"), "--step", "3", "--json",
+         "--loss", str(tmp_path / "run/checkpoints/step-00000002")],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert [len(row["tokens"]) for row in json.loads(done.stdout)["samples"]] == [17] * 8
+
+
 def test_wrong_settings(tmp_path, capsys):
     assert inspect_batch.main(["--run", str(tmp_path), "--step", "1"]) == 2
-    assert "run.json" in capsys.readouterr().err
+    assert f"--run {tmp_path}: it holds no run.json" in capsys.readouterr().err

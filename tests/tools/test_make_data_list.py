@@ -49,6 +49,7 @@ def test_weights(data):
         (["books", "--shares", "pages=1"], 2, "the corpora are books"),
         (["books", "--shares", "books=x"], 2, "CORPUS=NUMBER"),
         (["books/gone"], 3, "gone.idx does not exist"),
+        (["books", "--output", "nowhere/list.txt"], 2, "--output nowhere/list.txt"),
         (["."], 2, "no .idx"),
     ],
 )

@@ -18,7 +18,7 @@ from megatron.data.dataset import Location, Sample
 from megatron.data.file_pool import FilePool
 from megatron.data.indexed import file_dtype
 from megatron.data.megatron_order.array_file import ArrayFile, Header
-from megatron.data.megatron_order.build_once import CacheFile, Log, checked
+from megatron.data.megatron_order.build_once import CacheFile, Log, checked, opened
 from megatron.data.megatron_order.plan import FilePlan, SplitPlan
 from megatron.data.samples import Tokens
 
@@ -146,6 +146,7 @@ class MegatronDataset:
         self.plan = plan
         self.corpora = tuple(corpora)
         self.blend = blend
+        self._log = log
         self._readers = _Readers(pool, log)
 
     def __len__(self) -> int:
@@ -167,6 +168,23 @@ class MegatronDataset:
         file, reader, number = self.find(k)
         return Location(file.corpus, file.prefix, *reader.locate(number))
 
+    def uses(self, prefix: str, document: int) -> list[int]:
+        """The samples, ascending, that hold tokens of a document (a sequence) of a file."""
+        found = [np.empty(0, dtype=np.int64)]
+        for number, corpus in enumerate(self.corpora):
+            for place, (file, index) in enumerate(zip(corpus.files, corpus.indices, strict=True)):
+                if index is None or corpus.order is None or file.prefix != prefix:
+                    continue
+                numbers = _samples_with(opened(index, self._log), document)
+                order, blend = corpus.order.arrays, self.blend.arrays
+                own = np.flatnonzero(
+                    (order["sources"] == place) & np.isin(order["numbers"], numbers)
+                )
+                found.append(
+                    np.flatnonzero((blend["sources"] == number) & np.isin(blend["numbers"], own))
+                )
+        return sorted(np.concatenate(found).tolist())
+
     def find(self, k: int) -> tuple[FilePlan, FileReader, int]:
         """The file of sample `k`, its reader, and the sample's number in the file's order."""
         if not 0 <= k < len(self):
@@ -181,3 +199,15 @@ class MegatronDataset:
         file, index = corpus.files[place], corpus.indices[place]
         assert index is not None, f"{file.prefix} has no samples"
         return file, self._readers.get(file, index), int(corpus.order.arrays["numbers"][own])
+
+
+def _samples_with(index: ArrayFile, document: int) -> npt.NDArray[Any]:
+    """Numbers, in a file's order, of its samples with tokens of a document that has any."""
+    places = index.arrays["samples"][:, 0]  # of each sample's first token, and of the last end
+    rows = [np.empty(0, dtype=np.int64)]
+    for place in np.flatnonzero(index.arrays["documents"] == document):
+        # A sample reaches from its first token to that of the next one, which it holds too.
+        first = np.searchsorted(places[1:], place, side="left")
+        stop = np.searchsorted(places[:-1], place, side="right")
+        rows.append(np.arange(first, stop))
+    return np.flatnonzero(np.isin(index.arrays["shuffle"], np.concatenate(rows)))

@@ -202,7 +202,8 @@ def _no_documents(file: FilePlan, position: int, shares: Shares) -> str:
     return (
         f"{file.prefix}: {file.header.sequences} documents split {split_text(shares)} leave none "
         f"for {file.split}, but DATA_ORDER=megatron asks {file.request} {file.split} samples of "
-        f"it; raise {_VARIABLES[position]}, take the line out, or use DATA_ORDER=stateless"
+        f"it; raise {_VARIABLES[position]} (or set it to 0), take the line out, or use "
+        "DATA_ORDER=stateless"
     )
 
 
