@@ -1,6 +1,9 @@
 """Everything wrong is refused with the variable as the user wrote it, the arithmetic and a fix."""
 
+import multiprocessing
 import os
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +12,8 @@ from megatron.config.optimizers import OPTIMIZERS, accepted
 from megatron.config.resolve import resolve
 from megatron.config.site import Site
 from tests.config.helpers import refusal, resolved
+
+NOBODY = 65534
 
 BAD = [
     ({"TP": 3, "HEADS": 8, "HIDDEN": 64}, ["TP=3", "HEADS=8", "8 / 3 leaves 2", "Set TP=2"]),
@@ -167,7 +172,21 @@ def test_a_folder_under_a_file_is_refused(tmp_path):
     assert "SAVE" in refusal(SAVE=tmp_path / "file")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_without_rights_is_refused(tmp_path):
-    tmp_path.chmod(0o500)
-    assert "RUN_DIR" in refusal(RUN_DIR=tmp_path / "run")
+def test_a_folder_without_rights_is_refused():
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own are closed to other users
+        Path(folder).chmod(0o555)
+        child = multiprocessing.get_context("fork").Process(
+            target=_refused_to_a_plain_user, args=(folder,)
+        )
+        child.start()
+        child.join(60)
+        assert child.exitcode == 0
+
+
+def _refused_to_a_plain_user(folder: str) -> None:
+    if os.geteuid() == 0:  # root may write everywhere
+        try:
+            os.setuid(NOBODY)
+        except OSError:  # a container that has no other user
+            return
+    assert "RUN_DIR" in refusal(RUN_DIR=Path(folder) / "run")

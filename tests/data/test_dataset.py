@@ -114,7 +114,7 @@ def test_random_access_in_any_order_equals_sequential(entries):
     ahead=st.integers(1, 3),
 )
 def test_no_batch_layout_or_resume_changes_what_a_run_reads(tmp_path_factory, parts, ahead):
-    """Parts of a run, each with its own micro-batch, GAS, replicas and steps; all data read anew."""
+    """Parts of a run, each with a micro-batch, GAS, replicas and steps of its own."""
     entries = write_list(tmp_path_factory.mktemp("d"), SIZES, WEIGHTS)
     read: dict[int, list[int]] = {}
     cursor = step = 0

@@ -57,7 +57,7 @@ def test_each_sample_once_whatever_batch_and_layout_a_resume_has(tmp_path: Path)
 
 @pytest.mark.parametrize("order", ["stateless", "megatron"])
 def test_a_run_with_lines_of_weight_zero(tmp_path: Path, order: str) -> None:
-    """A whole corpus and one file of another: trained, saved and resumed without a token of them."""
+    """A whole corpus and a file of another: trained, saved, resumed without a token of them."""
     path = write_data(tmp_path, files=4)
     lines = [line.split() for line in path.read_text().splitlines()]
     unread = [lines[1][1], lines[2][1]]
@@ -65,7 +65,8 @@ def test_a_run_with_lines_of_weight_zero(tmp_path: Path, order: str) -> None:
     path.write_text("".join(f"{0 if p in unread else w} {p} {c}\n" for w, p, c in lines))
     settings = {
         "DATA_FILE_LIST": str(path), "RUN_DIR": str(tmp_path / "run"), "DATA_ORDER": order,
-        "LOG_CORPUS_LOSS": "1", "EVAL_INTERVAL": "4", "EVAL_ITERS": "1", "VAL_SPLIT": "100", **SMALL,
+        "LOG_CORPUS_LOSS": "1", "EVAL_INTERVAL": "4", "EVAL_ITERS": "1", "VAL_SPLIT": "100",
+        **SMALL,
     }  # fmt: skip
     for iters in ("4", "8"):  # the megatron order depends on the length: a new stage
         run(train_noting, 1, {**settings, "TRAIN_ITERS": iters, "ALLOW_DATA_CHANGE": "1"})
