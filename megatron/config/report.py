@@ -48,14 +48,14 @@ def architecture_box(run: RunConfig) -> str:
 
 
 def resolved_table(resolved: Resolved) -> str:
-    """Every option with its value and where the value came from."""
+    """Every option with its value, and where it came from if it is not the default."""
     values = resolved.run.to_dict()
-    rows = [("option", "value", "from")]
+    rows = [("option", "value", "from (blank: default, - not set)")]
     for option in options.options():
         section, _, field = option.key.partition(".")
-        rows.append(
-            (option.name, _value_text(values[section][field]), resolved.sources[option.key])
-        )
+        source = resolved.sources[option.key]
+        shown = "" if source in ("default", "not set") else source
+        rows.append((option.name, _value_text(values[section][field]), shown))
     return _columns(rows)
 
 
