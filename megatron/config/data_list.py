@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -121,14 +122,26 @@ def parse_data_stages(path: str | Path, name: str = "DATA_FILE_LIST") -> tuple[L
     return tuple(stages)
 
 
+def require_plain(stages: Sequence[ListStage]) -> None:
+    """Refuse what DATA_ORDER=megatron does not have; raises DataError."""
+    limited = sorted({s.corpus for s in stages[0].sources if s.max_epochs is not None})
+    if len(stages) > 1 or limited:
+        what = f"max_epochs of {', '.join(limited)}" if limited else f"{len(stages)} stages"
+        raise DataError(
+            f"{stages[0].path}: {what}: DATA_ORDER=megatron knows neither stages nor limits; take "
+            "them out, or set DATA_ORDER=stateless"
+        )
+
+
 def _lines(path: str | Path, name: str) -> list[tuple[int, list[str]]]:
     """Number and words of each line that has any."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
+        instead = f", or {name}={BUILTIN}" if name == "DATA_FILE_LIST" else ""
         raise DataError(
             f"{name}={path} does not exist (working folder {Path.cwd()}); give a file of `weight "
-            f"prefix corpus` lines, or {name}={BUILTIN}"
+            f"prefix corpus` lines{instead}"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{name}={path} cannot be read: {error}") from None

@@ -9,7 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from megatron.config.data_list import BUILTIN, DataSource, ListStage, parse_data_stages
+from megatron.config.data_list import (
+    BUILTIN,
+    DataSource,
+    ListStage,
+    parse_data_stages,
+    require_plain,
+)
 from megatron.config.errors import DataError
 from megatron.config.indexed_header import IndexHeader, read_header
 
@@ -61,6 +67,7 @@ def survey_data(
     train_share: float,
     seq_length: int,
     name: str = "DATA_FILE_LIST",
+    order: str = "stateless",
 ) -> DataSurvey:
     """Check every file of a list and count its tokens, without reading them.
 
@@ -70,14 +77,17 @@ def survey_data(
         train_share: share of each file used for training, 0 .. 1.
         seq_length: tokens of a sample; it takes one more to predict the last.
         name: the variable or flag that named the list.
+        order: DATA_ORDER, which decides what a list may hold.
     """
     if data_file_list == BUILTIN:
         return DataSurvey((), ())
     try:
         stages = parse_data_stages(data_file_list, name)
+        if order == "megatron":
+            require_plain(stages)
     except DataError as error:
         return DataSurvey((), (str(error),))
-    return survey_stages(stages, train_tokens, train_share, seq_length)
+    return survey_stages(stages, train_tokens, train_share, seq_length, order=order)
 
 
 def survey_stages(
@@ -86,9 +96,12 @@ def survey_stages(
     train_share: float,
     seq_length: int,
     known: Mapping[str, IndexHeader] | None = None,
+    order: str = "stateless",
 ) -> DataSurvey:
     """The same for lists that have been read, and headers by prefix where they have been."""
-    tokens, problems = _tokens_of_files(stages, seq_length, known or {})
+    # Megatron's order joins the epochs of a file, so a sample may be longer than the file.
+    least = 0 if order == "megatron" else seq_length + 1
+    tokens, problems = _tokens_of_files(stages, least, known or {})
     seen: dict[_File, float] = {}
     for stage, stop in zip(stages, [*(s.start_tokens for s in stages[1:]), None], strict=True):
         end = train_tokens if stop is None else min(stop, train_tokens)
@@ -110,9 +123,12 @@ _File = tuple[str, str]  # corpus and prefix
 
 
 def _tokens_of_files(
-    stages: Sequence[ListStage], seq_length: int, known: Mapping[str, IndexHeader]
+    stages: Sequence[ListStage], least: int, known: Mapping[str, IndexHeader]
 ) -> tuple[dict[str, int], list[str]]:
-    """Tokens by prefix, and what is wrong with the files; 0 tokens where a file is."""
+    """Tokens by prefix, and what is wrong with the files; 0 tokens where a file is.
+
+    A file that is read needs `least` tokens.
+    """
     tokens: dict[str, int] = {}
     problems: list[str] = []
     for stage in stages:
@@ -121,7 +137,7 @@ def _tokens_of_files(
                 continue
             try:
                 header = known.get(source.prefix) or read_header(source.prefix)
-                tokens[source.prefix] = _tokens(source, header, seq_length)
+                tokens[source.prefix] = _tokens(source, header, least)
             except DataError as error:
                 problems.append(f"{stage.path}:{source.line}: {error}")
                 tokens[source.prefix] = 0
@@ -202,13 +218,13 @@ def _corpora(
     return tuple(corpora)
 
 
-def _tokens(source: DataSource, header: IndexHeader, seq_length: int) -> int:
-    """Tokens of one file, which must hold a sample."""
+def _tokens(source: DataSource, header: IndexHeader, least: int) -> int:
+    """Tokens of one file."""
     count = header.tokens
-    if count <= seq_length:
+    if source.weight and count < least:
         raise DataError(
-            f"{source.prefix}.bin holds {count} tokens, one sample of SEQ={seq_length} needs "
-            f"{seq_length} + 1; lower SEQ or take the line out"
+            f"{source.prefix}.bin holds {count} tokens, one sample of SEQ={least - 1} needs "
+            f"{least - 1} + 1; lower SEQ or take the line out"
         )
     return count
 

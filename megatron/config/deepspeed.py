@@ -69,7 +69,10 @@ def _precision(run: RunConfig) -> dict[str, Any]:
             }
         }
     if dtype == "bf16":
-        precision: dict[str, Any] = {"bf16": {"enabled": True}}
+        precision: dict[str, Any] = {
+            "bf16": {"enabled": True},
+            "communication_data_type": "bf16" if run.train.grad_reduce_in_bf16 else "fp32",
+        }
         if engine_zero_stage(run) == 1:
             precision["data_types"] = {"grad_accum_dtype": "fp32"}
         return precision

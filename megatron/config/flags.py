@@ -28,7 +28,7 @@ ALWAYS: dict[str, str] = {
     "--no-position-embedding": "positions are rotary",
     "--disable-bias-linear": "linear layers have no bias",
     "--no-query-key-layer-scaling": "attention scores are not scaled by layer",
-    "--accumulate-allreduce-grads-in-fp32": "bf16 gradients accumulate in fp32 at ZeRO 0 and 1",
+    "--accumulate-allreduce-grads-in-fp32": "bf16 gradients are averaged in fp32",
     "--attention-softmax-in-fp32": "the softmax is computed in fp32",
     "--deepspeed": "DeepSpeed is the engine",
     "--no-masked-softmax-fusion": "there is no such fusion",

@@ -229,7 +229,12 @@ def survey_of(run: RunConfig, name: str = "DATA_FILE_LIST") -> data_survey.DataS
     data = run.data
     train_share = data.train_split / (data.train_split + data.valid_split + data.test_split)
     survey = data_survey.survey_data(
-        data.data_file_list, run.train.train_tokens, train_share, run.model.seq_length, name
+        data.data_file_list,
+        run.train.train_tokens,
+        train_share,
+        run.model.seq_length,
+        name,
+        data.order,
     )
     if data.data_file_list == data_list.BUILTIN and data.tokenizer_type != "BuiltinTokenizer":
         problem = (
@@ -249,6 +254,12 @@ def _warnings(run: RunConfig) -> list[str]:
         warnings.append(crossing)
     if run.parallel.megatron_sequence_parallel and run.parallel.tensor_parallel == 1:
         warnings.append("SEQUENCE_PARALLEL has no effect with TP=1: it cuts over the TP ranks")
+    layers, recompute = run.train.checkpoint_num_layers, run.train.activation_checkpointing
+    if layers > 1 and recompute != "1":
+        warnings.append(
+            f"ACT_CKPT_NUM_LAYERS={layers} has no effect with "
+            f"USE_ACTIVATION_CHECKPOINTING={recompute}: it groups whole layers, which 1 recomputes"
+        )
     late = [pair for pair in run.skip_ranges if pair[1] > run.train.train_iters]
     if late:
         warnings.append(

@@ -257,6 +257,12 @@ class TrainConfig:
         "precision of weights and activations; default bf16 (Polaris: fp16)",
         ("bf16", "fp16", "fp32"),
     )
+    grad_reduce_in_bf16: bool = option(
+        False,
+        "GRAD_REDUCE_IN_BF16",
+        "--grad-reduce-in-bf16",
+        "DTYPE=bf16: average gradients over the ranks in bf16, half of the bytes; 0: in fp32",
+    )
     activation_checkpointing: str = option(
         "0",
         "USE_ACTIVATION_CHECKPOINTING",

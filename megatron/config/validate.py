@@ -237,6 +237,16 @@ def _check_mics(draft: Draft, sharing: int) -> Iterator[str]:
         )
 
 
+def check_reduction(draft: Draft) -> Iterator[str]:
+    """Only bf16 gradients have a choice."""
+    key, dtype = "train.grad_reduce_in_bf16", "train.dtype"
+    if draft.get(key) and draft.get(dtype) != "bf16":
+        yield (
+            f"{draft.name(key)} is about the gradients of bf16, but {draft.show(dtype)}. Unset "
+            f"{draft.name(key)}, or set {draft.name(dtype)}=bf16"
+        )
+
+
 def check_optimizer(draft: Draft) -> Iterator[str]:
     """A known update rule that the layout leaves correct."""
     key = "optimizer.optimizer"
@@ -352,6 +362,7 @@ LAYOUT_CHECKS: tuple[Check, ...] = (
     check_pipeline,
     check_world,
     check_zero,
+    check_reduction,
     check_optimizer,
 )
 # Once every value is there.

@@ -205,11 +205,6 @@ class IndexedWriter:
         self._documents = _nameless(folder)
         self._documents.write(np.int64(0).tobytes())
 
-    @property
-    def open_length(self) -> int:
-        """Tokens of the sequence that is being written."""
-        return self._length
-
     def append(self, tokens: npt.ArrayLike) -> None:
         """Add tokens to the sequence that is being written.
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron.config.errors import DataError
-from megatron.data.fingerprint import data_digest, read_note, save_note
+from megatron.data.fingerprint import data_digest, note_path, read_note, save_note
 from megatron.data.indexed import IndexedDataset, commit_pair, write_index
 
 _BLOCK = 1 << 20  # entries of a table copied at a time
@@ -35,12 +35,13 @@ def merge_pairs(prefixes: Sequence[str], output: str) -> tuple[int, int]:
                 f"{first.dtype.name}: they were made for vocabularies of other sizes; merge those "
                 "of one kind, or list both in a data list"
             )
-    notes = [read_note(prefix) for prefix in prefixes]
-    for prefix, note in zip(prefixes, notes, strict=True):
-        if notes[0] and note and replace(note, data="") != replace(notes[0], data=""):
+    notes = {prefix: note for prefix in prefixes if (note := read_note(prefix))}
+    for prefix, note in notes.items():
+        known_prefix, known = next(iter(notes.items()))
+        if replace(note, data="") != replace(known, data=""):
             raise DataError(
-                f"{prefix} was made with another tokenizer or end of document than {prefixes[0]} "
-                f"({note.tokenizer[:12]}, {notes[0].tokenizer[:12]}); do not merge them"
+                f"{prefix} was made with another tokenizer or end of document than {known_prefix} "
+                f"({note.tokenizer[:12]}, {known.tokenizer[:12]}); do not merge them"
             )
     target = Path(output)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -50,12 +51,12 @@ def merge_pairs(prefixes: Sequence[str], output: str) -> tuple[int, int]:
         _join_tables(datasets, work)
         for name in ("bin", "idx"):
             _flush(work / name)
+        note_path(output).unlink(missing_ok=True)  # of what lay there before
         commit_pair(work / "bin", work / "idx", output)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    known = notes[0]
-    if known is not None and all(notes):
-        save_note(output, replace(known, data=data_digest(output)))
+    if all(prefix in notes for prefix in prefixes):
+        save_note(output, replace(notes[prefixes[0]], data=data_digest(output)))
     documents = sum(max(dataset.header.document_boundaries - 1, 0) for dataset in datasets)
     return documents, sum(dataset.header.tokens for dataset in datasets)
 

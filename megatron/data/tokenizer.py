@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -68,7 +67,35 @@ def build_tokenizer(
     return TOKENIZERS[kind](model, vocab_size)
 
 
-class HFTokenizer:
+class _Backed:
+    """What tokenizers of the tokenizers library share."""
+
+    vocab_size: int
+    eod: int
+    _backend: Any  # tokenizers.Tokenizer
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without BOS or EOS."""
+        return list(self._backend.encode(text, add_special_tokens=False).ids)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of several texts, without BOS or EOS."""
+        return [e.ids for e in self._backend.encode_batch(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids, special tokens shown."""
+        return str(self._backend.decode(list(ids), skip_special_tokens=False))
+
+    def definition(self) -> str:
+        """The whole tokenizer as JSON, as tokenizer.json has it."""
+        return str(self._backend.to_str())
+
+    def fingerprint(self) -> str:
+        """Hash of vocabulary, end of document and the ids of a probe."""
+        return _fingerprint(_by_id(self._backend.get_vocab()), self)
+
+
+class HFTokenizer(_Backed):
     """A fast tokenizer of Hugging Face: a folder, or a name (local cache, then the hub)."""
 
     def __init__(self, model: str) -> None:
@@ -95,40 +122,16 @@ class HFTokenizer:
             raise ConfigError(f"TOKENIZER_MODEL={model} names no eos_token to end documents with")
         self._tokenizer = tokenizer
         self._backend = tokenizer.backend_tokenizer
-        self._eod = int(tokenizer.eos_token_id)
-
-    @cached_property
-    def vocab_size(self) -> int:
-        """One above the largest id, added tokens included."""
-        return max(len(self._tokenizer), max(self._tokenizer.get_vocab().values()) + 1)
-
-    @property
-    def eod(self) -> int:
-        """Id of eos_token."""
-        return self._eod
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text, without BOS or EOS."""
-        return list(self._backend.encode(text, add_special_tokens=False).ids)
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of several texts, without BOS or EOS."""
-        return [e.ids for e in self._backend.encode_batch(list(texts), add_special_tokens=False)]
+        # One above the largest id, added tokens included.
+        self.vocab_size = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
+        self.eod = int(tokenizer.eos_token_id)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens shown."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
 
-    def definition(self) -> str:
-        """The whole tokenizer as JSON, as tokenizer.json has it."""
-        return str(self._backend.to_str())
 
-    def fingerprint(self) -> str:
-        """Hash of vocabulary, end of document and the ids of a probe."""
-        return _fingerprint(_by_id(self._tokenizer.get_vocab()), self)
-
-
-class LoadedTokenizer:
+class LoadedTokenizer(_Backed):
     """An HFTokenizer that another process has loaded: its library is imported in no time."""
 
     def __init__(self, definition: str, vocab_size: int, eod: int) -> None:
@@ -137,27 +140,7 @@ class LoadedTokenizer:
 
         self.vocab_size = vocab_size
         self.eod = eod
-        self._backend: Any = Backend.from_str(definition)
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text, without BOS or EOS."""
-        return list(self._backend.encode(text, add_special_tokens=False).ids)
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of several texts, without BOS or EOS."""
-        return [e.ids for e in self._backend.encode_batch(list(texts), add_special_tokens=False)]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids, special tokens shown."""
-        return str(self._backend.decode(list(ids), skip_special_tokens=False))
-
-    def definition(self) -> str:
-        """The whole tokenizer as JSON."""
-        return str(self._backend.to_str())
-
-    def fingerprint(self) -> str:
-        """Hash of vocabulary, end of document and the ids of a probe."""
-        return _fingerprint(_by_id(self._backend.get_vocab()), self)
+        self._backend = Backend.from_str(definition)
 
 
 class SentencePieceTokenizer:
@@ -219,7 +202,7 @@ class SentencePieceTokenizer:
         return _fingerprint(self.pieces(), self)
 
 
-class GPT2BPETokenizer:
+class GPT2BPETokenizer(_Backed):
     """GPT-2's byte-level BPE from its vocabulary and merges."""
 
     def __init__(self, model: str) -> None:
@@ -231,7 +214,7 @@ class GPT2BPETokenizer:
             raise _missing_library("GPT2BPETokenizer", "tokenizers") from error
         vocab, merges = _gpt2_files(model)
         try:
-            self._backend: Any = Backend(models.BPE.from_file(vocab, merges))
+            self._backend = Backend(models.BPE.from_file(vocab, merges))
         except Exception as error:  # the library raises plain Exception for unreadable files
             raise ConfigError(f"TOKENIZER_MODEL={model} cannot be read ({error})") from error
         self._backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -239,37 +222,8 @@ class GPT2BPETokenizer:
         eod = self._backend.token_to_id(END_OF_TEXT)
         if eod is None:
             raise ConfigError(f"TOKENIZER_MODEL={model}: the vocabulary has no <|endoftext|>")
-        self._eod = int(eod)
-
-    @property
-    def vocab_size(self) -> int:
-        """Entries of the vocabulary."""
-        return int(self._backend.get_vocab_size())
-
-    @property
-    def eod(self) -> int:
-        """Id of `<|endoftext|>`."""
-        return self._eod
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text."""
-        return list(self._backend.encode(text).ids)
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of several texts."""
-        return [e.ids for e in self._backend.encode_batch(list(texts))]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids."""
-        return str(self._backend.decode(list(ids), skip_special_tokens=False))
-
-    def definition(self) -> str:
-        """The whole tokenizer as JSON, as tokenizer.json has it."""
-        return str(self._backend.to_str())
-
-    def fingerprint(self) -> str:
-        """Hash of vocabulary, end of document and the ids of a probe."""
-        return _fingerprint(_by_id(self._backend.get_vocab()), self)
+        self.vocab_size = int(self._backend.get_vocab_size())
+        self.eod = int(eod)
 
 
 class ByteTokenizer:

@@ -22,7 +22,7 @@ from megatron.engine.mpu import ModelParallelUnit
 from megatron.engine.options import EngineOptions, LossFunction, MakeOptimizer, MicroBatches
 from megatron.engine.own_groups import made_by_members
 from megatron.engine.partition_tables import made_in_one_pass
-from megatron.engine.pipeline import pipeline_module
+from megatron.engine.pipeline import pipeline_module, reduce_tied_gradients
 from megatron.engine.pipeline_norm import sum_stages_once
 from megatron.engine.relay import relay
 from megatron.engine.zero3 import make_secondary_group, partitioned_initialisation
@@ -50,8 +50,8 @@ class Engine:
         groups: Groups,
         options: EngineOptions,
     ) -> None:
-        # Imported modules live as long as the run: walking them again and again, the collector takes
-        # most of the time in which DeepSpeed makes its tables of thousands of ranks.
+        # Imported modules live as long as the run: walking them again and again, the collector
+        # takes most of the time in which DeepSpeed makes its tables of thousands of ranks.
         gc.freeze()
         self.groups = groups
         self.pipelined = groups.layout.pp > 1
@@ -83,6 +83,7 @@ class Engine:
             passes = (schedule.ForwardPass, schedule.BackwardPass)
             table = self._deepspeed._INSTRUCTION_MAP
             timed = {kind: self._clock.timed(table[kind]) for kind in passes}
+            timed[schedule.ReduceTiedGrads] = reduce_tied_gradients
             self._deepspeed._INSTRUCTION_MAP = {**table, **timed}
 
     def train_batch(self, micro_batches: MicroBatches) -> Tensor:

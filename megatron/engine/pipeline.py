@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch.distributed as dist
 from deepspeed.pipe import DualPipeVModule, LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe import module as deepspeed_module
 from torch import nn
@@ -113,6 +114,19 @@ def activate_stage(module: nn.Module, stage: int) -> None:
     """Makes a call of the module one of its first or second stage."""
     if isinstance(module, DualPipeVModule):
         module.activate_phase(stage)
+
+
+def reduce_tied_gradients(engine: Any) -> None:
+    """Sums the gradients of tied weights over the stages that use them, before all reductions.
+
+    DeepSpeed's own looks for them in `grad`; bf16 with the optimizer on the host adds them up in
+    `grad_accum`, where they would stay those of one stage.
+    """
+    if not getattr(engine.optimizer, "use_grad_accum_attribute", False):
+        engine._exec_reduce_tied_grads()
+        return
+    for weight, group in engine.module.get_tied_weights_and_groups():
+        dist.all_reduce(weight.grad_accum, group=group)
 
 
 class _Spec(LayerSpec):

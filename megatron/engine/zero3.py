@@ -47,5 +47,7 @@ def make_secondary_group(size: int, dp: Axis) -> None:
     if size == 1:
         return
     first = dp.rank // size * size
-    secondary = sub_axis(dp, range(first, first + size))
+    # Of all ranks it is the axis' own group: DeepSpeed lists a group's ranks, and of the world's
+    # group finds no end.
+    secondary = dp if size == dp.size else sub_axis(dp, range(first, first + size))
     deepspeed_groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = secondary.group

@@ -1,4 +1,4 @@
-"""The four conjugate collectives of tensor parallelism.
+"""The two conjugate collectives of tensor parallelism.
 
 Each is an autograd function that is the identity on an axis of size one. None of them writes into
 its argument or into a gradient it was given: autograd may hand the same tensor to a neighbouring
@@ -23,18 +23,6 @@ def _all_reduced(x: Tensor, tp: Axis) -> Tensor:
     return total
 
 
-def _all_gathered(x: Tensor, tp: Axis) -> Tensor:
-    x = x.contiguous()
-    parts = [torch.empty_like(x) for _ in range(tp.size)]
-    dist.all_gather(parts, x, group=tp.group)
-    return torch.cat(parts, dim=-1)
-
-
-def _own_slice(x: Tensor, tp: Axis) -> Tensor:
-    assert x.shape[-1] % tp.size == 0, f"last dimension {x.shape[-1]} over {tp.size} ranks"
-    return x.chunk(tp.size, dim=-1)[tp.rank].contiguous()
-
-
 class _Copy(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, tp: Axis) -> Tensor:
@@ -56,28 +44,6 @@ class _Reduce(Function):
         return grad, None
 
 
-class _Gather(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, tp: Axis) -> Tensor:
-        ctx.tp = tp
-        return _all_gathered(x, tp)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _own_slice(grad, ctx.tp), None
-
-
-class _Scatter(Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, tp: Axis) -> Tensor:
-        ctx.tp = tp
-        return _own_slice(x, tp)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _all_gathered(grad, ctx.tp), None
-
-
 def _apply(function: type[Function], x: Tensor, tp: Axis) -> Tensor:
     if tp.size == 1:
         return x
@@ -93,13 +59,3 @@ def copy_to_tensor_parallel(x: Tensor, tp: Axis) -> Tensor:
 def reduce_from_tensor_parallel(x: Tensor, tp: Axis) -> Tensor:
     """Forward: all-reduce (sum) of the ranks' x (...). Backward: the identity."""
     return _apply(_Reduce, x, tp)
-
-
-def gather_from_tensor_parallel(x: Tensor, tp: Axis) -> Tensor:
-    """Forward: the ranks' x (..., D/tp) side by side. Backward: own slice of the gradient."""
-    return _apply(_Gather, x, tp)
-
-
-def scatter_to_tensor_parallel(x: Tensor, tp: Axis) -> Tensor:
-    """Forward: own slice (..., D/tp) of x (..., D). Backward: all-gather of the gradients."""
-    return _apply(_Scatter, x, tp)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from megatron.config.data_list import BUILTIN, ListStage, parse_data_stages
+from megatron.config.data_list import BUILTIN, ListStage, parse_data_stages, require_plain
 from megatron.config.data_survey import survey_stages
 from megatron.config.errors import DataError
 from megatron.config.indexed_header import IndexHeader
@@ -63,7 +63,7 @@ def build_data(run: RunConfig) -> Data:
     sources = [source for stage in stages for source in stage.sources]
     headers = _checked(run, stages, tokenizer)
     if run.data.order == "megatron":
-        _require_plain(stages)
+        require_plain(stages)
         splits = megatron_splits(run, sources, log.info)
     else:
         splits = build_stages(
@@ -203,17 +203,6 @@ def _checked(
     return whole.headers
 
 
-def _require_plain(stages: tuple[ListStage, ...]) -> None:
-    """Refuses what the reference's order does not have."""
-    limited = sorted({s.corpus for s in stages[0].sources if s.max_epochs is not None})
-    if len(stages) > 1 or limited:
-        what = f"max_epochs of {', '.join(limited)}" if limited else f"{len(stages)} stages"
-        raise DataError(
-            f"{stages[0].path}: {what}: DATA_ORDER=megatron knows neither stages nor limits; take "
-            "them out, or set DATA_ORDER=stateless"
-        )
-
-
 def _shares(run: RunConfig) -> tuple[float, float, float]:
     return run.data.train_split, run.data.valid_split, run.data.test_split
 
@@ -221,4 +210,7 @@ def _shares(run: RunConfig) -> tuple[float, float, float]:
 def _epochs(run: RunConfig, stages: tuple[ListStage, ...], headers: dict[str, IndexHeader]) -> str:
     shares = _shares(run)
     tokens, share = run.train.train_iters * run.tokens_per_step, shares[0] / sum(shares)
-    return epochs_text(survey_stages(stages, tokens, share, run.model.seq_length, headers))
+    survey = survey_stages(
+        stages, tokens, share, run.model.seq_length, headers, order=run.data.order
+    )
+    return epochs_text(survey)

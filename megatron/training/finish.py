@@ -53,12 +53,14 @@ def tell(run: RunConfig, folder: Path, sample: str) -> None:
 
 
 def _next_steps(run: RunConfig, folder: Path, report: Path) -> list[str]:
-    more = 2 * run.train.train_iters
+    more = f"TRAIN_ITERS={2 * run.train.train_iters}"
+    if run.data.order == "megatron":  # an order of TRAIN_ITERS x GLOBAL_BATCH samples
+        more += " ALLOW_DATA_CHANGE=1"
     return [
         f"report        {report}",
         f"metrics       {folder / 'metrics.jsonl'}",
         f"plot again    python3 tools/plot.py {folder}",
-        f"go on         TRAIN_ITERS={more} bash train_alcf.sh   (with the same settings)",
+        f"go on         {more} bash train_alcf.sh   (with the same settings)",
         f"Hugging Face  python3 tools/convert_hf.py export {folder} OUT",
     ]
 

@@ -104,6 +104,10 @@ BAD = [
         {"LR_DECAY_STYLE": "warmup-stable-decay", "LR_DECAY_FRACTION": 0.99},
         ["LR_DECAY_FRACTION=0.99"],
     ),
+    (
+        {"GRAD_REDUCE_IN_BF16": 1, "DTYPE": "fp16"},
+        ["GRAD_REDUCE_IN_BF16 is", "DTYPE=fp16", "Unset GRAD_REDUCE_IN_BF16"],
+    ),
     ({"DTYPE": "int8"}, ["DTYPE=int8", "bf16, fp16, fp32"]),
     ({"WANDB_DISABLED": "maybe"}, ["WANDB_DISABLED=maybe", "1/true/yes/on"]),
     ({"NO_FLASH_ATTN": "2"}, ["NO_FLASH_ATTN=2", "0/false/no/off"]),

@@ -122,6 +122,34 @@ def test_tokens_and_epochs(tmp_path):
     )
 
 
+def test_a_short_file_is_refused_only_where_the_order_cannot_use_it(tmp_path):
+    write_pair(tmp_path / "long", [100])
+    write_pair(tmp_path / "short", [20])
+    write_pair(tmp_path / "empty", [0])
+    lines = f"1 {tmp_path}/long\n1 {tmp_path}/short\n"
+    path = str(_list(tmp_path, lines))
+    (problem,) = survey_data(path, 64, 1.0, 32).problems
+    assert "20 tokens" in problem and "32 + 1" in problem
+    assert survey_data(path, 64, 1.0, 32, order="megatron").problems == ()
+    _list(tmp_path, lines + f"1 {tmp_path}/empty\n")
+    (problem,) = survey_data(path, 64, 1.0, 32, order="megatron").problems
+    assert "empty.bin holds no tokens" in problem
+    _list(tmp_path, f"1 {tmp_path}/long\n0 {tmp_path}/short\n")
+    assert survey_data(path, 64, 1.0, 32).problems == ()
+
+
+@pytest.mark.parametrize(
+    "lines", ["stage 0 a.txt\nstage 2K a.txt\n", "1 {a} x\ncorpus x max_epochs=2\n"]
+)
+def test_stages_and_limits_are_refused_for_megatrons_order(tmp_path, lines):
+    write_pair(tmp_path / "a", [100])
+    (tmp_path / "a.txt").write_text(f"1 {tmp_path}/a x\n")
+    path = str(_list(tmp_path, lines.format(a=tmp_path / "a")))
+    assert survey_data(path, 64, 1.0, 32).problems == ()
+    (problem,) = survey_data(path, 64, 1.0, 32, order="megatron").problems
+    assert "neither stages nor limits" in problem
+
+
 def test_all_files_are_checked_and_all_problems_said(tmp_path):
     write_pair(tmp_path / "good", [100])
     write_pair(tmp_path / "short", [32])

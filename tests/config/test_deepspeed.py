@@ -15,7 +15,7 @@ PRECISION = {
             "min_loss_scale": 1,
         }
     },
-    "bf16": {"bf16": {"enabled": True}},
+    "bf16": {"bf16": {"enabled": True}, "communication_data_type": "fp32"},
 }  # fmt: skip
 STAGE_3 = {
     "stage3_prefetch_bucket_size": 1787008,
@@ -82,6 +82,12 @@ def test_golden(stage, dtype, pp, offload):
     assert config == expected
     assert json.loads(json.dumps(config)) == config
     assert deepspeed_config(run) == config
+
+
+@pytest.mark.parametrize("asked", [["--grad-reduce-in-bf16"], []])
+def test_gradients_are_averaged_in_bf16_on_request_only(asked):
+    config = deepspeed_config(configured(*asked, DTYPE="bf16"))
+    assert config["communication_data_type"] == ("bf16" if asked else "fp32")
 
 
 def test_mics_batch_is_that_of_a_shard_group():

@@ -217,3 +217,10 @@ def test_nothing_heavy_is_imported_and_it_is_fast():
     seconds, modules = zip(*(run.stdout.split("\n", 1) for run in runs), strict=True)
     assert min(map(float, seconds)) < 0.15
     assert modules[0].strip() == "[]"
+
+
+@pytest.mark.parametrize("kind", ["0", "selective"])
+def test_layers_of_a_recomputation_that_is_not_there_are_warned_of(kind):
+    warnings = resolved(ACT_CKPT_NUM_LAYERS=2, USE_ACTIVATION_CHECKPOINTING=kind).warnings
+    assert any("ACT_CKPT_NUM_LAYERS=2 has no effect" in warning for warning in warnings)
+    assert not resolved(ACT_CKPT_NUM_LAYERS=2, USE_ACTIVATION_CHECKPOINTING=1).warnings

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron.data.megatron_order import reference_names
 from megatron.data.megatron_order.build_once import opened
 from megatron.data.megatron_order.mixing import corpus_weights
 from megatron.data.megatron_order.requests import samples_wanted
 from megatron.data.megatron_order.split import split_text
+from tests.data import reference_names
 from tests.data.megatron_cases import build, recorded_data
 
 CASES = json.loads((Path(__file__).parent / "golden_order" / "cases.json").read_text())["cases"]

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megatron.engine import bubble as bubble_file
 from megatron.engine.bubble import StageClock
+from megatron.model.llama import Block
 from megatron.parallel.groups import Axis
 from megatron.training import build as build_file
 from megatron.training.generate import generate
@@ -33,6 +34,14 @@ LAYOUTS = {
         "USE_ACTIVATION_CHECKPOINTING": "1",
         "ACT_CKPT_NUM_LAYERS": "2",
     },
+    "recompute": {  # runs of three blocks and of one on each stage
+        "PP": "2",
+        "TP": "2",
+        "GRAD_ACC_STEPS": "4",
+        "MICRO_BATCH": "4",
+        "USE_ACTIVATION_CHECKPOINTING": "1",
+        "ACT_CKPT_NUM_LAYERS": "3",
+    },
     "pp4": {"PP": "4", "GRAD_ACC_STEPS": "4", "MICRO_BATCH": "4"},
     "pp4-offload": {"PP": "4", "GRAD_ACC_STEPS": "4", "MICRO_BATCH": "4", "CPU_OPTIMIZER": "1"},
     "cuts": {"PP": "2", "PIPELINE_CUTS": "6,2", "GRAD_ACC_STEPS": "2", "MICRO_BATCH": "8"},
@@ -45,6 +54,7 @@ QUICK = [
     ("dualpipev-gas8", "0"),
     ("cuts", "1"),
     ("head-alone", "0"),
+    ("recompute", "1"),
 ]
 
 
@@ -143,7 +153,7 @@ class _Clock:
 
 
 def two_stages_in_turn() -> tuple[float | None, float | None]:
-    """Two micro-batches of 1 s on two stages of a pipeline without overlap: each waits half."""
+    """Passes of 1 s and of 3 s on two stages without overlap: together they work half the time."""
     clock = _Clock()
     bubble_file.time.perf_counter = clock
     rank = dist.get_rank()
@@ -153,10 +163,8 @@ def two_stages_in_turn() -> tuple[float | None, float | None]:
     for _ in range(3):
         with stage:
             for place in (0, 1, 1, 0):  # forward and backward through both
-                if place == rank:
-                    run_pass(1.0)
-                else:
-                    clock.work(1.0)
+                take = run_pass if place == rank else clock.work
+                take((1.0, 3.0)[place])
         run_pass(5.0)  # an evaluation, which counts nowhere
     return stage.bubble(), stage.bubble()
 
@@ -204,15 +212,43 @@ def test_a_record_has_the_bubble_beside_the_model() -> None:
     assert after["pipeline_bubble_model"] == 1 / 5 and 0 < after["pipeline_bubble"] < 1
 
 
-# --- Activation checkpointing of several layers ---------------------------------------------------
+# --- What a rank holds, and keeps -----------------------------------------------------------------
+
+
+def blocks_held(variables: dict[str, str]) -> int:
+    module = front.build(front.run_config(variables)).module
+    return sum(isinstance(part, Block) for part in module.modules())
+
+
+@pytest.mark.parametrize(
+    ("settings", "held"),
+    [
+        ({"PP": "2"}, [4, 4]),
+        ({"PP": "2", "PIPELINE_CUTS": "6,2"}, [6, 2]),
+        ({**DUALPIPEV, "PIPELINE_CUTS": "3,1,2,2"}, [3 + 2, 1 + 2]),
+    ],
+    ids=str,
+)
+def test_a_rank_holds_the_layers_of_its_cut(settings: dict[str, str], held: list[int]) -> None:
+    assert run(blocks_held, 2, {**COMMON, "MICRO_BATCH": "4", **settings}) == held
 
 
 def calls_of_each_direction(variables: dict[str, str]) -> list[int]:
     module = front.build(front.run_config(variables)).module
-    return [len(functions) for functions in module.phase_funcs]
+    directions = getattr(module, "phase_funcs", [module.forward_funcs])
+    return [len(functions) for functions in directions]
 
 
 def test_dualpipev_recomputes_both_ways() -> None:
     """Runs of two blocks are one call each: 2 + 2 layers out and back, with the ends around."""
     variables = {**COMMON, **LAYOUTS["dualpipev-recompute"], "PIPELINE_CUTS": "2,2,2,2"}
     assert run(calls_of_each_direction, 2, variables) == [[2, 3], [1, 1]]
+
+
+def test_a_stage_keeps_one_input_a_run_of_layers() -> None:
+    """Blocks of a stage in runs of three: 3 + 1, with the embedding before or norm and head after.
+
+    Runs do not reach over the end of a stage.
+    """
+    variables = {**COMMON, **LAYOUTS["recompute"], "TP": "1", "PIPELINE_CUTS": "4,4"}
+    assert run(calls_of_each_direction, 2, variables) == [[1 + 2], [2 + 2]]

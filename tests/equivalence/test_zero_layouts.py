@@ -37,17 +37,19 @@ LAYOUTS = {
     "zero3-tp2": {**SHARDED, "WORLD_SIZE": "2", "TP": "2"},  # one data-parallel rank
     "mics-of-all": {**SHARDED, "WORLD_SIZE": "2", "MICS_SHARD_SIZE": "2"},
     "hpz": {**SHARDED, "ZERO_HPZ_PARTITION_SIZE": "2"},
+    "hpz-of-all": {**SHARDED, "WORLD_SIZE": "2", "ZERO_HPZ_PARTITION_SIZE": "2"},
     "mics": {**SHARDED, "MICS_SHARD_SIZE": "2"},
     "hpz-tp2": {**SHARDED, "WORLD_SIZE": "8", "TP": "2", "ZERO_HPZ_PARTITION_SIZE": "2"},
     "mics-tp2": {**SHARDED, "WORLD_SIZE": "8", "TP": "2", "MICS_SHARD_SIZE": "2"},
     "offload1": {**OFFLOADED, "ZERO_STAGE": "1"},
     "offload2": {**OFFLOADED, "ZERO_STAGE": "2"},
     "offload3": {**OFFLOADED, "ZERO_STAGE": "3"},
+    "hpz-offload": {**SHARDED, "ZERO_HPZ_PARTITION_SIZE": "2", "CPU_OPTIMIZER": "1"},
     "offload1-pp2": {**OFFLOADED, "ZERO_STAGE": "1", "PP": "2"},
 }
 CASES = [(layout, tied, gas) for layout in LAYOUTS for tied in "01" for gas in (1, 4)]
 QUICK = [("hpz", "1", 4), ("mics", "0", 1), ("mics", "1", 4), ("offload1", "0", 4)]
-QUICK += [("offload3", "1", 1)]
+QUICK += [("offload3", "1", 1), ("hpz-of-all", "0", 1)]
 
 
 def as_a_large_model(config: RunConfig) -> dict[str, Any]:
@@ -115,6 +117,16 @@ def test_layout_long(layout: str, tied: str, accumulation: int) -> None:
 
 def half_precision(variables: dict[str, str]) -> list[tuple[float, float]]:
     return [pair for pair in train(variables) if pair[1] < float("inf")]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp16", marks=LONG)])
+def test_tied_weights_of_two_stages_with_the_optimizer_on_the_host(dtype: str) -> None:
+    """Gradients that a pipeline adds up in fp32 are summed over both stages as well."""
+    variables = settings("offload1-pp2", "1", 4) | {"DTYPE": dtype, "LR": "0.1"}
+    plain = {**variables, "CPU_OPTIMIZER": "0"}
+    curve, wanted = (run(half_precision, 2, given)[0] for given in (variables, plain))
+    for pair, expected in zip(curve, wanted, strict=True):
+        assert pair == pytest.approx(expected, abs=2e-3)
 
 
 @pytest.mark.long

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron.engine.own_groups import members_group
 from megatron.parallel.groups import SERIAL, Axis, make_groups
 from megatron.parallel.layout import Layout
 from tests.spawn import RankError, run
@@ -94,3 +95,24 @@ def test_an_axis_of_one_has_no_group() -> None:
     assert Axis(None, 0, 1, (0,)) == SERIAL
     with pytest.raises(AssertionError):
         Axis(None, 0, 2, (0, 1))
+
+
+def made(layout: Layout) -> list[tuple[list[int], bool]]:
+    """(ranks, whether members alone make it) of this rank's groups, our own and DeepSpeed's."""
+    noted, original = [], dist.new_group
+
+    def new_group(ranks: list[int], **options: object) -> object:
+        noted.append((list(ranks), bool(options.get("use_local_synchronization"))))
+        return original(ranks, **options)
+
+    dist.new_group = new_group
+    make_groups(layout)
+    members_group([0, 1])
+    return noted
+
+
+def test_only_its_members_make_a_group() -> None:
+    """Else each would be a collective of the world, however few a rank makes."""
+    for rank, groups in enumerate(run(made, 4, Layout(tp=2, dp=2))):
+        assert len(groups) == 3 - (rank > 1)
+        assert all(rank in ranks and alone for ranks, alone in groups)

@@ -9,64 +9,35 @@ from megatron.parallel.groups import SERIAL
 from tests.parallel.axis import whole_world
 from tests.spawn import run
 
-WIDTH = 8
+
+def part(rank: int, salt: int = 0) -> Tensor:
+    """What rank `rank` holds: (3, 8), another on each rank."""
+    return torch.randn(3, 8, generator=torch.Generator().manual_seed(100 * salt + rank))
 
 
-def part(rank: int, width: int = WIDTH, salt: int = 0) -> Tensor:
-    """What rank `rank` holds: (3, width), another on each rank."""
-    return torch.randn(3, width, generator=torch.Generator().manual_seed(100 * salt + rank))
-
-
-def forward_and_backward(name: str, width_in: int, width_out: int) -> tuple[Tensor, Tensor]:
+def forward_and_backward(name: str) -> tuple[Tensor, Tensor]:
     """A mapping's output and input gradient; checks that it wrote into neither x nor grad."""
     tp = whole_world()
-    x = part(tp.rank, width_in).requires_grad_()
-    grad = part(tp.rank, width_out, salt=1)
+    x = part(tp.rank).requires_grad_()
+    grad = part(tp.rank, salt=1)
     y = getattr(mappings, name)(x, tp)
     y.backward(grad)
-    assert torch.equal(x, part(tp.rank, width_in)) and torch.equal(
-        grad, part(tp.rank, width_out, salt=1)
-    )
+    assert torch.equal(x, part(tp.rank)) and torch.equal(grad, part(tp.rank, salt=1))
     assert x.grad is not None
     return y.detach(), x.grad
 
 
 def expected(name: str, ranks: int, rank: int) -> tuple[Tensor, Tensor]:
-    small = WIDTH // ranks
-    own = slice(rank * small, (rank + 1) * small)
-
-    def together(width: int, salt: int) -> list[Tensor]:
-        return [part(i, width, salt) for i in range(ranks)]
-
-    return {
-        "copy_to_tensor_parallel": lambda: (part(rank), sum(together(WIDTH, 1))),
-        "reduce_from_tensor_parallel": lambda: (sum(together(WIDTH, 0)), part(rank, salt=1)),
-        "gather_from_tensor_parallel": lambda: (
-            torch.cat(together(small, 0), -1),
-            part(rank, salt=1)[:, own],
-        ),
-        "scatter_to_tensor_parallel": lambda: (
-            part(rank)[:, own],
-            torch.cat(together(small, 1), -1),
-        ),
-    }[name]()
+    total = [sum(part(i, salt=salt) for i in range(ranks)) for salt in (0, 1)]
+    if name.startswith("copy"):
+        return part(rank), total[1]
+    return total[0], part(rank, salt=1)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize(
-    "name",
-    [
-        "copy_to_tensor_parallel",
-        "reduce_from_tensor_parallel",
-        "gather_from_tensor_parallel",
-        "scatter_to_tensor_parallel",
-    ],
-)
+@pytest.mark.parametrize("name", ["copy_to_tensor_parallel", "reduce_from_tensor_parallel"])
 def test_forward_and_backward(name: str, ranks: int) -> None:
-    small = WIDTH // ranks
-    width_in = small if name.startswith("gather") else WIDTH
-    width_out = small if name.startswith("scatter") else WIDTH
-    for rank, (y, grad) in enumerate(run(forward_and_backward, ranks, name, width_in, width_out)):
+    for rank, (y, grad) in enumerate(run(forward_and_backward, ranks, name)):
         want_y, want_grad = expected(name, ranks, rank)
         torch.testing.assert_close(y, want_y)
         torch.testing.assert_close(grad, want_grad)
@@ -74,7 +45,7 @@ def test_forward_and_backward(name: str, ranks: int) -> None:
 
 def test_alone_every_mapping_is_the_identity() -> None:
     x = torch.ones(2, 2)
-    for name in ("copy_to", "reduce_from", "gather_from", "scatter_to"):
+    for name in ("copy_to", "reduce_from"):
         assert getattr(mappings, f"{name}_tensor_parallel")(x, SERIAL) is x
 
 

@@ -70,7 +70,8 @@ def test_a_step_is_what_the_run_read(tmp_path, capsys):
     for rank in (0, 1):
         rows = inspect(capsys, tmp_path, "--step", "2", "--rank", str(rank))["samples"]
         assert {row["sample"] for row in rows} == read[rank].keys() & set(range(8, 16))
-    later = inspect(capsys, tmp_path, "--step", "9")  # not yet taken
+    later = inspect(capsys, tmp_path, "--step", "9")
+    assert later["fate"] == "to come"
     assert [row["sample"] for row in later["samples"]] == list(range(64, 72))
 
 
@@ -82,8 +83,8 @@ def test_a_document_is_found_wherever_it_was_read(tmp_path, capsys, order):
     uses = defaultdict(list)
     for step in range(1, 13):
         for row in inspect(capsys, tmp_path, "--step", str(step))["samples"]:
-            for part in row["documents"]:
-                uses[row["file"], part["document"]].append([step, row["sample"], row["epoch"]])
+            for document in {part["document"] for part in row["documents"]}:
+                uses[row["file"], document].append([step, row["sample"], row["epoch"]])
     assert max(epoch for found in uses.values() for _, _, epoch in found) >= 1
     for file in {file for file, _ in uses}:
         for document in range(10):
@@ -121,7 +122,6 @@ def test_stages_of_megatron_order_are_known_from_the_checkpoint(tmp_path, capsys
     train(tmp_path, "tp2", **settings)
     first = [inspect(capsys, tmp_path, "--step", str(step)) for step in (1, 2, 4)]
     assert [step["fate"] for step in first] == ["taken", "skipped", "taken"]
-    assert inspect(capsys, tmp_path, "--step", "5")["fate"] == "to come"
     path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
     assert [inspect(capsys, tmp_path, "--step", str(step)) for step in (1, 2, 4)] == first
     train(tmp_path, "dp2", **settings, TRAIN_ITERS="8", ALLOW_DATA_CHANGE="1")

@@ -62,5 +62,16 @@ def test_an_input_without_a_note_leaves_the_output_without_one(tmp_path):
     a, b = write(tmp_path / "a", [[[1]]]), write(tmp_path / "b", [[[2]]])
     Path(f"{b}.tokenizer.json").unlink()
     output = str(tmp_path / "all")
+    assert merge_datasets.main(["--input", a, a, "--output-prefix", output]) == 0
+    assert read_note(output) is not None
     assert merge_datasets.main(["--input", a, b, "--output-prefix", output]) == 0
     assert read_note(output) is None
+
+
+def test_notes_are_compared_also_behind_an_input_without_one(tmp_path, capsys):
+    a, b, c = (write(tmp_path / name, [[[1]]]) for name in "abc")
+    Path(f"{a}.tokenizer.json").unlink()
+    write_note(c, NullTokenizer(257), append_eod=False)
+    output = str(tmp_path / "all")
+    assert merge_datasets.main(["--input", a, b, c, "--output-prefix", output]) == 3
+    assert "c was made with another tokenizer or end of document than" in capsys.readouterr().err
