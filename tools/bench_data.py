@@ -5,7 +5,8 @@
 
 preprocess: tokens/s of tools/preprocess_data.py, of a plain `encode_batch` writer, and of a pool
 that is handed a document at a time. start: from a list of 2,419 files to the first sample, in the
-stateless order and by building the index of DATA_ORDER=megatron. latency: one sample of 8,192.
+stateless order, by building the index of DATA_ORDER=megatron, and that of megatron-core where
+--megatron-core says where it is (pip install --no-deps --target DIR megatron-core). latency: one sample of 8,192.
 waiting: share of the time that steps of 20 ms wait for their data.
 """
 
@@ -44,7 +45,7 @@ from megatron.data.tokenizer import build_tokenizer
 ROOT = Path(__file__).resolve().parents[1]
 END = "<|endoftext|>"
 VOCAB_SIZE = 32_000
-CHARACTERS = 20_000_000  # of code; its docstrings, as documents of their own, are a fifth more
+CHARACTERS = 60_000_000  # of code; its docstrings, as documents of their own, are a fifth more
 FILES, CORPORA = 2_419, 14
 TOKENS_A_FILE, TOKENS_A_DOCUMENT = 8_000_000, 700
 SEQ_LENGTH = 8192
@@ -59,9 +60,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("what", choices=sorted(BENCHMARKS))
     parser.add_argument("--rounds", type=int, default=5, help="of each contender, in turn")
     parser.add_argument("--folder", type=Path, help="for the files; default: a temporary one")
+    parser.add_argument("--megatron-core", metavar="DIR", help="start: a peer to time as well")
     options = parser.parse_args(arguments)
+    benchmark = BENCHMARKS[options.what]
+    if options.what == "start":
+        benchmark = partial(start, core=options.megatron_core)
     with tempfile.TemporaryDirectory(prefix="bench-data-", dir=options.folder) as folder:
-        BENCHMARKS[options.what](Path(folder), options.rounds)
+        benchmark(Path(folder), options.rounds)
     return 0
 
 
@@ -209,7 +214,7 @@ def _write_pool(source: str, model: str, output: str) -> float:
     return time.perf_counter() - start
 
 
-def start(folder: Path, count: int) -> None:
+def start(folder: Path, count: int, core: str | None = None) -> None:
     """2,419 files with real numbers of documents; their tokens are holes, which nobody reads."""
     entries = list(_sparse_files(folder))
     tokens = FILES * TOKENS_A_FILE
@@ -241,11 +246,23 @@ def start(folder: Path, count: int) -> None:
         shutil.rmtree(cache)
         return spent
 
-    table(
-        rounds({"stateless": stateless, "DATA_ORDER=megatron, cold cache": indexed}, count),
-        "seconds",
-        lambda seconds: seconds,
-    )
+    def peer() -> float:
+        cache = tempfile.mkdtemp(dir=folder)
+        samples = settings.train_iters * settings.global_batch_size
+        script = str(ROOT / "tools/bench_data_peer.py")
+        numbers = [str(samples), str(SEQ_LENGTH)]
+        done = subprocess.run(
+            [sys.executable, script, str(core), str(folder / "prefixes"), *numbers, cache],
+            check=True, capture_output=True, text=True,
+        )  # fmt: skip
+        shutil.rmtree(cache)
+        return float(done.stdout.splitlines()[-1])
+
+    contenders = {"stateless": stateless, "DATA_ORDER=megatron, cold cache": indexed}
+    if core:
+        (folder / "prefixes").write_text("\n".join(entry.prefix for entry in entries))
+        contenders["megatron-core, cold cache, 2 threads"] = peer
+    table(rounds(contenders, count), "seconds", lambda seconds: seconds)
 
 
 def _sparse_files(folder: Path) -> Iterator[DataSource]:

@@ -8,10 +8,10 @@ split, and on what earlier stages of the run took of each file, on nothing else.
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePath
 from typing import Protocol
 
 from megatron.config.data_list import DataSource
@@ -189,7 +189,7 @@ def _open_files(
         header = headers.get(entry.prefix) or read_header(entry.prefix)
         # Neither folder nor line number: data may move and lists may grow without reshuffling every
         # file. A file listed twice gets two orders.
-        name = f"{entry.corpus}/{PurePath(entry.prefix).name}/{header.tokens}"
+        name = f"{entry.corpus}/{os.path.basename(entry.prefix)}/{header.tokens}"
         identity = f"{name}/{seen[name]}"
         seen[name] += 1
         shares = split_ranges(num_samples(header.tokens, seq_length), splits)
