@@ -6,8 +6,8 @@
 preprocess: tokens/s of tools/preprocess_data.py, of a plain `encode_batch` writer, and of a pool
 that is handed a document at a time. start: from a list of 2,419 files to the first sample, in the
 stateless order, by building the index of DATA_ORDER=megatron, and that of megatron-core where
---megatron-core says where it is (pip install --no-deps --target DIR megatron-core). latency: one sample of 8,192.
-waiting: share of the time that steps of 20 ms wait for their data.
+--megatron-core says where it is (pip install --no-deps --target DIR megatron-core). latency: one
+sample of 8,192. waiting: share of the time that steps of 20 ms wait for their data.
 """
 
 from __future__ import annotations
