@@ -75,7 +75,9 @@ def compare(
         found[f"{name}_ratio_b_to_a"] = value_b / value_a if value_a and value_b else None
     flat_a, flat_b = flatten(run_a), flatten(run_b)
     keys = sorted(
-        key for key in flat_a.keys() | flat_b.keys() if flat_a.get(key) != flat_b.get(key)
+        key
+        for key in flat_a.keys() | flat_b.keys()
+        if flat_a.get(key) != flat_b.get(key) and not key.startswith("sources")
     )
     found["configuration"] = {key: [flat_a.get(key), flat_b.get(key)] for key in keys}
     return found

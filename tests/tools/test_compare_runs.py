@@ -36,6 +36,7 @@ def pair(tmp_path: Path) -> tuple[str, str]:
     b[1]["grad_norm"] = 1.0 + 1e-7
     config = {"parallel": {"tensor_parallel": 1, "zero_stage": 1}, "machine": "generic"}
     other = {"parallel": {"tensor_parallel": 2, "zero_stage": 1}, "machine": "generic"}
+    other["sources"] = ["parallel.tensor_parallel: TP"]  # where values came from tells nothing more
     return write(tmp_path / "a", a, config), write(tmp_path / "b", b, other)
 
 
