@@ -9,7 +9,7 @@ from megatron.config.data_list import DataSource
 from megatron.config.errors import DataError
 from megatron.data.checks import WINDOW, check_files
 from megatron.data.fingerprint import note_path, read_note, write_note
-from megatron.data.tokenizer import ByteTokenizer, NullTokenizer
+from megatron.data.plain_tokenizers import ByteTokenizer, NullTokenizer
 from tests.data.pairs import idx_bytes, write_tokens
 
 

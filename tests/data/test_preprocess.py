@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron.data import text_input
+from megatron.data import encode, text_input
 from megatron.data.builtin import train_sentencepiece
 from megatron.data.fingerprint import read_note
 from megatron.data.indexed import IndexedDataset
+from megatron.data.plain_tokenizers import ByteTokenizer
 from megatron.data.shards import ShardedWriter
-from megatron.data.tokenizer import ByteTokenizer, LoadedTokenizer, build_tokenizer
+from megatron.data.tokenizer import LoadedTokenizer, build_tokenizer
 from megatron.data.words import WordEncoder
 from tests.data.bpe import write_tokenizer
 from tools import preprocess_data
@@ -170,9 +171,9 @@ def test_a_giant_document_is_split_before_it_is_tokenised(tmp_path, monkeypatch)
         return encode_batch(self, texts)
 
     monkeypatch.setattr(type(tokenizer), "encode_batch", noted)
-    monkeypatch.setattr(preprocess_data, "WordEncoder", _Whole)
+    monkeypatch.setattr(encode, "WordEncoder", _Whole)
     monkeypatch.setattr(text_input, "PIECE_CHARACTERS", 500)
-    monkeypatch.setattr(preprocess_data, "_ENCODERS", {})
+    monkeypatch.setattr(encode, "_ENCODERS", {})
     arguments = ("--input", path, "--tokenizer-model", str(tmp_path / "t"))
     assert run(tmp_path, *arguments, kind="HFTokenizer") == 0
     assert max(longest) <= 1000 < len(giant)

@@ -8,7 +8,8 @@ from megatron.config.errors import ConfigError, DataError
 from megatron.config.schema import TOKENIZER_TYPES
 from megatron.config.vocabulary import vocabulary_size
 from megatron.data.builtin import train_sentencepiece
-from megatron.data.tokenizer import END_OF_TEXT, TOKENIZERS, CharTokenizer, build_tokenizer
+from megatron.data.plain_tokenizers import END_OF_TEXT, CharTokenizer
+from megatron.data.tokenizer import TOKENIZERS, build_tokenizer
 
 LINES = [f"def f{i}(x, y):  return x * {i} + y  # the quick brown fox {i % 7}" for i in range(400)]
 TEXTS = ["def f1(x):\n    return x\n", "", "na\u00efve \u4f60\u597d", "  two  spaces  "]

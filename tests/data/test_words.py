@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from megatron.data import words
 from megatron.data.builtin import train_sentencepiece
-from megatron.data.tokenizer import ByteTokenizer, Tokenizer, build_tokenizer
+from megatron.data.plain_tokenizers import ByteTokenizer
+from megatron.data.tokenizer import Tokenizer, build_tokenizer
 from megatron.data.words import WordEncoder, borders
 from tests.data.bpe import KINDS, write_tokenizer
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megatron.data.fingerprint import write_note
-from megatron.data.tokenizer import ByteTokenizer
+from megatron.data.plain_tokenizers import ByteTokenizer
 from tests.data.pairs import idx_bytes, write_tokens
 from tools import check_data
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from megatron.data.fingerprint import read_note, write_note
 from megatron.data.indexed import IndexedDataset, IndexedWriter
-from megatron.data.tokenizer import ByteTokenizer, NullTokenizer
+from megatron.data.plain_tokenizers import ByteTokenizer, NullTokenizer
 from tools import merge_datasets
 
 
