@@ -68,7 +68,7 @@ def _rank(shape: Shape, layout: Layout, rank: int) -> MemoryEstimate:
     return MemoryEstimate(
         weights=_weights(count, layout),
         gradients=_gradients(count, layout),
-        optimizer=_optimizer(count, layout),
+        optimizer=_optimizer(count, -(-table // layout.tensor_parallel), layout),
         activations=_in_flight(layout, rank) * _activations(shape, layout, layers) // len(own),
         logits=_logits(shape, layout) if last else 0,
     )
@@ -110,12 +110,14 @@ def _gradients(count: int, layout: Layout) -> int:
     return _share(count * _value_bytes(layout), layout, from_stage=2) + accumulated
 
 
-def _optimizer(count: int, layout: Layout) -> int:
-    """fp32 master weights and the states of the update rule."""
+def _optimizer(count: int, table: int, layout: Layout) -> int:
+    """fp32 master weights and the states of the update rule; `table` of `count` are vocabulary."""
     if layout.cpu_optimizer:
         return 0
-    numbers = 1 + OPTIMIZER_STATES.get(layout.optimizer, 2)
-    return _share(4 * numbers * count, layout, from_stage=1)
+    numbers = (1 + OPTIMIZER_STATES.get(layout.optimizer, 2)) * count
+    if layout.optimizer == "muon":  # embedding and head are AdamW's
+        numbers += table
+    return _share(4 * numbers, layout, from_stage=1)
 
 
 def _activations(shape: Shape, layout: Layout, layers: int) -> int:

@@ -18,6 +18,12 @@ def test_parts_of_one_rank():
     assert estimate.total == sum(estimate)
 
 
+def test_muon_keeps_one_number_for_matrices_and_two_for_the_vocabulary():
+    count, table = 2_982_239_232, 2 * 256000 * 3072
+    estimate = memory_of(configured(**SEED, NLAYERS=14, OPT="muon"))
+    assert estimate.optimizer == (8 * count + 4 * table) // 24
+
+
 def test_a_tile_of_64_gb_holds_14_layers_and_not_16():
     fits, full = (memory_of(configured(**SEED, NLAYERS=n)).total / 1e9 for n in (14, 16))
     assert fits < 68.7 < full  # 64 GiB
