@@ -125,7 +125,7 @@ _File = tuple[str, str]  # corpus and prefix
 def _tokens_of_files(
     stages: Sequence[ListStage], least: int, known: Mapping[str, IndexHeader]
 ) -> tuple[dict[str, int], list[str]]:
-    """Tokens by prefix, and what is wrong with the files; 0 tokens where a file is.
+    """Tokens by prefix, 0 where a file cannot be read, and what is wrong with the lines.
 
     A file that is read needs `least` tokens.
     """
@@ -133,14 +133,14 @@ def _tokens_of_files(
     problems: list[str] = []
     for stage in stages:
         for source in stage.sources:
-            if source.prefix in tokens:
-                continue
             try:
-                header = known.get(source.prefix) or read_header(source.prefix)
-                tokens[source.prefix] = _tokens(source, header, least)
+                if source.prefix not in tokens:
+                    tokens[source.prefix] = 0
+                    header = known.get(source.prefix) or read_header(source.prefix)
+                    tokens[source.prefix] = header.tokens
+                _require_sample(source, tokens[source.prefix], least)
             except DataError as error:
                 problems.append(f"{stage.path}:{source.line}: {error}")
-                tokens[source.prefix] = 0
     return tokens, problems
 
 
@@ -218,15 +218,13 @@ def _corpora(
     return tuple(corpora)
 
 
-def _tokens(source: DataSource, header: IndexHeader, least: int) -> int:
-    """Tokens of one file."""
-    count = header.tokens
-    if source.weight and count < least:
+def _require_sample(source: DataSource, count: int, least: int) -> None:
+    """Refuse a file that is read but has fewer tokens than a sample; 0: it was refused before."""
+    if source.weight and 0 < count < least:
         raise DataError(
             f"{source.prefix}.bin holds {count} tokens, one sample of SEQ={least - 1} needs "
             f"{least - 1} + 1; lower SEQ or take the line out"
         )
-    return count
 
 
 def corpora_table(corpora: Sequence[Corpus]) -> list[tuple[str, ...]]:

@@ -134,8 +134,12 @@ def test_a_short_file_is_refused_only_where_the_order_cannot_use_it(tmp_path):
     _list(tmp_path, lines + f"1 {tmp_path}/empty\n")
     (problem,) = survey_data(path, 64, 1.0, 32, order="megatron").problems
     assert "empty.bin holds no tokens" in problem
-    _list(tmp_path, f"1 {tmp_path}/long\n0 {tmp_path}/short\n")
+    unread = f"1 {tmp_path}/long\n0 {tmp_path}/short\n"
+    _list(tmp_path, unread)
     assert survey_data(path, 64, 1.0, 32).problems == ()
+    _list(tmp_path, unread + f"1 {tmp_path}/short again\n")
+    (problem,) = survey_data(path, 64, 1.0, 32).problems
+    assert "list.txt:3:" in problem
 
 
 @pytest.mark.parametrize(

@@ -59,14 +59,14 @@ def counted(kind: str, sent: Counter[Sent]) -> None:
     setattr(dist, kind, call)
 
 
-def sent_in_a_step(variables: Mapping[str, str], reduced_in: str) -> dict[Sent, int]:
+def sent_in_a_step(variables: Mapping[str, str]) -> dict[Sent, int]:
     """Of this rank's third step; the first makes what is kept, the second what a trace learns."""
     sent: Counter[Sent] = Counter()
     for kind in WHOLE:  # before DeepSpeed starts, which keeps some of torch's functions
         counted(kind, sent)
 
     def settings(config: RunConfig) -> dict[str, Any]:
-        given = deepspeed_config(config) | {"communication_data_type": reduced_in}
+        given = deepspeed_config(config)
         if config.parallel.zero_stage == 3:
             given["zero_optimization"] |= NOTHING_STAYS_WHOLE
         return given
@@ -198,9 +198,9 @@ QUICK = ("zero1-fp32", "zero3", "hpz", "mics-fp32", "tp")
 @pytest.mark.parametrize("case", [x if x in QUICK else pytest.param(x, marks=LONG) for x in CASES])
 def test_bytes_of_a_step(case: str) -> None:
     variables, reduced_in, expected = CASES[case]
-    variables = {**COMMON, **variables}
+    variables = {**COMMON, **variables, "GRAD_REDUCE_IN_BF16": str(int(reduced_in == "bf16"))}
     ranks = front.world({**variables, "GLOBAL_BATCH": ""})
-    sent = run(sent_in_a_step, ranks, {**variables, "GLOBAL_BATCH": ""}, reduced_in)[0]
+    sent = run(sent_in_a_step, ranks, {**variables, "GLOBAL_BATCH": ""})[0]
     # Norms, losses and flags are a few bytes; the losses of tokens under TP three numbers each.
     small = 100 + 3 * 4 * m * 64
     large = {key: size for key, size in sent.items() if size > small}
