@@ -14,15 +14,16 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from megatron.analysis import finish
 from megatron.config.errors import ConfigError, DataError
-from megatron.config.report import architecture_box
 from megatron.config.schema import RunConfig
 from megatron.engine import start_distributed
 from megatron.launch.ranks import Ranks, find_ranks, rendezvous
 from megatron.launch.start import prepare_run, read_run
 from megatron.parallel.groups import make_groups
-from megatron.training import checkpointing, finish, log
-from megatron.training.build import build_engine, build_job, layout_of
+from megatron.plan.report import architecture_box
+from megatron.training import checkpointing, log
+from megatron.training.build import build_engine, build_job
 from megatron.training.data import build_data
 from megatron.training.device import detect, prepare
 from megatron.training.loggers import make_tracker
@@ -61,7 +62,7 @@ def pretrain(run: RunConfig, ranks: Ranks) -> int:
         rendezvous(os.environ),
         COLLECTIVE_TIMEOUT_S,
     )
-    groups = make_groups(layout_of(run))
+    groups = make_groups(run.layout)
     data = build_data(run)
     engine = build_engine(run, groups, device, data.corpus_losses)
     with StopRequest(device.torch_device) as stop:

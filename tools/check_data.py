@@ -20,11 +20,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, not installed
 
-from megatron.config.data_list import DataSource, parse_data_stages
 from megatron.config.errors import ConfigError, DataError
-from megatron.data.audit import Audit, audit_file, duplicates
-from megatron.data.fingerprint import note_path
-from megatron.data.tokenizer import TOKENIZERS, Tokenizer, build_tokenizer
+from megatron.data.data_list import DataSource, parse_data_stages
+from megatron.data.prepare.audit import Audit, audit_file, duplicates
+from megatron.data.prepare.fingerprint import note_path
+from megatron.data.prepare.tokenizer import TOKENIZERS, Tokenizer, build_tokenizer
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

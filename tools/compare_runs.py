@@ -21,9 +21,9 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parents[1])
 )  # a tool runs from a checkout, nothing installed
 
+from megatron.analysis.summary import flatten, throughput, worked
 from megatron.config.errors import ConfigError, DataError
-from megatron.training.records import metrics_file, read
-from megatron.training.summary import flatten, throughput, worked
+from megatron.training.metrics_file import metrics_file, read
 
 COMPARED = ("loss", "grad_norm")
 

@@ -22,12 +22,11 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint import huggingface, store
+from megatron.checkpoint.state import RunState
 from megatron.checkpoint.tensors import TensorReader, write_pieces
-from megatron.config.formulas import padded_vocabulary
-from megatron.data.tokenizer_export import export_tokenizer
+from megatron.data.prepare.tokenizer_export import export_tokenizer
 from megatron.training.checkpointing import SHAPE_FIELDS
-from megatron.training.schedule_free import evaluation_weight
-from megatron.training.state import RunState
+from megatron.training.optimizers.schedule_free import evaluation_weight
 
 VARIABLES = {
     "num_layers": "NLAYERS",
@@ -89,7 +88,7 @@ def export(run: Path, out: Path, iteration: int | None, dtype: torch.dtype) -> i
 def import_model(folder: Path, run: Path) -> int:
     """Makes a Hugging Face model the first checkpoint of a run."""
     shape = huggingface.read_shape(folder)
-    padded = padded_vocabulary(shape.vocab_size, 1)
+    padded = -(-shape.vocab_size // 128) * 128
     root = run / "checkpoints"
     store.save(
         root,

@@ -22,12 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 
 import torch
 
+from megatron.analysis.explain import ExplainedSample, RunHistory
 from megatron.config.errors import ConfigError, DataError
 from megatron.config.schema import RunConfig
 from megatron.data.loader import StepPlan
-from megatron.data.tokenizer import Tokenizer
-from megatron.parallel.layout import Layout
-from megatron.training.explain import ExplainedSample, RunHistory
+from megatron.data.prepare.tokenizer import Tokenizer
 
 _SHOWN_TOKENS = 16
 _SHOWN_TEXT = 400
@@ -60,7 +59,7 @@ def _say_step(history: RunHistory, options: argparse.Namespace) -> None:
     losses: list[float] | None = None
     if options.loss is not None:
         with redirect_stdout(sys.stderr):  # DeepSpeed's logger writes to standard output
-            from megatron.training.sample_loss import SampleLosses  # imports what trains
+            from megatron.analysis.sample_loss import SampleLosses  # imports what trains
 
             model = SampleLosses(options.loss)
             losses = model.losses([torch.from_numpy(sample.tokens) for sample in samples])
@@ -88,11 +87,7 @@ def _say_step(history: RunHistory, options: argparse.Namespace) -> None:
 
 def _samples_of_rank(run: RunConfig, whole: range, rank: int) -> list[int]:
     """Samples of a step that a rank reads, in its order, as run.json lays the ranks out."""
-    cut, train = run.parallel, run.train
-    layout = Layout(
-        tp=cut.tensor_parallel, pp=cut.pipeline_parallel, dp=run.data_parallel,
-        sp=cut.sequence_parallel,
-    )  # fmt: skip
+    layout, train = run.layout, run.train
     if not 0 <= rank < layout.world:
         raise ConfigError(f"--rank {rank}: the run has ranks 0 to {layout.world - 1}")
     if len(whole) != train.global_batch_size:

@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, not installed
 
 from megatron.config.errors import ConfigError, DataError
-from megatron.config.indexed_header import read_header
+from megatron.data.indexed_header import read_header
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

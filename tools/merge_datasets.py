@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, not installed
 
 from megatron.config.errors import ConfigError, DataError
-from megatron.data.merge import merge_pairs
+from megatron.data.prepare.merge import merge_pairs
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,9 +11,9 @@ sys.path.insert(
     0, str(Path(__file__).resolve().parents[1])
 )  # a tool runs from a checkout, nothing installed
 
+from megatron.analysis.plot import plot, save_png, series
 from megatron.config.errors import ConfigError, DataError
-from megatron.training.plot import plot, save_png, series
-from megatron.training.records import metrics_file, read
+from megatron.training.metrics_file import metrics_file, read
 
 
 def main(arguments: list[str] | None = None) -> int:

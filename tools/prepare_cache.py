@@ -22,15 +22,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, not installed
 
-from megatron.config.data_list import BUILTIN, DataSource, parse_data_list
 from megatron.config.errors import ConfigError, DataError
 from megatron.config.resolve import resolve
 from megatron.config.schema import RunConfig
-from megatron.data.builtin import builtin_corpus
-from megatron.data.megatron_order.build import build_megatron_datasets
+from megatron.data.data_list import BUILTIN, DataSource, parse_data_list
 from megatron.data.megatron_order.build_once import CHECKED_AT_START
-from megatron.data.megatron_order.plan import OrderSettings
+from megatron.data.megatron_order.datasets import build_megatron_datasets
+from megatron.data.megatron_order.settings import OrderSettings
 from megatron.data.megatron_order.split import NAMES
+from megatron.data.prepare.builtin import builtin_corpus
 from megatron.launch.site import find_location, site
 from megatron.training.data_order import cache_folder, order_settings
 

@@ -22,14 +22,14 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, not installed
 
 from megatron.config.errors import ConfigError, DataError
-from megatron.data import text_input
-from megatron.data.encode import Encoded, Recipe, encode_all, tokenizer_of
-from megatron.data.fingerprint import write_note
 from megatron.data.indexed import token_dtype
-from megatron.data.plain_tokenizers import CharTokenizer
-from megatron.data.shards import ShardedWriter
-from megatron.data.text_input import SUFFIXES
-from megatron.data.tokenizer import TOKENIZERS, Tokenizer
+from megatron.data.prepare import text_input
+from megatron.data.prepare.encode import Encoded, Recipe, encode_all, tokenizer_of
+from megatron.data.prepare.fingerprint import write_note
+from megatron.data.prepare.plain_tokenizers import CharTokenizer
+from megatron.data.prepare.shards import ShardedWriter
+from megatron.data.prepare.text_input import SUFFIXES
+from megatron.data.prepare.tokenizer import TOKENIZERS, Tokenizer
 
 SHOWN_BAD_LINES = 10
 SAVE_SECONDS = 10.0  # between two notes of how far the work is

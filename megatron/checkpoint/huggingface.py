@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron.checkpoint.zero_state import WEIGHT, Piece
+from megatron.parallel.piece import WEIGHT, Piece
 
 _BLOCK = {
     "input_norm.weight": "input_layernorm.weight",

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron.checkpoint.zero_state import WEIGHT, WHOLE, Piece
+from megatron.parallel.piece import WEIGHT, WHOLE, Piece
 
 
 def write_pieces(path: Path, pieces: Iterable[Piece]) -> None:

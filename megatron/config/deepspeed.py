@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron.config.pipeline_stages import num_stages_per_rank
 from megatron.config.schema import RunConfig
-from megatron.config.stages import stages_a_rank
 
 NEVER = 2**31 - 1  # steps between DeepSpeed's own progress lines
 LARGEST_BUCKET = 200_000_000  # elements reduced at once; its buffer is allocated whole
@@ -52,7 +52,7 @@ def engine_zero_stage(run: RunConfig) -> int:
 
 
 def _dualpipev(run: RunConfig) -> bool:
-    return stages_a_rank(run.parallel.pipeline_schedule) == 2
+    return num_stages_per_rank(run.parallel.pipeline_schedule) == 2
 
 
 def _precision(run: RunConfig) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron.config import options
+from megatron.config import schema
 
 
 class Draft:
@@ -48,7 +48,7 @@ class Draft:
 
     def name(self, key: str) -> str:
         """The name under which the user set it, else its canonical one."""
-        return self.given.get(key, options.by_key()[key].name)
+        return self.given.get(key, schema.by_key()[key].name)
 
     def show(self, key: str) -> str:
         """`NAME=value` for messages."""

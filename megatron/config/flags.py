@@ -6,8 +6,9 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from megatron.config import options
+from megatron.config import schema
 from megatron.config.errors import ConfigError
+from megatron.config.option import Option
 
 # Flags without a value that stand for a value of one option.
 SHORTHANDS: dict[str, tuple[str, str]] = {
@@ -150,7 +151,7 @@ def read_command_line(argv: Sequence[str]) -> CommandLine:
 
 def _read_flag(line: CommandLine, flag: str, words: _Words) -> None:
     """Enter one flag with its values into `line`."""
-    option = options.by_flag().get(flag)
+    option = schema.by_flag().get(flag)
     if option is not None:
         line.settings.append((option.key, _value_of(option, flag, words), flag))
     elif flag in ("-h", "--help"):
@@ -183,14 +184,14 @@ def _unknown(flag: str, words: _Words) -> str:
     if not flag.startswith("--"):
         return f"{flag!r} is not a flag: flags start with --, variables go before the command"
     words.values()
-    known = [*options.by_flag(), *SHORTHANDS, *ALWAYS, *ONLY, *REFUSED, "--split"]
+    known = [*schema.by_flag(), *SHORTHANDS, *ALWAYS, *ONLY, *REFUSED, "--split"]
     close = difflib.get_close_matches(flag, known, n=1)
     return f"{flag} is not a flag of this command. " + (
         f"Did you mean {close[0]}?" if close else "--help lists them."
     )
 
 
-def _value_of(option: options.Option, flag: str, words: _Words) -> str:
+def _value_of(option: Option, flag: str, words: _Words) -> str:
     """Text of an option's flag: bare booleans are true, ranges take many values, others one."""
     if option.kind == "bool":
         return words.values(1)[0] if words.has_attached else "1"

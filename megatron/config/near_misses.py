@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 
-from megatron.config import options
+from megatron.config import schema
 
 # What other frameworks call our options.
 FOREIGN_SPELLINGS = {
@@ -43,7 +43,7 @@ CLOSE = 0.85  # one letter more, less or other in a word of seven
 
 def near_misses(environ: Mapping[str, str]) -> list[str]:
     """One warning for each variable that is set but surely meant for another name."""
-    known = options.by_variable()
+    known = schema.by_variable()
     spelled = _flag_spellings()
     warnings: list[str] = []
     for name in sorted(environ):
@@ -62,7 +62,7 @@ def _flag_spellings() -> dict[str, str]:
     """Flags written as variables, e.g. HIDDEN_SIZE for --hidden-size."""
     return {
         flag[2:].replace("-", "_").upper(): option.env[0]
-        for flag, option in options.by_flag().items()
+        for flag, option in schema.by_flag().items()
         if option.env
     }
 

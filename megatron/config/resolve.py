@@ -8,32 +8,50 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron.config import (
     batch,
-    data_list,
-    data_survey,
     flags,
     near_misses,
-    options,
     presets,
     rope_scaling,
+    schema,
     skip,
     validate,
 )
 from megatron.config.draft import Draft
 from megatron.config.errors import ConfigError
-from megatron.config.placement import crossing_warning
+from megatron.config.layout import crossing_warning
 from megatron.config.schema import SECTIONS, RunConfig
-from megatron.config.site import Site
-from megatron.config.vocabulary import vocabulary_size
+from megatron.data import data_list
+from megatron.data import survey as data_survey
+from megatron.data.vocabulary import vocabulary_size
 
 ARCH = "model.model_arch"
 KIND, TOKENIZER = "data.tokenizer_type", "data.tokenizer_model"
 DEFAULT_TOKENIZER = ("HFTokenizer", "google/gemma-7b")
+
+
+@dataclass(frozen=True)
+class Site:
+    """A machine as far as defaults depend on it.
+
+    Attributes:
+        machine: name of the machine.
+        is_hpc: a known HPC machine: its defaults are those of production runs.
+        num_hosts: hosts of the job.
+        devices_per_host: accelerators of a host; 0: none.
+        defaults: variable -> value that this machine prefers.
+    """
+
+    machine: str = "generic"
+    is_hpc: bool = False
+    num_hosts: int = 1
+    devices_per_host: int = 0
+    defaults: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -89,7 +107,7 @@ def _given(environ: Mapping[str, str], argv: Sequence[str]) -> tuple[Draft, list
     problems += _give_all(draft, line.settings)
     variables = [
         (option.key, environ[name], name)
-        for option in options.options()
+        for option in schema.options()
         for name in option.env
         if environ.get(name, "").strip() and option.key not in draft.given
     ]
@@ -104,7 +122,7 @@ def _give_all(draft: Draft, settings: Sequence[tuple[str, str, str]]) -> list[st
     problems = []
     for key, text, name in settings:
         try:
-            value = options.by_key()[key].parse(text, name)
+            value = schema.by_key()[key].parse(text, name)
             if key == ARCH:
                 value = presets.find(value, name)
         except ConfigError as error:
@@ -124,14 +142,14 @@ def _fill_defaults(draft: Draft, site: Site) -> None:
     machine = {
         option.key: (option.parse(text, f"{site.machine}: {name}"), f"machine {site.machine}")
         for name, text in site.defaults.items()
-        if text.strip() and (option := options.by_variable()[name])
+        if text.strip() and (option := schema.by_variable()[name])
     }
     draft.fill(ARCH, *machine.get(ARCH, (None, "")))
     draft.fill(ARCH, "7B" if site.is_hpc else "debug", f"machine {site.machine}")
     draft.rewrite(ARCH, presets.find(draft.get(ARCH)))
     arch = draft.get(ARCH)
     for name, value in presets.PRESETS[arch].values.items():
-        draft.fill(options.by_variable()[name].key, value, f"preset {arch}")
+        draft.fill(schema.by_variable()[name].key, value, f"preset {arch}")
     for key, (value, source) in machine.items():
         draft.fill(key, value, source)
     draft.fill(validate.TP, 1, "default")
@@ -139,7 +157,7 @@ def _fill_defaults(draft: Draft, site: Site) -> None:
     lists = Path("ALCF") / "data-lists" / site.machine / "dolma.txt"
     usual = str(lists) if site.is_hpc else data_list.BUILTIN
     draft.fill("data.data_file_list", usual, f"machine {site.machine}")
-    for option in options.options():
+    for option in schema.options():
         draft.fill(option.key, option.default, "default")
 
 
@@ -202,7 +220,7 @@ def _fill_derived(draft: Draft) -> None:
 def _build(draft: Draft, site: Site) -> RunConfig:
     """The frozen value of a complete draft."""
     sections: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
-    for option in options.options():
+    for option in schema.options():
         section, _, field = option.key.partition(".")
         sections[section][field] = draft.get(option.key)
         draft.sources.setdefault(option.key, "not set")
@@ -249,7 +267,7 @@ def survey_of(run: RunConfig, name: str = "DATA_FILE_LIST") -> data_survey.DataS
 def _warnings(run: RunConfig) -> list[str]:
     """Settings that have no effect, or a bad one."""
     warnings = []
-    crossing = crossing_warning(run.placement)
+    crossing = crossing_warning(run.layout, run.launch.devices_per_host)
     if crossing:
         warnings.append(crossing)
     if run.parallel.megatron_sequence_parallel and run.parallel.tensor_parallel == 1:

@@ -7,15 +7,18 @@ A field is the only place an option is named: `--help`, the README's table, pars
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.config import formulas, presets, rope_scaling, skip
+from megatron.config import formulas, presets, skip
 from megatron.config.errors import ConfigError
-from megatron.config.placement import Placement
-from megatron.config.stages import balanced_blocks, parse_cuts, stages_a_rank
+from megatron.config.layout import Layout
+from megatron.config.option import Option, option
+from megatron.config.pipeline_stages import balanced_blocks, num_stages_per_rank, parse_cuts
+from megatron.config.shape import ModelShape
 
 LR_DECAY_STYLES = (
     "constant", "linear", "cosine", "inverse-square-root",
@@ -25,63 +28,6 @@ TOKENIZER_TYPES = (
     "HFTokenizer", "SentencePieceTokenizer", "GPT2BPETokenizer", "Llama2Tokenizer",
     "ByteTokenizer", "CharTokenizer", "NullTokenizer", "BuiltinTokenizer",
 )  # fmt: skip
-
-
-def option(
-    default: Any,
-    env: str,
-    flag: str,
-    help: str,
-    choices: tuple[str, ...] = (),
-    *,
-    least: float = 0,
-    above: float | None = None,
-    most: float | None = None,
-    below: float | None = None,
-) -> Any:
-    """One configuration field.
-
-    A field whose type excludes None always has a value after resolve, even where its default is None.
-
-    Args:
-        default: value where nothing sets it; None means resolved later or off.
-        env: environment variables separated by spaces, the canonical name first; may be empty.
-        flag: command-line flags separated by spaces, the canonical spelling first.
-        help: one line for `--help` and the README.
-        choices: permitted values of a string option; empty for any.
-        least: smallest permitted number.
-        above: numbers must exceed this.
-        most: largest permitted number.
-        below: numbers must stay under this.
-    """
-    metadata = {
-        "env": tuple(env.split()),
-        "flags": tuple(flag.split()),
-        "help": help,
-        "choices": choices,
-        "limits": {"least": least, "above": above, "most": most, "below": below},
-    }
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Shape of the transformer (Hugging Face's Llama conventions)."""
-
-    model_arch: str = option(None, "MODEL_ARCH", "--model-arch", "preset of the model's shape; 7B on a known HPC machine, debug elsewhere")
-    num_layers: int = option(None, "NLAYERS NUM_LAYERS", "--num-layers", "transformer layers", least=1)
-    hidden_size: int = option(None, "HIDDEN", "--hidden-size", "width of the residual stream", least=1)
-    num_attention_heads: int = option(None, "HEADS NHEADS", "--num-attention-heads", "query heads", least=1)
-    num_key_value_heads: int = option(None, "NUM_KV_HEAD", "--num-key-value-heads", "key/value heads (grouped-query attention)", least=1)
-    ffn_hidden_size: int = option(None, "FFN_HIDDEN_SIZE", "--ffn-hidden-size", "width of the SwiGLU MLP", least=1)
-    seq_length: int = option(None, "SEQ SEQ_LEN SEQ_LENGTH", "--seq-length", "tokens in a training sample", least=1)
-    tie_embeddings: bool = option(False, "TIE_EMBEDDINGS", "--tie-embeddings", "one matrix for input embedding and output head")
-    nope_interval: int = option(0, "NOPE_INTERVAL", "--nope-interval", "every n-th layer has no rotary embedding (SmolLM3: 4); 0: rotary everywhere")
-    rope_theta: float = option(50000.0, "ROPE_THETA", "--rope-theta --rotary-position-embeddings-theta", "base of the rotary frequencies", above=0)
-    rope_scaling: str | None = option(None, "ROPE_SCALING", "--rope-scaling", "`llama3` or `llama3:factor,low,high,original_length`; unset: none")
-    rms_norm_eps: float = option(1e-5, "", "--layernorm-epsilon --rms-norm-eps", "epsilon of RMSNorm", above=0)
-    init_method_std: float = option(None, "", "--init-method-std", "standard deviation of the initial weights; default sqrt(2 / (5 HIDDEN))", above=0)
-    vocab_size: int = option(None, "VOCAB_SIZE", "--vocab-size", "vocabulary before padding; default: the tokenizer's", least=1)
 
 
 @dataclass(frozen=True)
@@ -209,7 +155,7 @@ class LaunchConfig:
 class RunConfig:
     """The whole configuration of a run: made once before launch, never changed, written to run.json."""
 
-    model: ModelConfig
+    model: ModelShape
     parallel: ParallelConfig
     train: TrainConfig
     optimizer: OptimizerConfig
@@ -243,27 +189,26 @@ class RunConfig:
     def stage_blocks(self) -> tuple[int, ...]:
         """Transformer layers of each pipeline stage; two stages a rank with dualpipev."""
         cut = self.parallel
-        stages = cut.pipeline_parallel * stages_a_rank(cut.pipeline_schedule)
+        stages = cut.pipeline_parallel * num_stages_per_rank(cut.pipeline_schedule)
         if cut.pipeline_cuts:
             return parse_cuts(cut.pipeline_cuts)
-        return balanced_blocks(self.shape, stages)
+        return balanced_blocks(self.model, stages, cut.tensor_parallel)
 
     @property
-    def placement(self) -> Placement:
-        """Which ranks share what, and how many a host has."""
+    def layout(self) -> Layout:
+        """How the ranks are laid out on the axes."""
         cut = self.parallel
-        return Placement(
+        return Layout(
             tp=cut.tensor_parallel,
-            sp=cut.sequence_parallel,
-            dp=self.data_parallel,
             pp=cut.pipeline_parallel,
-            ranks_per_host=self.launch.devices_per_host,
+            dp=self.data_parallel,
+            sp=cut.sequence_parallel,
         )
 
     @property
     def padded_vocab_size(self) -> int:
         """Rows of the embedding: the vocabulary rounded up to a multiple of 128 x TP."""
-        return formulas.padded_vocabulary(self.model.vocab_size, self.parallel.tensor_parallel)
+        return self.model.padded_vocab_size(self.parallel.tensor_parallel)
 
     @property
     def tokens_per_step(self) -> int:
@@ -271,24 +216,9 @@ class RunConfig:
         return self.train.global_batch_size * self.model.seq_length
 
     @property
-    def shape(self) -> formulas.Shape:
-        """The integers that parameter counts and FLOPs are made of."""
-        model = self.model
-        return formulas.Shape(
-            num_layers=model.num_layers,
-            hidden_size=model.hidden_size,
-            num_attention_heads=model.num_attention_heads,
-            num_key_value_heads=model.num_key_value_heads,
-            ffn_hidden_size=model.ffn_hidden_size,
-            seq_length=model.seq_length,
-            padded_vocab_size=self.padded_vocab_size,
-            tie_embeddings=model.tie_embeddings,
-        )
-
-    @property
     def parameters(self) -> int:
         """Parameters of the whole model, padding of the vocabulary included."""
-        return formulas.parameters(self.shape)
+        return formulas.parameters(self.model, self.parallel.tensor_parallel)
 
     @property
     def label(self) -> str:
@@ -317,12 +247,6 @@ class RunConfig:
         """Steps not to train on: inclusive, 1-based, merged and sorted."""
         return skip.parse_ranges(self.data.train_range_to_skip or "")
 
-    @property
-    def rope_scaling_factors(self) -> rope_scaling.Llama3Scaling | None:
-        """Factors of the llama3 frequency scaling; None: no scaling."""
-        text = self.model.rope_scaling
-        return rope_scaling.parse(text) if text else None
-
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON-ready sections of plain values."""
         return dataclasses.asdict(self)
@@ -350,7 +274,7 @@ class RunConfig:
 
 
 SECTIONS: dict[str, type[Any]] = {
-    "model": ModelConfig,
+    "model": ModelShape,
     "parallel": ParallelConfig,
     "train": TrainConfig,
     "optimizer": OptimizerConfig,
@@ -359,3 +283,38 @@ SECTIONS: dict[str, type[Any]] = {
     "log": LogConfig,
     "launch": LaunchConfig,
 }
+
+
+@functools.cache
+def options() -> tuple[Option, ...]:
+    """All options, in the schema's order."""
+    return tuple(
+        Option(
+            key=f"{section}.{field.name}",
+            kind=str(field.type).partition(" |")[0],
+            default=field.default,
+            **{
+                word: field.metadata[word] for word in ("env", "flags", "help", "choices", "limits")
+            },
+        )
+        for section, kind in SECTIONS.items()
+        for field in dataclasses.fields(kind)
+    )
+
+
+@functools.cache
+def by_variable() -> dict[str, Option]:
+    """Variable (canonical and other names) -> option."""
+    return {name: option for option in options() for name in option.env}
+
+
+@functools.cache
+def by_flag() -> dict[str, Option]:
+    """Flag (all spellings) -> option."""
+    return {flag: option for option in options() for flag in option.flags}
+
+
+@functools.cache
+def by_key() -> dict[str, Option]:
+    """`<section>.<field>` -> option."""
+    return {option.key: option for option in options()}

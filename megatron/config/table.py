@@ -5,8 +5,8 @@ from __future__ import annotations
 import textwrap
 from pathlib import Path
 
-from megatron.config import options
-from megatron.config.options import Option
+from megatron.config import schema
+from megatron.config.option import Option
 
 USAGE = """usage: [VAR=value ...] bash train_alcf.sh [--flag value ...]
 
@@ -30,7 +30,7 @@ def default_text(option: Option) -> str:
 def options_table() -> str:
     """A markdown table of every option: variables, flags, default, meaning."""
     rows = ["| variable | flag | default | meaning |", "|---|---|---|---|"]
-    for option in options.options():
+    for option in schema.options():
         names = ", ".join(f"`{name}`" for name in option.env)
         spellings = ", ".join(f"`{flag}`" for flag in option.flags)
         default = f"`{default_text(option)}`" if default_text(option) else ""
@@ -43,7 +43,7 @@ def help_text() -> str:
     """What `--help` prints: the options by section."""
     lines = [USAGE]
     section = ""
-    for option in options.options():
+    for option in schema.options():
         if option.key.partition(".")[0] != section:
             section = option.key.partition(".")[0]
             lines += ["", f"{section}:"]

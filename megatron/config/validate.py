@@ -13,7 +13,7 @@ from pathlib import Path
 from megatron.config import optimizers, rope_scaling
 from megatron.config.draft import Draft
 from megatron.config.errors import ConfigError
-from megatron.config.stages import parse_cuts, stages_a_rank
+from megatron.config.pipeline_stages import num_stages_per_rank, parse_cuts
 
 TP, PP, SP = "parallel.tensor_parallel", "parallel.pipeline_parallel", "parallel.sequence_parallel"
 MEGATRON_SP = "parallel.megatron_sequence_parallel"
@@ -113,7 +113,7 @@ def check_pipeline(draft: Draft) -> Iterator[str]:
 def _check_schedule(draft: Draft) -> Iterator[str]:
     """DualPipeV has two stages to a rank."""
     stages, layers = draft.get(PP), draft.get(LAYERS)
-    if stages_a_rank(draft.get(SCHEDULE)) == 1:
+    if num_stages_per_rank(draft.get(SCHEDULE)) == 1:
         return
     if stages == 1:
         yield (
@@ -130,7 +130,7 @@ def _check_schedule(draft: Draft) -> Iterator[str]:
 def check_accumulation(draft: Draft) -> Iterator[str]:
     """DualPipeV fills its two directions with micro-batches."""
     least, accumulation = 2 * draft.get(PP), "train.gradient_accumulation_steps"
-    if stages_a_rank(draft.get(SCHEDULE)) == 2 and draft.get(accumulation) < least:
+    if num_stages_per_rank(draft.get(SCHEDULE)) == 2 and draft.get(accumulation) < least:
         yield (
             f"{draft.show(SCHEDULE)} needs 2 x {draft.show(PP)} = {least} micro-batches a step, "
             f"but {draft.show(accumulation)}. Set {draft.name(accumulation)}={least} or more, or "
@@ -148,7 +148,7 @@ def _check_cuts(draft: Draft) -> Iterator[str]:
     except ConfigError as error:
         yield str(error)
         return
-    each = stages_a_rank(draft.get(SCHEDULE))
+    each = num_stages_per_rank(draft.get(SCHEDULE))
     stages = draft.get(PP) * each
     if len(blocks) != stages:
         doubled = " x 2 (dualpipev)" if each == 2 else ""

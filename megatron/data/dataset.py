@@ -14,11 +14,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from megatron.config.data_list import DataSource
 from megatron.config.errors import DataError
-from megatron.config.indexed_header import IndexHeader, read_header
 from megatron.data.blend import Blend
+from megatron.data.data_list import DataSource
 from megatron.data.file_pool import FilePool
+from megatron.data.indexed_header import IndexHeader, read_header
 from megatron.data.samples import FileSamples, Tokens, num_samples, split_ranges
 
 SPLIT_NAMES = ("train", "validation", "test")

@@ -1,7 +1,7 @@
 """Megatron's `.bin/.idx` pairs: a reader over read-only maps and a writer that commits by renaming.
 
 `.bin` holds the tokens of all sequences end to end; `.idx` the length and byte offset of each
-sequence and the sequences at which documents begin. Layout: megatron/config/indexed_header.py.
+sequence and the sequences at which documents begin. Layout: megatron/data/indexed_header.py.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron.config.errors import DataError
-from megatron.config.indexed_header import DTYPES, HEADER, MAGIC, VERSION, read_header
+from megatron.data.indexed_header import DTYPES, HEADER, MAGIC, VERSION, read_header
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]

@@ -10,9 +10,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from megatron.config.indexed_header import IndexHeader
 from megatron.data.file_pool import FilePool
 from megatron.data.indexed import file_dtype
+from megatron.data.indexed_header import IndexHeader
 from megatron.data.permutation import Permutation, round_keys
 
 Tokens = npt.NDArray[np.int64]

@@ -11,8 +11,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from megatron.config.data_list import ListStage
-from megatron.config.indexed_header import IndexHeader
+from megatron.data.data_list import ListStage
 from megatron.data.dataset import (
     Dataset,
     Location,
@@ -22,6 +21,7 @@ from megatron.data.dataset import (
     build_datasets,
 )
 from megatron.data.file_pool import FilePool
+from megatron.data.indexed_header import IndexHeader
 
 
 @dataclass(frozen=True)

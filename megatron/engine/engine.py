@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from deepspeed.runtime.pipe import schedule
 from torch import Tensor, nn
 
-from megatron.checkpoint.zero_state import refresh_weights
-from megatron.config.stages import stages_a_rank
+from megatron.config.pipeline_stages import num_stages_per_rank
 from megatron.engine.bubble import StageClock
 from megatron.engine.distributed import quiet
 from megatron.engine.mics import average_over_replicas, cut_into_shards
@@ -25,6 +24,7 @@ from megatron.engine.partition_tables import made_in_one_pass
 from megatron.engine.pipeline import pipeline_module, reduce_tied_gradients
 from megatron.engine.pipeline_norm import sum_stages_once
 from megatron.engine.relay import relay
+from megatron.engine.shards import refresh_weights
 from megatron.engine.zero3 import make_secondary_group, partitioned_initialisation
 from megatron.model.layer import Layer
 from megatron.model.stack import Stack
@@ -65,7 +65,7 @@ class Engine:
         self._shards = cut_into_shards(merged.dp, options.mics_shard_size)
         make_secondary_group(options.zero.get("zero_hpz_partition_size", 1), merged.dp)
         mpu = None if self.pipelined else ModelParallelUnit(groups.tp, self._shards.shard)
-        self._stages_a_rank = stages_a_rank(options.pipeline_schedule)
+        self._stages_a_rank = num_stages_per_rank(options.pipeline_schedule)
         self.module: nn.Module = self._build(layers, mpu)
         self.optimizer = make_optimizer(self.module.named_parameters())
         with quiet(), made_by_members(), made_in_one_pass():

@@ -11,9 +11,9 @@ from typing import Any
 import torch.distributed as dist
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
 
+from megatron.config.layout import Layout
 from megatron.engine.own_groups import groups_of, members_group
 from megatron.parallel.groups import Groups
-from megatron.parallel.layout import Layout
 
 
 class Topology(PipeModelDataParallelTopology):

@@ -31,7 +31,7 @@ def pipeline_module(
         options: cuts, schedule and recomputation are looked at.
     """
     kind = SCHEDULES[options.pipeline_schedule]
-    bounds, stages = options.stage_bounds, groups.layout.pp * kind.stages_a_rank
+    bounds, stages = options.stage_bounds, groups.layout.pp * kind.num_stages_per_rank
     assert len(bounds) == stages + 1 and bounds[-1] == len(layers), f"{bounds=} {groups.layout=}"
     with quiet(), made_by_members():
         return kind(layers, groups, options, loss_fn=loss, topology=Topology(groups.layout))
@@ -43,7 +43,7 @@ class _Pipeline(PipelineModule):
     Its own search for cuts builds every layer on every rank.
     """
 
-    stages_a_rank = 1
+    num_stages_per_rank = 1
 
     def __init__(
         self, layers: Sequence[Layer], groups: Groups, options: EngineOptions, **kwargs: Any
@@ -98,7 +98,7 @@ class _Pipeline(PipelineModule):
 class _DualPipeV(DualPipeVModule, _Pipeline):
     """Two stages a rank: rank r has stages r and 2p - 1 - r of 2p, the first rank the loss."""
 
-    stages_a_rank = 2
+    num_stages_per_rank = 2
 
     def _recompute(self, layers: Sequence[Layer], length: int) -> None:
         for phase in (1, 0):

@@ -14,22 +14,24 @@ from megatron.engine.pipeline import activate_stage
 from megatron.parallel.groups import Axis
 
 
-def route(ranks: int, stages_a_rank: int) -> list[tuple[int, int]]:
+def route(ranks: int, num_stages_per_rank: int) -> list[tuple[int, int]]:
     """(place on the pipeline axis, which of its stages) of each stage in order: out, and back."""
     out = [(place, 0) for place in range(ranks)]
-    return out if stages_a_rank == 1 else out + [(place, 1) for place in reversed(range(ranks))]
+    return (
+        out if num_stages_per_rank == 1 else out + [(place, 1) for place in reversed(range(ranks))]
+    )
 
 
-def relay(module: Module, pp: Axis, tokens: Tensor, stages_a_rank: int) -> Tensor | None:
+def relay(module: Module, pp: Axis, tokens: Tensor, num_stages_per_rank: int) -> Tensor | None:
     """The last stage's output on the rank that has it, None on the others; a collective.
 
     Args:
         module: this rank's stages.
         pp: pipeline axis.
         tokens: (B, S) int64, equal on all ranks.
-        stages_a_rank: 2 with the schedule dualpipev.
+        num_stages_per_rank: 2 with the schedule dualpipev.
     """
-    stops = route(pp.size, stages_a_rank)
+    stops = route(pp.size, num_stages_per_rank)
     hidden = tokens
     for number, (place, stage) in enumerate(stops):
         if place != pp.rank:

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron.config.errors import ConfigError
-from megatron.launch import plan, record
+from megatron.launch import launch_plan as plan
+from megatron.launch import run_folder as record
 from megatron.launch.command import LAUNCHERS
 from megatron.launch.screen import Screen
 from megatron.launch.site import Location, locate

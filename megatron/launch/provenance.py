@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron import __version__
-from megatron.config import options
+from megatron.config import schema
 from megatron.launch.machines import MACHINES
 from megatron.launch.site import Location
 
@@ -62,7 +62,7 @@ def provenance(
 
 def recorded_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """The variables that shape a run, and no others: keys and tokens live in the rest."""
-    names = set(RECORDED) | set(options.by_variable())
+    names = set(RECORDED) | set(schema.by_variable())
     for machine in MACHINES:
         names |= {*machine.environment, *machine.mpi_environment}
     return {name: environ[name] for name in sorted(names) if name in environ}

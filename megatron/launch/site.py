@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from megatron.config import flags
 from megatron.config.errors import ConfigError
-from megatron.config.site import Site
+from megatron.config.resolve import Site
 from megatron.launch.accelerators import count_accelerators, narrowed
 from megatron.launch.machines import Machine, find_machine
 from megatron.launch.scheduler import Job, find_job

@@ -13,15 +13,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron.config import report, table
+from megatron.config import table
 from megatron.config.errors import ConfigError, DataError
 from megatron.config.resolve import Resolved, resolve
 from megatron.config.schema import RunConfig
-from megatron.launch import local, plan, process, provenance, record
+from megatron.launch import launch_plan as plan
+from megatron.launch import local, process, provenance
+from megatron.launch import run_folder as record
 from megatron.launch.ranks import find_ranks
-from megatron.launch.record import read_run
+from megatron.launch.run_folder import read_run
 from megatron.launch.screen import Screen
 from megatron.launch.site import Location, find_location, site
+from megatron.plan import report
 
 __all__ = ["main", "prepare_run", "read_run"]
 

@@ -11,7 +11,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from megatron.parallel.layout import Layout
+from megatron.config.layout import Layout
 
 
 @dataclass(frozen=True)

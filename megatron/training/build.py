@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 
+from megatron.checkpoint.state import RunState
 from megatron.config import formulas
 from megatron.config.deepspeed import deepspeed_config
+from megatron.config.pipeline_stages import modelled_bubble, stage_bounds
 from megatron.config.schedule import schedule
 from megatron.config.schema import RunConfig
 from megatron.config.skip import is_skipped
-from megatron.config.stages import modelled_bubble, stage_bounds
 from megatron.data.dataset import SampleSource
 from megatron.data.loader import Loader, StepPlan, evaluation_loader
 from megatron.engine import Engine, EngineOptions, MicroBatches
@@ -22,19 +23,17 @@ from megatron.model.llama_config import LlamaConfig
 from megatron.model.rope import RopeScaling
 from megatron.parallel.cross_entropy import vocab_parallel_cross_entropy
 from megatron.parallel.groups import Groups
-from megatron.parallel.layout import Layout
 from megatron.training import checkpointing
 from megatron.training.corpus_loss import CorpusLosses
-from megatron.training.curvature import Curvature
 from megatron.training.data import Data, train_data
 from megatron.training.device import Device
 from megatron.training.loggers import Tracker
 from megatron.training.loop import Intervals, Job
 from megatron.training.metrics import Meter, Record, Workload
-from megatron.training.optimizer import make_optimizer
-from megatron.training.sophia import SophiaG, with_sampled_labels
-from megatron.training.state import RunState
-from megatron.training.whole_matrix import WholeMatrixOptimizer
+from megatron.training.optimizers.curvature import Curvature
+from megatron.training.optimizers.rules import make_optimizer
+from megatron.training.optimizers.sophia import SophiaG, with_sampled_labels
+from megatron.training.optimizers.whole_matrix import WholeMatrixOptimizer
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +42,7 @@ RECOMPUTE = {"0": "none", "1": "full", "selective": "selective"}
 
 def llama_config(run: RunConfig) -> LlamaConfig:
     """The model's shape and how its parts are computed."""
-    model, scaling = run.model, run.rope_scaling_factors
+    model, scaling = run.model, run.model.rope_scaling_factors
     recompute = RECOMPUTE[run.train.activation_checkpointing]
     # Several blocks to a kept activation are grouped by the engine, one by the block itself.
     if recompute == "full" and run.train.checkpoint_num_layers > 1:
@@ -66,17 +65,6 @@ def llama_config(run: RunConfig) -> LlamaConfig:
         no_flash_attention=run.train.no_flash_attention,
         recompute=recompute,
         sequence_parallel=run.parallel.megatron_sequence_parallel,
-    )
-
-
-def layout_of(run: RunConfig) -> Layout:
-    """How the ranks of a run are laid out."""
-    cut = run.parallel
-    return Layout(
-        tp=cut.tensor_parallel,
-        pp=cut.pipeline_parallel,
-        dp=run.data_parallel,
-        sp=cut.sequence_parallel,
     )
 
 
@@ -194,16 +182,18 @@ def _curvature(run: RunConfig, engine: Engine, plan: StepPlan) -> Curvature | No
 
 
 def _workload(run: RunConfig, device: Device) -> Workload:
-    shape = run.shape
+    shape, tp = run.model, run.parallel.tensor_parallel
     return Workload(
         train_iters=run.train.train_iters,
         global_batch_size=run.train.global_batch_size,
         seq_length=run.model.seq_length,
         world_size=run.parallel.world_size,
         data_parallel=run.data_parallel,
-        flops_per_token_lm=formulas.flops_per_token_lm(shape),
-        flops_per_token_ds=formulas.flops_per_token_ds(shape, run.train.activation_checkpointing),
-        flops_per_token_causal=formulas.flops_per_token_causal(shape),
+        flops_per_token_lm=formulas.flops_per_token_lm(shape, tp),
+        flops_per_token_ds=formulas.flops_per_token_ds(
+            shape, run.train.activation_checkpointing, tp
+        ),
+        flops_per_token_causal=formulas.flops_per_token_causal(shape, tp),
         peak_tflops=device.peak_tflops,
     )
 

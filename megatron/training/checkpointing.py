@@ -11,17 +11,18 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint import store
+from megatron.checkpoint.state import RunState
 from megatron.checkpoint.tensors import TensorReader, write_pieces
-from megatron.checkpoint.zero_state import WHOLE, Piece, ZeroState
 from megatron.config.errors import ConfigError
 from megatron.config.schema import RunConfig
 from megatron.config.skip import merge, ranges_text
-from megatron.data.record import Record
+from megatron.data.data_record import Record
 from megatron.engine import Engine
+from megatron.engine.shards import ZeroState
+from megatron.parallel.piece import WHOLE, Piece
 from megatron.training.data import continue_data
-from megatron.training.optimizer import counters, load_counters
-from megatron.training.state import RunState
-from megatron.training.whole_matrix import WholeMatrixOptimizer
+from megatron.training.optimizers.rules import counters, load_counters
+from megatron.training.optimizers.whole_matrix import WholeMatrixOptimizer
 
 log = logging.getLogger(__name__)
 

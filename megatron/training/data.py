@@ -12,22 +12,22 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from megatron.config.data_list import BUILTIN, ListStage, parse_data_stages, require_plain
-from megatron.config.data_survey import survey_stages
+from megatron.checkpoint.state import DataStage, RunState
 from megatron.config.errors import DataError
-from megatron.config.indexed_header import IndexHeader
-from megatron.config.report import epochs_text
 from megatron.config.schema import RunConfig
-from megatron.data.builtin import builtin_corpus
-from megatron.data.checks import Report, check_files
+from megatron.data.data_list import BUILTIN, ListStage, parse_data_stages, require_plain
+from megatron.data.data_record import Record, data_record, differences, drawn_before, shortened
 from megatron.data.dataset import SampleSource
-from megatron.data.megatron_order.build import MegatronSplits
-from megatron.data.record import Record, data_record, differences, drawn_before, shortened
+from megatron.data.indexed_header import IndexHeader
+from megatron.data.megatron_order.datasets import MegatronSplits
+from megatron.data.prepare.builtin import builtin_corpus
+from megatron.data.prepare.checks import Report, check_files
+from megatron.data.prepare.tokenizer import Tokenizer, build_tokenizer
 from megatron.data.stages import LaterDataset, Origin, StagedDataset, StagedSplits, build_stages
-from megatron.data.tokenizer import Tokenizer, build_tokenizer
+from megatron.data.survey import survey_stages
+from megatron.plan.report import epochs_text
 from megatron.training.corpus_loss import CorpusLosses
 from megatron.training.data_order import megatron_splits, recorded_settings
-from megatron.training.state import DataStage, RunState
 
 log = logging.getLogger(__name__)
 

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from megatron.config.data_list import DataSource
 from megatron.config.errors import DataError
-from megatron.config.indexed_header import read_header
 from megatron.config.schema import RunConfig
-from megatron.data.megatron_order.build import MegatronSplits, build_megatron_datasets
+from megatron.data.data_list import DataSource
+from megatron.data.data_record import Record, stages_of
+from megatron.data.indexed_header import read_header
+from megatron.data.megatron_order.datasets import MegatronSplits, build_megatron_datasets
 from megatron.data.megatron_order.order import MegatronDataset
-from megatron.data.megatron_order.plan import OrderSettings
-from megatron.data.record import Record, stages_of
+from megatron.data.megatron_order.settings import OrderSettings
 
 _WANTED = "TRAIN_ITERS x GLOBAL_BATCH"
 _BLEND = "BLEND_SAMPLE_IN_CORPUS"

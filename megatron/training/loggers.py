@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron.config.schema import RunConfig
-from megatron.training import console, dashboards, records
+from megatron.training import console, dashboards
+from megatron.training import metrics_file as records
 from megatron.training.log import TRAINING_LOG
 from megatron.training.progress import Progress
 

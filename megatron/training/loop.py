@@ -14,16 +14,16 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from megatron.checkpoint.state import RunState
 from megatron.checkpoint.store import SaveError
 from megatron.config.schedule import Schedule, learning_rate
 from megatron.config.skip import is_skipped
 from megatron.engine import Engine, MicroBatches
-from megatron.training.curvature import Curvature
 from megatron.training.dump import dump_tokens
 from megatron.training.loggers import Tracker
 from megatron.training.metrics import Meter, Record
-from megatron.training.schedule_free import evaluation_weights
-from megatron.training.state import RunState
+from megatron.training.optimizers.curvature import Curvature
+from megatron.training.optimizers.schedule_free import evaluation_weights
 from megatron.training.stop import StopRequest
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, SupportsFloat
 
-from megatron.training.state import RunState
+from megatron.checkpoint.state import RunState
 
 Record = dict[str, Any]
 """One line of metrics.jsonl, see records.py."""

@@ -4,9 +4,8 @@ import struct
 from pathlib import Path
 
 from megatron.config.errors import ConfigError, DataError
-from megatron.config.resolve import Resolved, resolve
+from megatron.config.resolve import Resolved, Site, resolve
 from megatron.config.schema import RunConfig
-from megatron.config.site import Site
 
 AURORA = Site("aurora", True, 2, 12, {"GRAD_ACC_STEPS": "16", "MICRO_BATCH": "1"})
 

@@ -9,8 +9,7 @@ import pytest
 
 from megatron.config.errors import ConfigError, DataError
 from megatron.config.optimizers import OPTIMIZERS, accepted
-from megatron.config.resolve import resolve
-from megatron.config.site import Site
+from megatron.config.resolve import Site, resolve
 from tests.config.helpers import refusal, resolved
 
 NOBODY = 65534

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron.config.flags import ALWAYS, REFUSED, SHORTHANDS, read_command_line
-from megatron.config.options import options
+from megatron.config.schema import options
 from tests.config.helpers import configured, refusal, resolved
 
 

@@ -6,16 +6,17 @@ from pathlib import Path
 import pytest
 
 from megatron.config import formulas
-from megatron.config.formulas import Shape
+from megatron.config.shape import ModelShape
 from tests.config.helpers import configured
 
 FIGURES = json.loads((Path(__file__).parent / "seed_figures.json").read_text())
 
 
-def _shape(row: dict) -> Shape:
-    return Shape(
-        row["num_layers"], row["hidden"], row["heads"], row["kv_heads"], row["ffn"], row["seq"],
-        row["padded_vocab"], row["tied"],
+def _shape(row: dict) -> ModelShape:
+    return ModelShape(
+        num_layers=row["num_layers"], hidden_size=row["hidden"], num_attention_heads=row["heads"],
+        num_key_value_heads=row["kv_heads"], ffn_hidden_size=row["ffn"], seq_length=row["seq"],
+        vocab_size=row["padded_vocab"], tie_embeddings=row["tied"],
     )  # fmt: skip
 
 
@@ -41,8 +42,8 @@ def test_small_models(row):
     assert run.parameters == row["parameters"]
     assert (run.train.global_batch_size, run.data_parallel, run.model.seq_length) == (48, 24, 8192)
     flops = {
-        "LM": formulas.flops_per_token_lm(run.shape),
-        "DS": formulas.flops_per_token_ds(run.shape),
+        "LM": formulas.flops_per_token_lm(run.model),
+        "DS": formulas.flops_per_token_ds(run.model),
     }[row["formula"]]
     assert row["tokens_per_gpu_per_second"] * flops / 1e12 == pytest.approx(row["tflops"], rel=5e-3)
 
@@ -85,20 +86,20 @@ def test_log_with_checkpointing():
     run = configured(MODEL_ARCH="7B", NLAYERS=3, VOCAB_SIZE=32000, USE_ACTIVATION_CHECKPOINTING=1)
     mode = run.train.activation_checkpointing
     for row in FIGURES["log_7B_3_layers"]:
-        lm = row["tgs"] * formulas.flops_per_token_lm(run.shape) / 1e12
-        ds = row["tgs"] * formulas.flops_per_token_ds(run.shape, mode) / 1e12
+        lm = row["tgs"] * formulas.flops_per_token_lm(run.model) / 1e12
+        ds = row["tgs"] * formulas.flops_per_token_ds(run.model, mode) / 1e12
         assert (lm, ds) == (pytest.approx(row["LM"], rel=5e-3), pytest.approx(row["DS"], rel=5e-3))
 
 
 def test_causal_drops_half_of_the_attention():
-    shape = configured(MODEL_ARCH="7B", VOCAB_SIZE=32000).shape
+    shape = configured(MODEL_ARCH="7B", VOCAB_SIZE=32000).model
     attention = 12 * shape.num_layers * shape.hidden_size * shape.seq_length
     full = formulas.flops_per_token_lm(shape)
     assert full - formulas.flops_per_token_causal(shape) == attention // 2
 
 
 def test_selective_recompute_adds_attention_once():
-    shape = configured(MODEL_ARCH="2B", VOCAB_SIZE=32000).shape
+    shape = configured(MODEL_ARCH="2B", VOCAB_SIZE=32000).model
     extra = formulas.flops_per_token_ds(shape, "selective") - formulas.flops_per_token_ds(shape)
     assert extra == 4 * shape.num_layers * shape.hidden_size * shape.seq_length
 
@@ -108,4 +109,4 @@ def test_selective_recompute_adds_attention_once():
     [(256000, 1, 256000), (50257, 1, 50304), (50257, 4, 50688), (1, 2, 256), (32000, 2, 32000)],
 )
 def test_padding(vocabulary, tp, padded):
-    assert formulas.padded_vocabulary(vocabulary, tp) == padded
+    assert ModelShape(vocab_size=vocabulary).padded_vocab_size(tp) == padded

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron.config.near_misses import FOREIGN_SPELLINGS, near_misses
-from megatron.config.options import by_variable
+from megatron.config.schema import by_variable
 from tests.config.helpers import resolved
 
 ORDINARY = (

@@ -6,10 +6,9 @@ import sys
 
 import pytest
 
-from megatron.config import options, presets
-from megatron.config.resolve import resolve
+from megatron.config import presets, schema
+from megatron.config.resolve import Site, resolve
 from megatron.config.schema import RunConfig
-from megatron.config.site import Site
 from tests.config.helpers import AURORA, configured, refusal, resolved
 
 
@@ -61,7 +60,7 @@ def test_an_empty_variable_is_unset():
 
 @pytest.mark.parametrize(
     "option",
-    [o for o in options.options() if o.kind == "int" and len(o.env) > 1],
+    [o for o in schema.options() if o.kind == "int" and len(o.env) > 1],
     ids=lambda o: o.key,
 )
 def test_every_alias_of_a_number(option):
@@ -187,9 +186,9 @@ def test_skip_ranges_are_kept_merged():
 
 
 def test_rope_scaling_factors():
-    scaling = configured(MODEL_ARCH="Llama-3.2-1B").rope_scaling_factors
+    scaling = configured(MODEL_ARCH="Llama-3.2-1B").model.rope_scaling_factors
     assert scaling == (32.0, 1.0, 4.0, 8192)
-    assert configured().rope_scaling_factors is None
+    assert configured().model.rope_scaling_factors is None
 
 
 def test_json_round_trip():
@@ -200,8 +199,8 @@ def test_json_round_trip():
 def test_nothing_heavy_is_imported_and_it_is_fast():
     code = (
         "import sys, time; start = time.process_time()\n"
-        "from megatron.config.resolve import resolve; from megatron.config.site import Site\n"
-        "from megatron.config.report import dry_run_text\n"
+        "from megatron.config.resolve import resolve; from megatron.config.resolve import Site\n"
+        "from megatron.plan.report import dry_run_text\n"
         "dry_run_text(resolve({'DRY_RUN': '1'}, [], Site()), '')\n"
         "print(time.process_time() - start)\n"
         "ours = [n for n in sys.modules if '.' not in n and n != 'megatron']\n"

@@ -8,8 +8,7 @@ import pytest
 
 from megatron.config import schema, table
 from megatron.config.errors import ConfigError
-from megatron.config.options import by_flag, by_variable, options
-from megatron.config.schema import RunConfig
+from megatron.config.schema import RunConfig, by_flag, by_variable, options
 from tests.config.helpers import configured
 
 
@@ -37,7 +36,7 @@ def test_a_new_line_in_the_schema_is_a_new_option(monkeypatch):
     monkeypatch.setitem(schema.SECTIONS, "log", Extended)
     for cached in (options, by_variable, by_flag):
         cached.cache_clear()
-    from megatron.config.options import by_key
+    from megatron.config.schema import by_key
 
     by_key.cache_clear()
     try:

@@ -53,10 +53,9 @@ def start(path: str) -> dict[str, float]:
     """Everything a rank does of data before step 1, alone in its world, and one sample."""
     import torch.distributed as dist
 
-    from megatron.config.resolve import resolve
-    from megatron.config.site import Site
+    from megatron.checkpoint.state import RunState
+    from megatron.config.resolve import Site, resolve
     from megatron.training.data import build_data, train_data
-    from megatron.training.state import RunState
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     environ = {

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron.config.data_list import DataSource
-from megatron.data.megatron_order.build import MegatronSplits, build_megatron_datasets
+from megatron.data.data_list import DataSource
 from megatron.data.megatron_order.build_once import CHECKED_AT_START
-from megatron.data.megatron_order.plan import OrderSettings
+from megatron.data.megatron_order.datasets import MegatronSplits, build_megatron_datasets
+from megatron.data.megatron_order.settings import OrderSettings
 from tests.data.golden_order import datasets
 from tests.data.pairs import idx_bytes
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron.config.data_list import DataSource
+from megatron.data.data_list import DataSource
 
 # Files and share of each corpus of a well-known 14-corpus mix, the case the order must hold for.
 MIX = {

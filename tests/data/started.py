@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from megatron.config.errors import ConfigError, DataError
-from megatron.config.resolve import resolve
-from megatron.config.site import Site
+from megatron.config.resolve import Site, resolve
 from megatron.training.data import build_data
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron.data.fingerprint import write_note
-from megatron.data.plain_tokenizers import ByteTokenizer
+from megatron.data.prepare.fingerprint import write_note
+from megatron.data.prepare.plain_tokenizers import ByteTokenizer
 from tests.data.pairs import idx_bytes, write_tokens
 from tests.data.started import start
 from tests.spawn import run

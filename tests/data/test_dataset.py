@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.config.data_list import DataSource
 from megatron.config.errors import DataError
+from megatron.data.data_list import DataSource
 from megatron.data.dataset import Location, build_datasets
 from megatron.data.file_pool import FilePool
 from megatron.data.loader import Loader, StepPlan

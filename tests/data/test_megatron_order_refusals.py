@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron.config.errors import ConfigError, DataError
-from megatron.config.indexed_header import read_header
+from megatron.data.indexed_header import read_header
 from tests.data.megatron_cases import build, write_pair
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron.training import records
-from megatron.training.explain import RunHistory
+from megatron.analysis.explain import RunHistory
+from megatron.training import metrics_file as records
 from tests.data.resumed import Place, train_noting
 from tests.e2e.recorded import write_data
 from tests.spawn import run

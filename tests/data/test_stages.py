@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron.config.data_list import DataSource, ListStage
-from megatron.config.data_survey import survey_stages
 from megatron.data.blend import GOLDEN_RATIO, Blend
+from megatron.data.data_list import DataSource, ListStage
 from megatron.data.dataset import build_datasets
 from megatron.data.samples import num_samples
 from megatron.data.stages import Origin, build_stages
+from megatron.data.survey import survey_stages
 from tests.data.pairs import write_list
 
 SEQ = 8

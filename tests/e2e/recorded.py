@@ -10,13 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch.distributed as dist
 
-from megatron.config.resolve import resolve
-from megatron.config.site import Site
+from megatron.config.resolve import Site, resolve
 from megatron.data.dataset import Dataset
 from megatron.data.indexed import IndexedWriter
 from megatron.engine import Engine
 from megatron.launch.ranks import Ranks
-from megatron.launch.record import write_run
+from megatron.launch.run_folder import write_run
 from pretrain_gpt_alcf import pretrain
 
 VOCAB_SIZE = 160

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.training.records import read
+from megatron.training.metrics_file import read
 from tests.e2e.front_door import TINY, command, environment, tool, train
 
 EQUAL = {"OPT": "sgd", "LR": "0.1", "CLIP_GRAD": "0.3", "EVAL_INTERVAL": "0", "SAVE_INTERVAL": "0"}

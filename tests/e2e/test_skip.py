@@ -49,7 +49,7 @@ def test_other_steps_see_the_same_tokens(layout: str, tmp_path: Path) -> None:
 
 
 def test_counters_and_rate_advance(tmp_path: Path) -> None:
-    from megatron.training.records import read
+    from megatron.training.metrics_file import read
 
     write_data(tmp_path)
     record(tmp_path, "whole", "one")

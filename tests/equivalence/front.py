@@ -8,16 +8,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.config.resolve import resolve
+from megatron.checkpoint.state import RunState
+from megatron.config.resolve import Site, resolve
 from megatron.config.schema import RunConfig
-from megatron.config.site import Site
 from megatron.engine import Engine, start_distributed
 from megatron.parallel.groups import Groups, make_groups
 from megatron.training import checkpointing
-from megatron.training.build import build_engine, layout_of
+from megatron.training.build import build_engine
 from megatron.training.device import detect
-from megatron.training.schedule_free import evaluation_weights
-from megatron.training.state import RunState
+from megatron.training.optimizers.schedule_free import evaluation_weights
 
 VARIABLES = {
     "NLAYERS": "4",
@@ -52,7 +51,7 @@ def build(run: RunConfig) -> Engine:
     """The engine of this rank."""
     rank = dist.get_rank()
     start_distributed("gloo", rank, dist.get_world_size(), rank, "", 60)
-    return build_engine(run, make_groups(layout_of(run)), detect(rank, run.train.dtype))
+    return build_engine(run, make_groups(run.layout), detect(rank, run.train.dtype))
 
 
 def samples(run: RunConfig, step: int) -> Tensor:

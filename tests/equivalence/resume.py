@@ -6,8 +6,8 @@ from pathlib import Path
 
 from megatron.checkpoint import store
 from megatron.checkpoint.tensors import TensorReader, write_pieces
-from megatron.checkpoint.zero_state import ZeroState
 from megatron.engine import Engine
+from megatron.engine.shards import ZeroState
 from tests.equivalence.training import Case, build, run_steps
 
 

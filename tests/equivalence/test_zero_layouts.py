@@ -15,11 +15,11 @@ from torch import nn
 
 from megatron.checkpoint import store
 from megatron.config.deepspeed import deepspeed_config
-from megatron.config.report import memory_of
 from megatron.config.schema import RunConfig
 from megatron.engine import Engine
 from megatron.engine import engine as engine_file
 from megatron.parallel import layers
+from megatron.plan.memory import memory_per_rank
 from megatron.training import build as build_file
 from tests.equivalence import front
 from tests.equivalence.training import NOTHING_STAYS_WHOLE
@@ -303,7 +303,7 @@ def test_states_take_the_bytes_of_the_formula(layout: str) -> None:
         "DTYPE": "bf16",
         "MICRO_BATCH": "1",
     }
-    expected = memory_of(front.run_config(variables))._asdict()
+    expected = memory_per_rank(front.run_config(variables))._asdict()
     for kept in run(measured, 4, variables):
         for part, size in kept.items():
             assert size == pytest.approx(expected[part], rel=0.05), part

@@ -15,12 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.config.stages import stage_bounds
+from megatron.config.layout import Layout
+from megatron.config.pipeline_stages import stage_bounds
 from megatron.engine import Engine, EngineOptions, start_distributed
 from megatron.model.llama import llama_layers, loss_function
 from megatron.model.llama_config import LlamaConfig
 from megatron.parallel.groups import Groups, make_groups
-from megatron.parallel.layout import Layout
 
 GLOBAL_BATCH = 8
 SEQ_LENGTH = 32

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.config import options
+from megatron.config import schema
 from megatron.launch.machines import MACHINES, find_machine
 from megatron.launch.site import site
 from tests.launch.places import at, pbs_job, slurm_job
@@ -97,7 +97,7 @@ def test_perlmutter_cuts_matrices_in_two() -> None:
 def test_defaults_are_variables_that_exist() -> None:
     for machine in MACHINES:
         for name, text in machine.defaults(4).items():
-            options.by_variable()[name].parse(text, name)
+            schema.by_variable()[name].parse(text, name)
 
 
 def test_site_of_a_job(tmp_path: Path) -> None:

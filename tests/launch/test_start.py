@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from megatron.config.errors import ConfigError
-from megatron.launch import record, start
+from megatron.launch import run_folder as record
+from megatron.launch import start
 from megatron.launch.provenance import commit, recorded_environment
 from tests.launch.places import pbs_job, slurm_job
 

@@ -7,10 +7,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron.config.layout import Layout
 from megatron.model.llama import Block, LlamaConfig, llama_layers, loss_function
 from megatron.model.stack import Stack
 from megatron.parallel.groups import SERIAL, make_groups
-from megatron.parallel.layout import Layout
 from megatron.parallel.ulysses import own_positions
 from tests.model.tiny import KINDS, batch, build, loss_and_gradients, tiny
 from tests.spawn import RankError, run

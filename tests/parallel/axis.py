@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch.distributed as dist
 
+from megatron.config.layout import Layout
 from megatron.parallel.groups import Axis, make_groups
-from megatron.parallel.layout import Layout
 
 
 def whole_world() -> Axis:

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron.config.layout import Layout
 from megatron.engine.own_groups import members_group
 from megatron.parallel.groups import SERIAL, Axis, make_groups
-from megatron.parallel.layout import Layout
 from tests.spawn import RankError, run
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from tests.benchmarks.measure_startup import LAYOUTS, WORLDS, main, measure
 from tests.spawn import run
-from tools.measure_startup import LAYOUTS, WORLDS, main, measure
 
 ZERO_STAGES = ["1", "3"]
 GROWTH = 2.0

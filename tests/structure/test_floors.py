@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 FLOORS = {
     "megatron.config": 0,
+    "megatron.plan": 0,
     "megatron.launch": 0,
     "megatron.parallel": 1,
     "megatron.data": 1,
@@ -20,6 +21,7 @@ FLOORS = {
     "megatron.engine": 3,
     "megatron.checkpoint": 3,
     "megatron.training": 4,
+    "megatron.analysis": 4,
     "pretrain_gpt_alcf": 5,
     "tools": 5,
 }
@@ -34,12 +36,12 @@ BESIDE = {
 PLAIN = ("megatron.parallel", "megatron.data", "megatron.model")
 FOR_PLAIN = {
     "megatron.config.errors",
-    "megatron.config.data_list",
-    "megatron.config.indexed_header",
-    "megatron.config.vocabulary",
+    "megatron.data.data_list",
+    "megatron.data.indexed_header",
+    "megatron.data.vocabulary",
     "megatron.config.formulas",
     "megatron.config.rope_scaling",
-    "megatron.config.stages",
+    "megatron.config.pipeline_stages",
 }
 
 FILES = sorted(
@@ -112,14 +114,14 @@ def test_imports_point_down() -> None:
         ("megatron.config.resolve", "megatron.launch.site.site", False),
         ("megatron.parallel.layers", "megatron.data.indexed", False),
         ("megatron.parallel.layers", "megatron.config.schema.RunConfig", False),
-        ("megatron.data.dataset", "megatron.config.data_list.DataSource", True),
+        ("megatron.data.dataset", "megatron.data.data_list.DataSource", True),
         ("megatron.data.dataset", "megatron.config.errors", True),
         ("megatron.data.dataset", "megatron.config", False),
         ("megatron.model.llama", "megatron.engine", False),
         ("megatron.checkpoint.store", "megatron.engine", False),
         ("megatron.training.loop", "megatron.engine.Engine", True),
         ("megatron.engine", "megatron.training.log", False),
-        ("tools.compare_runs", "megatron.training.records.read", True),
+        ("tools.compare_runs", "megatron.training.metrics_file.read", True),
         ("megatron.config.schema", "dataclasses", True),
     ],
 )

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from megatron.training import records
+from megatron.training import metrics_file as records
 from tests.training import records_factory as make
 from tools import compare_runs
 

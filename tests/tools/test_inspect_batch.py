@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from megatron.config.data_list import parse_data_list
+from megatron.data.data_list import parse_data_list
 from megatron.data.indexed import IndexedDataset
-from megatron.training import records
+from megatron.training import metrics_file as records
 from tests.data.megatron_cases import build
 from tests.data.resumed import train_noting
 from tests.e2e.recorded import write_data

@@ -5,7 +5,7 @@ from collections import defaultdict
 import numpy as np
 import pytest
 
-from megatron.config.data_list import parse_data_list
+from megatron.data.data_list import parse_data_list
 from tests.data.pairs import write_tokens
 from tools import make_data_list
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron.data.fingerprint import read_note, write_note
 from megatron.data.indexed import IndexedDataset, IndexedWriter
-from megatron.data.plain_tokenizers import ByteTokenizer, NullTokenizer
+from megatron.data.prepare.fingerprint import read_note, write_note
+from megatron.data.prepare.plain_tokenizers import ByteTokenizer, NullTokenizer
 from tools import merge_datasets
 
 

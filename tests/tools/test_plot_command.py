@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.training import records
+from megatron.training import metrics_file as records
 from tests.training import records_factory as make
 
 ROOT = Path(__file__).resolve().parents[2]

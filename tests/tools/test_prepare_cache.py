@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.data.megatron_order.build import build_megatron_datasets
+from megatron.data.megatron_order.datasets import build_megatron_datasets
 from tests.data.megatron_cases import settings, write_pair
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "prepare_cache.py"

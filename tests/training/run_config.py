@@ -11,7 +11,7 @@ from megatron.config import schema
 def tiny_run(folder: Path, **log: Any) -> schema.RunConfig:
     """One process, three layers; `log` changes the log section."""
     return schema.RunConfig(
-        model=schema.ModelConfig(
+        model=schema.ModelShape(
             model_arch="debug",
             num_layers=3,
             hidden_size=64,

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from megatron.training import loggers, records
+from megatron.training import loggers
+from megatron.training import metrics_file as records
 from megatron.training.progress import Progress
 from tests.training import records_factory as make
 

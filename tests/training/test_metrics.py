@@ -9,12 +9,16 @@ from typing import Any
 import pytest
 import torch
 
+from megatron.checkpoint.state import RunState
 from megatron.config import formulas
+from megatron.config.shape import ModelShape
 from megatron.training.metrics import Meter, Workload
-from megatron.training.state import RunState
 
 # A 3-layer 7B shape on 24 devices, every block recomputed: the run of the published log lines.
-SHAPE = formulas.Shape(3, 4096, 32, 8, 11008, 4096, 32000, False)
+SHAPE = ModelShape(
+    num_layers=3, hidden_size=4096, num_attention_heads=32, num_key_value_heads=8,
+    ffn_hidden_size=11008, seq_length=4096, vocab_size=32000,
+)  # fmt: skip
 LOG_RUN = Workload(
     train_iters=635782,
     global_batch_size=768,

@@ -13,13 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron.config.errors import DataError
-from megatron.config.indexed_header import HEADER
 from megatron.data.dataset import Location, Sample
 from megatron.data.file_pool import FilePool
 from megatron.data.indexed import file_dtype
+from megatron.data.indexed_header import HEADER
 from megatron.data.megatron_order.array_file import ArrayFile, Header
 from megatron.data.megatron_order.build_once import CacheFile, Log, checked, opened
-from megatron.data.megatron_order.plan import FilePlan, SplitPlan
+from megatron.data.megatron_order.settings import FilePlan, SplitPlan
 from megatron.data.samples import Tokens
 
 _POINTER, _TWO_POINTERS = struct.Struct("<q"), struct.Struct("<2q")

@@ -31,7 +31,7 @@ from megatron.data.megatron_order.mixing import (
     number_dtype,
     source_dtype,
 )
-from megatron.data.megatron_order.plan import (
+from megatron.data.megatron_order.settings import (
     CorpusPlan,
     FilePlan,
     OrderSettings,

@@ -1,0 +1,1 @@
+"""What reads a run's folder: plots, reports, explained steps (floor 4)."""

@@ -1,0 +1,240 @@
+"""A run's steps looked up afterwards: which samples a step had, and where each came from.
+
+Reads the run's folder alone (run.json, metrics.jsonl, the manifests of its checkpoints); needs no
+process group and no model.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from megatron.checkpoint import store
+from megatron.checkpoint.state import DataStage, RunState
+from megatron.config.errors import ConfigError, DataError
+from megatron.config.schema import RunConfig
+from megatron.data.data_list import BUILTIN, ListStage, parse_data_stages
+from megatron.data.data_record import stateless_order
+from megatron.data.dataset import Location
+from megatron.data.indexed import IndexedDataset
+from megatron.data.indexed_header import read_header
+from megatron.data.megatron_order.order import MegatronDataset
+from megatron.data.prepare.builtin import builtin_corpus
+from megatron.data.prepare.documents import Part, document_range, parts_of, samples_with
+from megatron.data.prepare.tokenizer import Tokenizer, build_tokenizer
+from megatron.data.samples import Tokens
+from megatron.data.stages import Origin, StagedDataset
+from megatron.launch.run_folder import RUN_FILE, read_run
+from megatron.training import metrics_file as records
+from megatron.training.data import run_record
+from megatron.training.data_order import cache_folder, recorded_order
+
+
+@dataclass(frozen=True)
+class ExplainedSample:
+    """A sample of a step.
+
+    Attributes:
+        sample: its number in the run.
+        corpus, file, epoch: where it comes from.
+        index: its number in the file's order.
+        parts: its tokens by document.
+        tokens: int64 (S + 1,).
+    """
+
+    sample: int
+    corpus: str
+    file: str
+    epoch: int
+    index: int
+    parts: list[Part]
+    tokens: Tokens
+
+
+class RunHistory:
+    """The steps of a run, as far as its folder tells."""
+
+    def __init__(self, folder: Path) -> None:
+        """Reads the folder of a run.
+
+        Raises:
+            ConfigError: it is none.
+        """
+        if not (folder / RUN_FILE).is_file():
+            raise ConfigError(
+                f"--run {folder}: it holds no {RUN_FILE}; give a run's folder, e.g. runs/NAME"
+            )
+        self.folder = folder
+        self.run: RunConfig = read_run(folder / RUN_FILE)
+        self.checkpoints = store.committed(self.run.checkpoint_folder)
+        self._stages = self._data_stages()
+        self._orders: dict[int, StagedDataset | MegatronDataset] = {}  # by first sample
+
+    def samples(self, step: int) -> range:
+        """Samples of a step, taken, skipped or yet to come.
+
+        Raises:
+            DataError: the batch size changed around the step and no record says where.
+        """
+        if step < 1:
+            raise ConfigError(f"--step {step}: steps count from 1")
+        after = bisect_left(self._points, (step, 0))
+        before_step, before_samples = self._points[after - 1]
+        size = self.run.train.global_batch_size
+        if after < len(self._points):
+            until_step, until_samples = self._points[after]
+            size, rest = divmod(until_samples - before_samples, until_step - before_step)
+            if rest:
+                raise DataError(
+                    f"between steps {before_step} and {until_step} the batch size changed, and "
+                    "metrics.jsonl does not say where; set LOG_INTERVAL=1 in later runs"
+                )
+        start = before_samples + (step - 1 - before_step) * size
+        return range(start, start + size)
+
+    def fate(self, step: int) -> str:
+        """`taken`, `skipped` (not trained on) or `to come`, as far as the folder tells."""
+        if step > self._points[-1][0]:
+            return "to come"
+        ranges = [*self.run.skip_ranges]
+        for checkpoint in self.checkpoints[:1]:
+            ranges += _state(checkpoint).skip_ranges
+        return "skipped" if any(a <= step <= b for a, b in ranges) else "taken"
+
+    def step_of(self, sample: int) -> int:
+        """The step that a sample belongs to."""
+        after = bisect_left([samples for _, samples in self._points], sample + 1)
+        before_step, before_samples = self._points[after - 1]
+        size = self.run.train.global_batch_size
+        if after < len(self._points):
+            until_step, until_samples = self._points[after]
+            size = (until_samples - before_samples) // (until_step - before_step)
+        return before_step + 1 + (sample - before_samples) // size
+
+    def explain(self, sample: int) -> ExplainedSample:
+        """Where a sample comes from, and its tokens."""
+        order, sequence = self._order_of(sample)
+        if isinstance(order, MegatronDataset):
+            file, reader, number = order.find(sample - self._stage_of(sample).samples)
+            epoch, row = reader.locate(number)
+            parts = [Part(*piece) for piece in reader.pieces(number) if piece.length]
+            where = Location(file.corpus, file.prefix, epoch, row)
+            return _explained(sample, where, parts, reader.read(number))
+        found = order.sample(sample)
+        dataset = IndexedDataset(found.file, check=False)
+        parts = parts_of(dataset, found.index * sequence, sequence + 1)
+        return _explained(sample, found, parts, found.tokens)
+
+    def find_document(self, prefix: str, document: int) -> Iterator[tuple[int, int, int]]:
+        """(step, sample, epoch) of each time a document is read until TRAIN_ITERS, in order.
+
+        Raises:
+            ConfigError: no list of the run has the file.
+            DataError: the file has no such document.
+        """
+        path = str(Path(prefix.partition(".bin")[0]).absolute())
+        records = [part for stage in self._stages for part in stage.record["stages"]]
+        known = {row[1] for part in records for row in part["files"]}
+        if path not in known:
+            raise ConfigError(
+                f"--find-document {prefix}: no list of the run has {path}; it has, e.g., "
+                + ", ".join(sorted(known)[:3])
+            )
+        total = self.samples(self.run.train.train_iters).stop
+        found: list[tuple[int, int]] = []
+        for stage, end in zip(
+            self._stages, [*(s.samples for s in self._stages[1:]), total], strict=True
+        ):
+            if min(end, total) <= stage.samples:
+                continue
+            order, sequence = self._order_of(stage.samples)
+            if isinstance(order, MegatronDataset):
+                samples = [stage.samples + own for own in order.uses(path, document)]
+                found += [(k, self.explain(k).epoch) for k in samples if k < min(end, total)]
+            else:
+                found += _stateless_uses(order, path, document, sequence, min(end, total))
+        for sample, epoch in sorted(found):
+            yield self.step_of(sample), sample, epoch
+
+    def tokenizer(self) -> Tokenizer:
+        """The run's tokenizer."""
+        data = self.run.data
+        if data.data_file_list == BUILTIN:
+            return builtin_corpus(data.tokenizer_type, data.tokenizer_model).tokenizer
+        return build_tokenizer(data.tokenizer_type, data.tokenizer_model, self.run.model.vocab_size)
+
+    @cached_property
+    def _points(self) -> list[tuple[int, int]]:
+        """(step, samples consumed after it) wherever that is known, the start first."""
+        points = {0: 0}
+        metrics = self.folder / "metrics.jsonl"
+        for record in records.read(metrics) if metrics.is_file() else []:
+            if "consumed_samples" in record:
+                points[record["iteration"]] = record["consumed_samples"]
+        for checkpoint in self.checkpoints:
+            points[checkpoint.iteration] = _state(checkpoint).consumed_samples
+        return sorted(points.items())
+
+    def _order_of(self, sample: int) -> tuple[StagedDataset | MegatronDataset, int]:
+        """The order that a sample is of, and its sequence length."""
+        stage = self._stage_of(sample)
+        if stage.samples not in self._orders:
+            self._orders[stage.samples] = self._build(stage)
+        return self._orders[stage.samples], stage.record["seq_length"]
+
+    def _stage_of(self, sample: int) -> DataStage:
+        return [stage for stage in self._stages if stage.samples <= sample][-1]
+
+    def _build(self, stage: DataStage) -> StagedDataset | MegatronDataset:
+        if stage.record["order"] == "stateless":
+            return stateless_order(stage.record, Origin(stage.samples, stage.tokens, stage.drawn))
+        return recorded_order(stage.record, cache_folder(self.run))
+
+    def _data_stages(self) -> tuple[DataStage, ...]:
+        """What the run was trained on; without a checkpoint, what its settings say."""
+        states = [_state(checkpoint) for checkpoint in self.checkpoints]
+        known = next((state.data for state in states if state.data), None)
+        if known is not None:
+            return known
+        lists = self._lists()
+        prefixes = {source.prefix for part in lists for source in part.sources}
+        headers = {prefix: read_header(prefix) for prefix in prefixes}
+        record = run_record(self.run, lists, headers, tokenizer="")
+        return (DataStage(0, 0, 0, record, {}),)
+
+    def _lists(self) -> tuple[ListStage, ...]:
+        data = self.run.data
+        if data.data_file_list != BUILTIN:
+            return parse_data_stages(data.data_file_list)
+        corpus = builtin_corpus(data.tokenizer_type, data.tokenizer_model)
+        return (ListStage(0, BUILTIN, corpus.entries),)
+
+
+def _stateless_uses(
+    order: StagedDataset, prefix: str, document: int, sequence: int, end: int
+) -> Iterator[tuple[int, int]]:
+    """Sample of the run, and epoch, of each sample before `end` with tokens of a document."""
+    firsts = [first for first, _ in order.parts]
+    for (first, dataset), stop in zip(order.parts, [*firsts[1:], end], strict=True):
+        files = {file.prefix for corpus in dataset.corpora for file in corpus.files}
+        if prefix in files and min(stop, end) > first:
+            tokens = document_range(IndexedDataset(prefix, check=False), document)
+            for position, epoch in samples_with(
+                dataset, prefix, tokens, sequence, min(stop, end) - first
+            ):
+                yield first + position, epoch
+
+
+def _explained(sample: int, where: Location, parts: list[Part], tokens: Tokens) -> ExplainedSample:
+    return ExplainedSample(
+        sample, where.corpus, where.file, where.epoch, where.index, parts, tokens
+    )
+
+
+def _state(checkpoint: store.Checkpoint) -> RunState:
+    manifest: dict[str, Any] = checkpoint.manifest
+    return RunState.from_dict(manifest["state"])

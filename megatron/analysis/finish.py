@@ -1,0 +1,85 @@
+"""The end of a run: what the model says, how it went, and what to do next."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from pathlib import Path
+
+from megatron.analysis.plot import plot, series
+from megatron.analysis.run_report import write_report
+from megatron.checkpoint.state import RunState
+from megatron.config.schema import RunConfig
+from megatron.engine import Engine
+from megatron.training import metrics_file as records
+from megatron.training.data import Data
+from megatron.training.generate import generate
+from megatron.training.loop import Outcome
+from megatron.training.optimizers.schedule_free import evaluation_weights
+
+log = logging.getLogger(__name__)
+
+_PROMPT_TOKENS = 24
+_NEW_TOKENS = 64
+
+
+def sample_text(run: RunConfig, engine: Engine, data: Data) -> str:
+    """A continuation of the start of a validation sample; a collective over all ranks."""
+    split = data.splits.valid or data.splits.train
+    assert split is not None
+    length = min(_PROMPT_TOKENS, run.model.seq_length)
+    prompt = split.sample(0).tokens[:length].tolist()
+    with evaluation_weights(engine.optimizer, engine.refresh_weights):
+        added = generate(
+            engine,
+            prompt,
+            _NEW_TOKENS,
+            vocab_size=min(run.model.vocab_size, data.tokenizer.vocab_size),
+            context=run.model.seq_length,
+            stop_at=data.tokenizer.eod,
+        )
+    given, grown = data.tokenizer.decode(prompt), data.tokenizer.decode(prompt + added)
+    return f"{given}[...]{grown.removeprefix(given)}"
+
+
+def tell(run: RunConfig, folder: Path, sample: str) -> None:
+    """Prints plot, sample and next commands, and writes the report; for the rank that logs."""
+    curve = series(records.read(folder / "metrics.jsonl"))
+    print(plot({"loss": curve}, "loss", encoding=sys.stdout.encoding or "utf-8"))
+    print(f"What the model says (its own words after [...]):\n\n{sample}\n")
+    report = write_report(folder)
+    print("\n".join(_next_steps(run, folder, report)))
+
+
+def _next_steps(run: RunConfig, folder: Path, report: Path) -> list[str]:
+    more = f"TRAIN_ITERS={2 * run.train.train_iters}"
+    if run.data.order == "megatron":  # an order of TRAIN_ITERS x GLOBAL_BATCH samples
+        more += " ALLOW_DATA_CHANGE=1"
+    return [
+        f"report        {report}",
+        f"metrics       {folder / 'metrics.jsonl'}",
+        f"plot again    python3 tools/plot.py {folder}",
+        f"go on         {more} bash train_alcf.sh   (with the same settings)",
+        f"Hugging Face  python3 tools/convert_hf.py export {folder} OUT",
+    ]
+
+
+def say_finished(run: RunConfig, state: RunState) -> None:
+    """A start of a run that has done all its steps."""
+    log.info(
+        f"{run.run_folder} has done its {state.iteration} steps (TRAIN_ITERS="
+        f"{run.train.train_iters}); to go on set TRAIN_ITERS higher, to start anew choose another"
+        " RUN_NAME"
+    )
+
+
+def stopped(run: RunConfig, outcome: Outcome) -> int:
+    """Status of a run that a signal stopped: 0 with its state saved, else 128 + signal."""
+    name = signal.Signals(outcome.signal).name
+    iteration = outcome.state.iteration
+    if outcome.saved:
+        log.info(f"{name}: saved step {iteration} and left; the same command goes on from there")
+        return 0
+    log.error(f"{name}: left at step {iteration} without a checkpoint of it")
+    return 128 + outcome.signal

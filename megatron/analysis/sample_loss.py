@@ -1,0 +1,63 @@
+"""Loss of single samples under a checkpoint, by one process on the CPU in fp32."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron.checkpoint import store
+from megatron.checkpoint.tensors import TensorReader
+from megatron.config.errors import DataError
+from megatron.config.schema import RunConfig
+from megatron.model.llama import llama_layers
+from megatron.model.stack import Stack
+from megatron.parallel.cross_entropy import vocab_parallel_cross_entropy
+from megatron.parallel.groups import SERIAL
+from megatron.training.build import llama_config
+from megatron.training.optimizers.schedule_free import evaluation_weight
+
+
+class SampleLosses:
+    """The model of a checkpoint, whole, and the mean loss that it gives a sample."""
+
+    def __init__(self, folder: Path) -> None:
+        """Reads a checkpoint's folder, whatever layout wrote it.
+
+        Raises:
+            DataError: it holds none, or a damaged one.
+        """
+        found = [c for c in store.committed(folder.parent) if c.folder.name == folder.name]
+        if not found:
+            raise DataError(f"{folder} is no checkpoint: give a folder checkpoints/step-<N>")
+        (checkpoint,) = found
+        damage = store.damage(checkpoint)
+        if damage:
+            raise DataError("\n".join(damage))
+        self.iteration = checkpoint.iteration
+        run = RunConfig.from_dict(checkpoint.manifest["run"])
+        config = dataclasses.replace(llama_config(run), recompute="none", sequence_parallel=False)
+        self._vocab_size = config.vocab_size
+        self._model = Stack(llama_layers(config, SERIAL))
+        reader = TensorReader(checkpoint.files("tensors"))
+        beta1 = run.optimizer.adam_beta1 if run.optimizer.optimizer == "adamwschedulefree" else None
+        for name, parameter in self._model.named_parameters():
+            weight = reader.whole(name)
+            if beta1 is not None and "z" in reader.states(name):
+                weight = evaluation_weight(weight, reader.whole(name, "z"), beta1)
+            with torch.no_grad():
+                parameter.copy_(weight)
+
+    @torch.no_grad()
+    def losses(self, samples: Iterable[Tensor]) -> list[float]:
+        """Mean loss over the tokens of each sample, int64 (S + 1,)."""
+        return [float(self._token_losses(sample).mean()) for sample in samples]
+
+    def _token_losses(self, sample: Tensor) -> Tensor:
+        logits = self._model(sample[None, :-1])  # (1, S, V)
+        return vocab_parallel_cross_entropy(
+            logits.float(), sample[None, 1:], SERIAL, self._vocab_size
+        )

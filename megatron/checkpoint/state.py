@@ -1,0 +1,92 @@
+"""RunState: a run's counters, what a checkpoint remembers besides weights and optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class DataStage:
+    """From where on a run has been trained on which data.
+
+    Attributes:
+        iteration, samples, tokens: consumed before its first step.
+        record: all that decides its samples (megatron/data/data_record.py).
+        drawn: draws of each file before it, which it does not repeat.
+    """
+
+    iteration: int
+    samples: int
+    tokens: int
+    record: dict[str, Any]
+    drawn: dict[str, int]
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a run is. Frozen: a step makes the next one.
+
+    Attributes:
+        iteration: steps done, skipped ones included; the number of the last step.
+        consumed_samples: samples that belong to these steps, read or not; the data cursor.
+        consumed_tokens: the same in tokens.
+        skipped_iterations: steps that changed no weight (a range to skip, an overflow, a refused
+            update).
+        nan_iterations: steps whose loss was not finite.
+        skip_ranges: ranges (first, last), inclusive, that the run was told not to train on.
+        data: what it was trained on, the present stage last.
+    """
+
+    iteration: int = 0
+    consumed_samples: int = 0
+    consumed_tokens: int = 0
+    skipped_iterations: int = 0
+    nan_iterations: int = 0
+    skip_ranges: tuple[tuple[int, int], ...] = ()
+    data: tuple[DataStage, ...] = ()
+
+    def after(self, samples: int, tokens: int, *, skipped: bool = False) -> RunState:
+        """The state after one more step of so many samples and tokens, skipped or not."""
+        return dataclasses.replace(
+            self,
+            iteration=self.iteration + 1,
+            consumed_samples=self.consumed_samples + samples,
+            consumed_tokens=self.consumed_tokens + tokens,
+            skipped_iterations=self.skipped_iterations + int(skipped),
+        )
+
+    def with_nan(self, count: int) -> RunState:
+        """The state with more non-finite losses, known only when losses are fetched."""
+        return dataclasses.replace(self, nan_iterations=self.nan_iterations + count)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; `from_dict` reads them back."""
+        return {
+            **dataclasses.asdict(self),
+            "skip_ranges": [list(pair) for pair in self.skip_ranges],
+            "data": [dataclasses.asdict(stage) for stage in self.data],
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RunState:
+        """Reads what `to_dict` wrote.
+
+        Raises:
+            ValueError: a counter is missing, unknown or not a whole number >= 0.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        if set(values) != set(names):
+            raise ValueError(f"a run's state has the fields {names}, found {sorted(values)}")
+        counters = {name: values[name] for name in names if name not in ("skip_ranges", "data")}
+        for name, value in counters.items():
+            if type(value) is not int or value < 0:
+                raise ValueError(f"a run's state: {name}={value!r} is not a whole number >= 0")
+        ranges = tuple((int(first), int(last)) for first, last in values["skip_ranges"])
+        return cls(
+            **counters,
+            skip_ranges=ranges,
+            data=tuple(DataStage(**stage) for stage in values["data"]),
+        )

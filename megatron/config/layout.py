@@ -1,0 +1,177 @@
+"""Where a rank stands: pure arithmetic between a rank and its coordinates on the four axes.
+
+rank = ((pp_rank * dp + dp_rank) * sp + sp_rank) * tp + tp_rank: tensor-parallel neighbours are
+adjacent (the fastest links), then the ranks of a sequence, pipeline stages furthest apart. With the
+sequence axis counted as data it is the order of DeepSpeed's topology: pipe, data, model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+SHOWN_HOSTS = 4  # of many, the first ones and the last
+
+
+class Coordinates(NamedTuple):
+    """A rank's coordinates, the slowest axis first."""
+
+    pp: int
+    dp: int
+    sp: int
+    tp: int
+
+
+class LayoutAxis(NamedTuple):
+    """One way in which ranks are neighbours.
+
+    Attributes:
+        name: as the user sets it.
+        size: ranks of a group.
+        stride: from one rank of a group to the next.
+        shares: what the ranks of a group have in common, or cut between them.
+    """
+
+    name: str
+    size: int
+    stride: int
+    shares: str
+
+    def ranks(self, rank: int) -> tuple[int, ...]:
+        """Ranks of the group that `rank` is in, in order."""
+        first = rank - rank // self.stride % self.size * self.stride
+        return tuple(first + place * self.stride for place in range(self.size))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the four axes.
+
+    Attributes:
+        tp: ranks that share each matrix.
+        pp: pipeline stages.
+        dp: ranks that read different samples.
+        sp: ranks that share each sample, a piece of the sequence each.
+    """
+
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    sp: int = 1
+
+    def __post_init__(self) -> None:
+        for name, size in (("TP", self.tp), ("PP", self.pp), ("DP", self.dp), ("SP", self.sp)):
+            if size < 1:
+                raise ValueError(f"{name}={size}: must be 1 or more")
+
+    @property
+    def world(self) -> int:
+        """Ranks in all."""
+        return self.tp * self.pp * self.dp * self.sp
+
+    def without_sequence(self) -> Layout:
+        """The same ranks in the same order, the sequence axis counted as data.
+
+        To whatever shares out weights and averages gradients, the ranks of a sequence are ranks
+        with other tokens.
+        """
+        return Layout(tp=self.tp, pp=self.pp, dp=self.dp * self.sp)
+
+    def rank(self, pp_rank: int, dp_rank: int, tp_rank: int, sp_rank: int = 0) -> int:
+        """The rank at these coordinates."""
+        assert 0 <= pp_rank < self.pp and 0 <= dp_rank < self.dp
+        assert 0 <= sp_rank < self.sp and 0 <= tp_rank < self.tp
+        return ((pp_rank * self.dp + dp_rank) * self.sp + sp_rank) * self.tp + tp_rank
+
+    def coordinates(self, rank: int) -> Coordinates:
+        """Where a rank stands."""
+        assert 0 <= rank < self.world
+        rest, tp_rank = divmod(rank, self.tp)
+        rest, sp_rank = divmod(rest, self.sp)
+        pp_rank, dp_rank = divmod(rest, self.dp)
+        return Coordinates(pp_rank, dp_rank, sp_rank, tp_rank)
+
+    def tp_ranks(self, rank: int) -> tuple[int, ...]:
+        """Ranks that hold the shards of this rank's matrices, itself included, in shard order."""
+        return self.axis("TP").ranks(rank)
+
+    def sp_ranks(self, rank: int) -> tuple[int, ...]:
+        """Ranks that split this rank's samples, itself included, in sequence order."""
+        return self.axis("SP").ranks(rank)
+
+    def dp_ranks(self, rank: int) -> tuple[int, ...]:
+        """Ranks with this one's weights and place in the sequence, itself too, in data order."""
+        return self.axis("DP").ranks(rank)
+
+    def pp_ranks(self, rank: int) -> tuple[int, ...]:
+        """Ranks of this rank's pipeline, itself included, in stage order."""
+        return self.axis("PP").ranks(rank)
+
+    @property
+    def axes(self) -> tuple[LayoutAxis, ...]:
+        """All axes, the fastest first."""
+        tp, sp, dp = self.tp, self.sp, self.dp
+        return (
+            LayoutAxis("TP", tp, 1, "each matrix"),
+            LayoutAxis("SP", sp, tp, "each sample, a piece of the sequence each"),
+            LayoutAxis("DP", dp, tp * sp, "each step's samples"),
+            LayoutAxis("PP", self.pp, tp * sp * dp, "the layers"),
+        )
+
+    def axis(self, name: str) -> LayoutAxis:
+        """The axis called TP, SP, DP or PP."""
+        return next(axis for axis in self.axes if axis.name == name)
+
+    def hosts_of_a_group(self, axis: LayoutAxis, ranks_per_host: int) -> int:
+        """Hosts that the group of an axis is on, at most."""
+        return max(
+            len({member // ranks_per_host for member in axis.ranks(rank)})
+            for rank in range(self.world)
+            if rank // axis.stride % axis.size == 0
+        )
+
+    def drawing(self, ranks_per_host: int) -> list[str]:
+        """A line a host: ranks of a TP group in (), those of an SP group in [], stages named."""
+        hosts = -(-self.world // ranks_per_host)
+        shown = [*range(hosts)]
+        if hosts > SHOWN_HOSTS + 1:
+            shown = [*range(SHOWN_HOSTS), hosts - 1]
+        lines = [f"host {host}: {self._ranks_of(host, ranks_per_host)}" for host in shown]
+        if len(shown) < hosts:
+            lines.insert(SHOWN_HOSTS, f"... {hosts - len(shown)} more")
+        return lines
+
+    def _ranks_of(self, host: int, ranks_per_host: int) -> str:
+        first = host * ranks_per_host
+        last = min(first + ranks_per_host, self.world)
+        return " ".join(self._drawn(rank, rank == first) for rank in range(first, last))
+
+    def _drawn(self, rank: int, begins_host: bool) -> str:
+        """A rank with the brackets that open or close at it."""
+        text = str(rank)
+        for size, (left, right), cut in (
+            (self.tp, "()", self.tp),
+            (self.tp * self.sp, "[]", self.sp),
+        ):
+            if cut > 1:
+                text = left * (rank % size == 0) + text + right * (rank % size == size - 1)
+        stage, place = divmod(rank, self.tp * self.sp * self.dp)
+        named = self.pp > 1 and (begins_host or place == 0)
+        return f"stage {stage}: {text}" if named else text
+
+    def __str__(self) -> str:
+        sequence = f" sp{self.sp}" if self.sp > 1 else ""
+        return f"tp{self.tp}{sequence} pp{self.pp} dp{self.dp}"
+
+
+def crossing_warning(layout: Layout, ranks_per_host: int) -> str | None:
+    """What is slow about tensor-parallel groups that lie on several hosts; None where none does."""
+    tp, per_host = layout.tp, ranks_per_host
+    if layout.hosts_of_a_group(layout.axis("TP"), per_host) == 1:
+        return None
+    fitting = max(size for size in range(1, tp + 1) if tp % size == 0 and per_host % size == 0)
+    return (
+        f"TP={tp} does not divide the {per_host} ranks of a host: some groups cross hosts, and the "
+        f"collectives of every layer go over the network. Use TP={fitting}, or a multiple of {tp} "
+        "for NGPU_PER_HOST"
+    )

@@ -1,0 +1,166 @@
+"""One option of the configuration: how a field declares it, and how its value is read from text."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.config.errors import ConfigError
+
+TRUE = ("1", "true", "yes", "on")
+FALSE = ("0", "false", "no", "off")
+
+# Other spellings of a choice, as scripts of the field write them.
+SPELLINGS = {
+    "train.activation_checkpointing": {
+        "true": "1", "yes": "1", "on": "1", "full": "1",
+        "false": "0", "no": "0", "off": "0", "none": "0",
+    },
+    "train.compile": {"true": "1", "yes": "1", "on": "1", "false": "0", "no": "0", "off": "0"},
+    "train.dtype": {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Option:
+    """One field of the schema.
+
+    Attributes:
+        key: `<section>.<field>`.
+        kind: "int", "float", "bool" or "str".
+        default: the schema's; None where resolve fills it or it is off.
+        env: variables, the canonical name first.
+        flags: command-line flags, the canonical spelling first.
+    """
+
+    key: str
+    kind: str
+    default: Any
+    env: tuple[str, ...]
+    flags: tuple[str, ...]
+    help: str
+    choices: tuple[str, ...]
+    limits: dict[str, float | None]
+
+    @property
+    def name(self) -> str:
+        """What messages call it where the user did not set it."""
+        return self.env[0] if self.env else self.flags[0]
+
+    def parse(self, text: str, name: str) -> Any:
+        """The value that `text` stands for.
+
+        Args:
+            text: what the user wrote, not empty.
+            name: the variable or flag it was written for.
+
+        Raises:
+            ConfigError: for a value of the wrong kind, outside the limits or the choices.
+        """
+        text = text.strip()
+        value: Any
+        if self.kind == "bool":
+            return _boolean(text, name)
+        if self.kind == "int":
+            value = _integer(text, name)
+        elif self.kind == "float":
+            value = _number(text, name)
+        else:
+            value = SPELLINGS.get(self.key, {}).get(text.lower(), text)
+        return self.checked(value, name)
+
+    def checked(self, value: Any, name: str) -> Any:
+        """`value` where the limits and choices permit it, else ConfigError."""
+        if self.kind in ("int", "float"):
+            rule = _broken_limit(value, self.limits)
+            if rule:
+                raise ConfigError(f"{name}={value}: {self.help}; it must be {rule}")
+        elif self.choices and value not in self.choices:
+            raise ConfigError(f"{name}={value} is not one of {', '.join(self.choices)}")
+        return value
+
+
+def option(
+    default: Any,
+    env: str,
+    flag: str,
+    help: str,
+    choices: tuple[str, ...] = (),
+    *,
+    least: float = 0,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """One configuration field.
+
+    A field whose type excludes None has a value after resolve, even where its default is None.
+
+    Args:
+        default: value where nothing sets it; None means resolved later or off.
+        env: environment variables separated by spaces, the canonical name first; may be empty.
+        flag: command-line flags separated by spaces, the canonical spelling first.
+        help: one line for `--help` and the README.
+        choices: permitted values of a string option; empty for any.
+        least: smallest permitted number.
+        above: numbers must exceed this.
+        most: largest permitted number.
+        below: numbers must stay under this.
+    """
+    metadata = {
+        "env": tuple(env.split()),
+        "flags": tuple(flag.split()),
+        "help": help,
+        "choices": choices,
+        "limits": {"least": least, "above": above, "most": most, "below": below},
+    }
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def _boolean(text: str, name: str) -> bool:
+    if text.lower() in TRUE:
+        return True
+    if text.lower() in FALSE:
+        return False
+    raise ConfigError(f"{name}={text} is neither {'/'.join(TRUE)} nor {'/'.join(FALSE)}")
+
+
+def _integer(text: str, name: str) -> int:
+    """A whole number; `2e12` and `1_000` are whole numbers too."""
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not number.is_integer() or abs(number) > 2**53:
+        raise ConfigError(f"{name}={text} is not a whole number")
+    return int(number)
+
+
+def _number(text: str, name: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise ConfigError(f"{name}={text} is not a number")
+    return number
+
+
+def _broken_limit(value: float, limits: dict[str, float | None]) -> str | None:
+    """The first limit that `value` breaks, in words."""
+    least, above, most, below = (limits[word] for word in ("least", "above", "most", "below"))
+    if above is not None and value <= above:
+        return f"above {above:g}"
+    if least is not None and value < least:
+        return f"at least {least:g}"
+    if most is not None and value > most:
+        return f"at most {most:g}"
+    if below is not None and value >= below:
+        return f"below {below:g}"
+    return None

@@ -1,0 +1,86 @@
+"""Which layers a pipeline stage holds: pure, so that the dry run draws what the engine builds.
+
+A model is [embedding, L blocks, final norm, head]; a cut is told by the blocks of each stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron.config.errors import ConfigError
+from megatron.config.formulas import block_flops, head_flops
+from megatron.config.shape import ModelShape
+
+SCHEDULES = {"1f1b": 1, "dualpipev": 2}
+"""Stages that a rank holds, by schedule."""
+
+
+def num_stages_per_rank(schedule: str) -> int:
+    """Stages that a rank holds."""
+    return SCHEDULES[schedule]
+
+
+def balanced_blocks(shape: ModelShape, stages: int, tensor_parallel: int = 1) -> tuple[int, ...]:
+    """Blocks of each stage such that the slowest stage is as fast as can be.
+
+    The head counts by its FLOPs against a block's; the embedding, a lookup, counts nothing but
+    leaves a block to others where stages are equal, as do the stages that keep more micro-batches.
+
+    Args:
+        shape: of the model, L blocks.
+        stages: pipeline stages, at most L.
+
+    Returns:
+        Blocks of each stage, L in all. The last has none where the head alone outweighs the rest.
+    """
+    assert 1 <= stages <= shape.num_layers, f"{shape.num_layers} layers for {stages} stages"
+    block = block_flops(shape)
+    costs = [0] * stages
+    costs[-1] += head_flops(shape, tensor_parallel)
+    blocks = [0] * stages
+    for _ in range(shape.num_layers):
+        # Equal items: giving each to the lightest stage is optimal. Of equals the later stage,
+        # which keeps fewer micro-batches in flight.
+        stage = min(range(stages), key=lambda s: (costs[s], -s))
+        costs[stage] += block
+        blocks[stage] += 1
+    return tuple(blocks)
+
+
+def stage_costs(
+    shape: ModelShape, blocks: Sequence[int], tensor_parallel: int = 1
+) -> tuple[float, ...]:
+    """Cost of each stage in blocks: its blocks, and on the last the head's FLOPs over a block's."""
+    head = head_flops(shape, tensor_parallel) / block_flops(shape)
+    return tuple(count + head * (stage == len(blocks) - 1) for stage, count in enumerate(blocks))
+
+
+def stage_bounds(blocks: Sequence[int]) -> tuple[int, ...]:
+    """Bounds into the layer list; stage s holds layers bounds[s] .. bounds[s + 1].
+
+    Args:
+        blocks: of each stage; the first also has the embedding, the last final norm and head.
+    """
+    bounds = [0]
+    for stage, count in enumerate(blocks):
+        bounds.append(bounds[-1] + count + (stage == 0) + 2 * (stage == len(blocks) - 1))
+    return tuple(bounds)
+
+
+def parse_cuts(text: str, name: str = "PIPELINE_CUTS") -> tuple[int, ...]:
+    """`5,6,6,5` -> (5, 6, 6, 5).
+
+    Raises:
+        ConfigError: it is not a list of numbers.
+    """
+    words = text.replace(",", " ").split()
+    if not words or not all(word.isdecimal() for word in words):
+        raise ConfigError(
+            f"{name}={text}: give the layers of each pipeline stage, for example {name}=5,6,6,5"
+        )
+    return tuple(int(word) for word in words)
+
+
+def modelled_bubble(stages: int, micro_batches: int) -> float:
+    """Share of a 1F1B step in which a stage waits, where all stages take equally long."""
+    return (stages - 1) / (micro_batches + stages - 1)

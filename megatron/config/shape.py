@@ -1,0 +1,75 @@
+"""The integers of a model: the only type for them, and the configuration's section `model`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.config.option import option
+from megatron.config.rope_scaling import Llama3Scaling, parse
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Shape of a transformer (Hugging Face's Llama conventions)."""
+
+    model_arch: str = option(None, "MODEL_ARCH", "--model-arch", "preset of the model's shape; 7B on a known HPC machine, debug elsewhere")
+    num_layers: int = option(None, "NLAYERS NUM_LAYERS", "--num-layers", "transformer layers", least=1)
+    hidden_size: int = option(None, "HIDDEN", "--hidden-size", "width of the residual stream", least=1)
+    num_attention_heads: int = option(None, "HEADS NHEADS", "--num-attention-heads", "query heads", least=1)
+    num_key_value_heads: int = option(None, "NUM_KV_HEAD", "--num-key-value-heads", "key/value heads (grouped-query attention)", least=1)
+    ffn_hidden_size: int = option(None, "FFN_HIDDEN_SIZE", "--ffn-hidden-size", "width of the SwiGLU MLP", least=1)
+    seq_length: int = option(None, "SEQ SEQ_LEN SEQ_LENGTH", "--seq-length", "tokens in a training sample", least=1)
+    tie_embeddings: bool = option(False, "TIE_EMBEDDINGS", "--tie-embeddings", "one matrix for input embedding and output head")
+    nope_interval: int = option(0, "NOPE_INTERVAL", "--nope-interval", "every n-th layer has no rotary embedding (SmolLM3: 4); 0: rotary everywhere")
+    rope_theta: float = option(50000.0, "ROPE_THETA", "--rope-theta --rotary-position-embeddings-theta", "base of the rotary frequencies", above=0)
+    rope_scaling: str | None = option(None, "ROPE_SCALING", "--rope-scaling", "`llama3` or `llama3:factor,low,high,original_length`; unset: none")
+    rms_norm_eps: float = option(1e-5, "", "--layernorm-epsilon --rms-norm-eps", "epsilon of RMSNorm", above=0)
+    init_method_std: float = option(None, "", "--init-method-std", "standard deviation of the initial weights; default sqrt(2 / (5 HIDDEN))", above=0)
+    vocab_size: int = option(None, "VOCAB_SIZE", "--vocab-size", "vocabulary before padding; default: the tokenizer's", least=1)
+
+    @property
+    def key_value_size(self) -> int:
+        """Width of the keys, and of the values, of one layer."""
+        return self.num_key_value_heads * self.head_dim
+
+    @property
+    def head_dim(self) -> int:
+        """Width of an attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def weight_std(self) -> float:
+        """Standard deviation of the initial matrices and embeddings."""
+        return self.init_method_std or math.sqrt(2 / (5 * self.hidden_size))
+
+    @property
+    def residual_std(self) -> float:
+        """Of the 2 num_layers matrices that write into the residual stream."""
+        return self.weight_std / math.sqrt(2 * self.num_layers)
+
+    @property
+    def rope_scaling_factors(self) -> Llama3Scaling | None:
+        """Factors of the llama3 frequency scaling; None: no scaling."""
+        return parse(self.rope_scaling) if self.rope_scaling else None
+
+    def has_rope(self, block: int) -> bool:
+        """Whether block `block` (0-based) has the rotary embedding."""
+        return self.nope_interval == 0 or (block + 1) % self.nope_interval != 0
+
+    def padded_vocab_size(self, tensor_parallel: int = 1) -> int:
+        """Rows of the embedding: the vocabulary rounded up to a multiple of 128 x TP."""
+        multiple = 128 * tensor_parallel
+        return -(-self.vocab_size // multiple) * multiple
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for weights to fit and mean the same."""
+        return {name: getattr(self, name) for name in IDENTITY}
+
+
+IDENTITY = (
+    "num_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "ffn_hidden_size",
+    "vocab_size", "tie_embeddings", "nope_interval", "rope_theta", "rope_scaling", "rms_norm_eps",
+)  # fmt: skip
+"""Fields of `ModelShape` that a checkpoint holds a resume to."""

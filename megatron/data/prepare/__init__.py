@@ -1,0 +1,1 @@
+"""What makes, tokenises, merges and audits data (floor 1)."""

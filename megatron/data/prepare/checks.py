@@ -1,0 +1,158 @@
+"""Everything that can be wrong with data files, looked for before the first step.
+
+Ids are sampled at both ends and at seeded places between; with tensor parallelism an id outside the
+vocabulary would else train silently on a zero embedding, so the vocabulary is held against the data
+here.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from megatron.config.errors import DataError
+from megatron.data.data_list import DataSource
+from megatron.data.indexed import IndexedDataset, TokenArray
+from megatron.data.indexed_header import IndexHeader
+from megatron.data.prepare.fingerprint import data_digest, note_path, read_note
+from megatron.data.prepare.tokenizer import Tokenizer
+
+WINDOW = 4096  # tokens looked at in one place
+RANDOM_WINDOWS = 6
+INDEX_WINDOWS = 16  # stretches of a large index that are read at start; a small one is read whole
+_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found: problems forbid a run, files without a note are said once."""
+
+    problems: tuple[str, ...]
+    without_note: tuple[str, ...]  # prefixes
+    headers: Mapping[str, IndexHeader] = field(default_factory=dict)  # by prefix
+
+    @classmethod
+    def joined(cls, reports: Iterable[Report]) -> Report:
+        """The reports of several ranks as one."""
+        reports = list(reports)
+        return cls(
+            tuple(line for report in reports for line in report.problems),
+            tuple(prefix for report in reports for prefix in report.without_note),
+            {prefix: header for report in reports for prefix, header in report.headers.items()},
+        )
+
+    def warnings(self) -> list[str]:
+        """One line for all files whose tokenizer is not known."""
+        if not self.without_note:
+            return []
+        first = self.without_note[0]
+        return [
+            f"{len(self.without_note)} data file(s) do not say which tokenizer made them (no "
+            f"{note_path(first)}); that the run's tokenizer is the same one cannot be checked"
+        ]
+
+    def raise_problems(self) -> None:
+        """Raise a DataError with every problem, shortened; nothing where there is none."""
+        if not self.problems:
+            return
+        shown = "\n".join(self.problems[:_SHOWN])
+        more = len(self.problems) - _SHOWN
+        raise DataError(shown + (f"\n... and {more} more" if more > 0 else ""))
+
+
+def check_files(
+    files: Iterable[DataSource],
+    vocab_size: int,
+    tokenizer: Tokenizer | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Report:
+    """Check the files that fall to this rank; the ranks' reports together cover the list.
+
+    Args:
+        files: the list.
+        vocab_size: of the model, before padding; ids must lie below it.
+        tokenizer: the run's; None where only the numbers are known.
+        rank: takes files rank, rank + world_size, ...
+        world_size: ranks that share the work.
+    """
+    problems: list[str] = []
+    without_note: list[str] = []
+    headers: dict[str, IndexHeader] = {}
+    fingerprint = tokenizer.fingerprint() if tokenizer else None
+    if tokenizer and tokenizer.vocab_size > vocab_size and rank == 0:
+        problems.append(
+            f"VOCAB_SIZE = {vocab_size}, but the tokenizer has {tokenizer.vocab_size} ids: raise "
+            "VOCAB_SIZE "
+            "or leave it unset"
+        )
+    prefixes = sorted({file.prefix for file in files})
+    for prefix in prefixes[rank::world_size]:
+        try:
+            dataset = IndexedDataset(prefix, check=False)
+            headers[prefix] = dataset.header
+            dataset.check_index(INDEX_WINDOWS)
+            _check_ids(dataset, vocab_size)
+            if not check_note(prefix, fingerprint):
+                without_note.append(prefix)
+        except DataError as error:
+            problems.append(str(error))
+    return Report(tuple(problems), tuple(without_note), headers)
+
+
+def _check_ids(dataset: IndexedDataset, vocab_size: int) -> None:
+    """Look at the tokens of some windows, read at once: thousands of files are looked at."""
+    last = max(dataset.header.tokens - WINDOW, 0)
+    # Seeded by the name: the same places on every start and every rank.
+    places = random.Random(dataset.prefix)
+    starts = [0, last, *(places.randint(0, last) for _ in range(RANDOM_WINDOWS))]
+    size = dataset.dtype.itemsize
+    try:
+        with open(f"{dataset.prefix}.bin", "rb", buffering=0) as file:
+            # Read, not mapped: a fault at a random place reads far around it.
+            parts = [os.pread(file.fileno(), WINDOW * size, start * size) for start in starts]
+    except OSError as error:
+        raise DataError(f"{dataset.prefix}.bin cannot be read: {error}") from error
+    tokens = np.frombuffer(b"".join(parts), dataset.dtype)
+    if len(tokens) and (tokens.min() < 0 or tokens.max() >= vocab_size):
+        for start, part in zip(starts, parts, strict=True):
+            require_ids(dataset, np.frombuffer(part, dataset.dtype), start, vocab_size)
+
+
+def require_ids(dataset: IndexedDataset, tokens: TokenArray, start: int, vocab_size: int) -> None:
+    """Raise DataError for the first of `tokens`, which begin at token `start`, that is no id."""
+    wrong = np.flatnonzero((tokens < 0) | (tokens >= vocab_size))
+    if len(wrong):
+        raise DataError(
+            f"{dataset.prefix}.bin: token {start + wrong[0]} has id {tokens[wrong[0]]}, outside "
+            f"the vocabulary [0, {vocab_size}); set TOKENIZER_TYPE and TOKENIZER_MODEL (or "
+            "VOCAB_SIZE) to those the file was made with, or make it anew"
+        )
+
+
+def check_note(prefix: str, fingerprint: str | None) -> bool:
+    """Hold the pair against its note; False where it has none.
+
+    Raises:
+        DataError: other data or another tokenizer than the note says.
+    """
+    note = read_note(prefix)
+    if note is None:
+        return False
+    if note.data != data_digest(prefix):
+        raise DataError(
+            f"{prefix}.bin: not the data that {note_path(prefix)} was written for; were files "
+            "swapped? "
+            "Copy .bin, .idx and .tokenizer.json together, or make them anew"
+        )
+    if fingerprint is not None and note.tokenizer != fingerprint:
+        raise DataError(
+            f"{prefix}.bin: made with another tokenizer ({note.tokenizer[:12]}, vocabulary "
+            f"{note.vocab_size}) than the run's ({fingerprint[:12]}); set TOKENIZER_TYPE and "
+            "TOKENIZER_MODEL to the one it was made with, or make it anew"
+        )
+    return True

@@ -1,0 +1,93 @@
+"""Several pairs as one: the bytes of all `.bin` end to end, the tables of all `.idx` joined."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from megatron.config.errors import DataError
+from megatron.data.indexed import IndexedDataset, commit_pair, write_index
+from megatron.data.prepare.fingerprint import data_digest, note_path, read_note, save_note
+
+_BLOCK = 1 << 20  # entries of a table copied at a time
+_COPY_BYTES = 1 << 24
+
+
+def merge_pairs(prefixes: Sequence[str], output: str) -> tuple[int, int]:
+    """Write `<output>.bin` and `.idx`, and a note where all inputs have the same one.
+
+    Returns:
+        Documents and tokens of the output.
+
+    Raises:
+        DataError: an input is damaged, has another dtype or another tokenizer.
+    """
+    datasets = [IndexedDataset(prefix) for prefix in prefixes]
+    first = datasets[0]
+    for dataset in datasets[1:]:
+        if dataset.dtype != first.dtype:
+            raise DataError(
+                f"{dataset.prefix}.idx has {dataset.dtype.name} tokens, {first.prefix}.idx "
+                f"{first.dtype.name}: they were made for vocabularies of other sizes; merge those "
+                "of one kind, or list both in a data list"
+            )
+    notes = {prefix: note for prefix in prefixes if (note := read_note(prefix))}
+    for prefix, note in notes.items():
+        known_prefix, known = next(iter(notes.items()))
+        if replace(note, data="") != replace(known, data=""):
+            raise DataError(
+                f"{prefix} was made with another tokenizer or end of document than {known_prefix} "
+                f"({note.tokenizer[:12]}, {known.tokenizer[:12]}); do not merge them"
+            )
+    target = Path(output)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        _copy_tokens(prefixes, work / "bin")
+        _join_tables(datasets, work)
+        for name in ("bin", "idx"):
+            _flush(work / name)
+        note_path(output).unlink(missing_ok=True)  # of what lay there before
+        commit_pair(work / "bin", work / "idx", output)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    if all(prefix in notes for prefix in prefixes):
+        save_note(output, replace(notes[prefixes[0]], data=data_digest(output)))
+    documents = sum(max(dataset.header.document_boundaries - 1, 0) for dataset in datasets)
+    return documents, sum(dataset.header.tokens for dataset in datasets)
+
+
+def _copy_tokens(prefixes: Sequence[str], target: Path) -> None:
+    with open(target, "wb") as file:
+        for prefix in prefixes:
+            with open(f"{prefix}.bin", "rb") as source:
+                shutil.copyfileobj(source, file, _COPY_BYTES)
+
+
+def _join_tables(datasets: Sequence[IndexedDataset], work: Path) -> None:
+    with (
+        tempfile.TemporaryFile(dir=work) as lengths,
+        tempfile.TemporaryFile(dir=work) as documents,
+        open(work / "idx", "wb") as index,
+    ):
+        documents.write(bytes(8))
+        before = 0
+        for dataset in datasets:
+            for start in range(0, len(dataset), _BLOCK):
+                lengths.write(dataset.lengths[start : start + _BLOCK].tobytes())
+            table = dataset.documents
+            for start in range(1, len(table), _BLOCK):
+                documents.write((table[start : start + _BLOCK] + before).astype("<i8").tobytes())
+            before += len(dataset)
+        lengths.flush()
+        documents.flush()
+        write_index(index, datasets[0].dtype, lengths, documents)
+
+
+def _flush(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,56 @@
+"""A run's tokenizer as files that Hugging Face's AutoTokenizer opens."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from megatron.data.prepare.builtin import builtin_corpus
+from megatron.data.prepare.tokenizer import build_tokenizer
+
+_SENTENCEPIECE = ("SentencePieceTokenizer", "Llama2Tokenizer", "BuiltinTokenizer")
+
+
+def export_tokenizer(kind: str, model: str | None, folder: Path) -> int | None:
+    """Writes the tokenizer's files into a model's folder.
+
+    Args:
+        kind: TOKENIZER_TYPE.
+        model: TOKENIZER_MODEL.
+        folder: where config.json lies.
+
+    Returns:
+        The id that ends a document; None where the kind has no form that transformers knows (bytes,
+        characters, plain numbers), and nothing was written.
+    """
+    if kind == "HFTokenizer":
+        from transformers import AutoTokenizer
+
+        AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+        return build_tokenizer(kind, model).eod
+    if kind not in _SENTENCEPIECE:
+        return None
+    if kind == "BuiltinTokenizer" and model is None:
+        corpus = builtin_corpus(kind, None, lambda _: None)
+        assert corpus.tokenizer_model is not None
+        model = str(corpus.tokenizer_model)
+    assert model is not None
+    import sentencepiece
+
+    processor = sentencepiece.SentencePieceProcessor(model_file=model)
+    eod = build_tokenizer("SentencePieceTokenizer", model).eod
+    shutil.copyfile(model, folder / "tokenizer.model")
+    settings = {
+        "tokenizer_class": "LlamaTokenizer",
+        "legacy": False,
+        "add_bos_token": False,
+        "add_eos_token": False,
+        # Llama's models put a space before the text, others do not: ask this one.
+        "add_prefix_space": processor.encode("a", out_type=str)[0].startswith("\u2581"),
+        "clean_up_tokenization_spaces": False,
+        "eos_token": processor.id_to_piece(eod),
+        "unk_token": processor.id_to_piece(processor.unk_id()),
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
+    return eod

@@ -1,0 +1,1 @@
+"""Update rules: one table, one file an idea."""

@@ -1,0 +1,150 @@
+"""The table of update rules: name of OPT -> optimizer, ready for deepspeed.initialize.
+
+Every entry gives the one-process result: elementwise rules step on ZeRO's flat partitions as they
+are, rules that look at whole matrices go through WholeMatrixOptimizer (ZeRO-1).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from megatron.config.errors import ConfigError
+from megatron.config.schema import OptimizerConfig
+from megatron.training.optimizers.parameter_groups import (
+    HIDDEN,
+    VECTORS,
+    VOCABULARY,
+    parameter_groups,
+)
+from megatron.training.optimizers.sophia import SophiaG
+from megatron.training.optimizers.whole_matrix import WholeMatrixOptimizer
+
+Groups = list[dict[str, Any]]
+Constructor = Callable[[Groups, OptimizerConfig], Optimizer]
+
+# Numbers that schedule-free rules keep in their parameter groups instead of their states.
+_COUNTERS = ("k", "weight_sum", "lr_max", "scheduled_lr")
+
+
+def make_optimizer(
+    settings: OptimizerConfig, named_parameters: Iterable[tuple[str, nn.Parameter]]
+) -> Optimizer:
+    """The optimizer that OPT names.
+
+    Args:
+        settings: the configuration's section.
+        named_parameters: of the local part of the model, before DeepSpeed flattens them.
+
+    Returns:
+        A client optimizer for deepspeed.initialize; bind a `WholeMatrixOptimizer` after that.
+
+    Raises:
+        ConfigError: the rule's library is not installed.
+    """
+    groups = parameter_groups(named_parameters, settings.learning_rate, settings.weight_decay)
+    return OPTIMIZERS[settings.optimizer](groups, settings)
+
+
+def counters(optimizer: Optimizer) -> dict[str, float]:
+    """Numbers that belong to the whole optimizer; a checkpoint keeps them beside the states."""
+    group = optimizer.param_groups[0]  # every group is stepped alike
+    return {key: group[key] for key in _COUNTERS if key in group}
+
+
+def load_counters(optimizer: Optimizer, values: Mapping[str, float]) -> None:
+    """Takes back what `counters` gave."""
+    for group in optimizer.param_groups:
+        group.update(values)
+
+
+def _adamw(groups: Groups, settings: OptimizerConfig) -> Optimizer:
+    # fused: CPU, CUDA and XPU all have the kernel.
+    return torch.optim.AdamW(groups, betas=_betas(settings), eps=settings.adam_eps, fused=True)
+
+
+def _adam(groups: Groups, settings: OptimizerConfig) -> Optimizer:
+    return torch.optim.Adam(groups, betas=_betas(settings), eps=settings.adam_eps, fused=True)
+
+
+def _sgd(groups: Groups, settings: OptimizerConfig) -> Optimizer:
+    return torch.optim.SGD(groups, momentum=settings.sgd_momentum, fused=True)
+
+
+def _muon(groups: Groups, settings: OptimizerConfig) -> Optimizer:
+    def whole(matrix: nn.Parameter, group: Mapping[str, Any]) -> Optimizer:
+        # match_rms_adamw: one learning rate serves this rule and AdamW for the other groups.
+        return torch.optim.Muon(
+            [matrix],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            adjust_lr_fn="match_rms_adamw",
+        )
+
+    return WholeMatrixOptimizer(groups, whole, {HIDDEN}, lambda others: _adamw(others, settings))
+
+
+def _adafactor(groups: Groups, settings: OptimizerConfig) -> Optimizer:
+    def whole(matrix: nn.Parameter, group: Mapping[str, Any]) -> Optimizer:
+        return torch.optim.Adafactor([matrix], lr=group["lr"], weight_decay=group["weight_decay"])
+
+    return WholeMatrixOptimizer(groups, whole, {HIDDEN, VOCABULARY, VECTORS})
+
+
+def _lamb(groups: Groups, settings: OptimizerConfig) -> Optimizer:
+    library = _library("lamb", "pytorch_optimizer", "pytorch-optimizer")
+
+    def whole(matrix: nn.Parameter, group: Mapping[str, Any]) -> Optimizer:
+        # The paper's rule: decay is part of the update whose norm makes the trust ratio.
+        return library.Lamb(
+            [matrix],
+            lr=group["lr"],
+            betas=_betas(settings),
+            eps=settings.adam_eps,
+            weight_decay=group["weight_decay"],
+            weight_decouple=False,
+        )
+
+    return WholeMatrixOptimizer(groups, whole, {HIDDEN, VOCABULARY, VECTORS})
+
+
+def _adamw_schedule_free(groups: Groups, settings: OptimizerConfig) -> Optimizer:
+    library = _library("adamwschedulefree", "schedulefree", "schedulefree")
+    optimizer = library.AdamWScheduleFree(groups, betas=_betas(settings), eps=settings.adam_eps)
+    optimizer.train()
+    return optimizer
+
+
+def _sophiag(groups: Groups, settings: OptimizerConfig) -> Optimizer:
+    return SophiaG(groups, betas=_betas(settings), rho=settings.sophia_rho)
+
+
+def _betas(settings: OptimizerConfig) -> tuple[float, float]:
+    return settings.adam_beta1, settings.adam_beta2
+
+
+def _library(rule: str, module: str, package: str) -> Any:
+    """The optional library of a rule, imported where it is used."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError(
+            f"OPT={rule} needs the package {package}, which is not installed: pip install {package}"
+        ) from error
+
+
+OPTIMIZERS: dict[str, Constructor] = {
+    "adamw": _adamw,  # Loshchilov and Hutter 2019
+    "adam": _adam,  # Kingma and Ba 2015; weight decay is an L2 term of the gradient
+    "sgd": _sgd,  # weight decay is an L2 term of the gradient
+    "muon": _muon,  # Jordan 2024; AdamW for embedding, head and norms
+    "adafactor": _adafactor,  # Shazeer and Stern 2018
+    "lamb": _lamb,  # You et al. 2020
+    "adamwschedulefree": _adamw_schedule_free,  # Defazio et al. 2024
+    "sophiag": _sophiag,  # Liu et al. 2024
+}

@@ -1,0 +1,293 @@
+"""Update rules that look at whole matrices, on ZeRO's flat partitions and tensor-parallel shards.
+
+DeepSpeed's ZeRO-1 steps on flat pieces that end in the middle of a matrix. Here each matrix has one
+owner among the ranks of its pipeline stage: the pieces of weight and gradient go to the owner, the
+owner applies the rule to the whole matrix, and the new weight goes back into the pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from megatron.engine.shards import Span, spans
+from megatron.parallel.groups import Axis
+from megatron.training.optimizers.parameter_groups import VOCABULARY
+
+# (whole matrix, its group) -> rule
+WholeRule = Callable[[nn.Parameter, Mapping[str, Any]], Optimizer]
+FlatRule = Callable[[list[dict[str, Any]]], Optimizer]  # elementwise rule of the other groups
+_COUNTER = "group."  # marks a state that the rule keeps in its parameter group
+
+
+@dataclass
+class _Matrix:
+    """One parameter of this stage.
+
+    Attributes:
+        name: global name.
+        shape: this rank's shard.
+        full_shape: over all tensor-parallel ranks.
+        rows: rows that count; those after them pad the vocabulary and are zero.
+        partition_dim: dimension cut over tensor-parallel ranks, None where each has all of it.
+        owner: (data-parallel rank, tensor-parallel rank) that applies the rule.
+        span: where this rank's run lies in its flat partition, None where it has none.
+        rule: the rule with its state, on the owner only.
+    """
+
+    name: str
+    shape: torch.Size
+    full_shape: torch.Size
+    rows: int
+    partition_dim: int | None
+    owner: tuple[int, int]
+    span: Span | None
+    rule: Optimizer | None = None
+
+    @property
+    def used_shape(self) -> torch.Size:
+        """The whole matrix as the rule sees it, without the vocabulary's padding."""
+        return torch.Size([self.rows, *self.full_shape[1:]])
+
+
+class WholeMatrixOptimizer(Optimizer):
+    """A rule for whole matrices as a client optimizer of DeepSpeed's ZeRO-1.
+
+    Memory a rank: states are shared out, with N = DP x TP ranks of a stage each holds about 1/N of
+    the stage's; during a step the owner also holds weight and gradient of its matrices, 8 bytes a
+    parameter of its 1/N (at least its largest matrix). Traffic: 8 bytes a parameter to the
+    owner and 4 back.
+
+    Args:
+        param_groups: groups with a unique "name".
+        whole: makes the rule of one matrix.
+        whole_groups: names of the groups it is for.
+        elementwise: makes one optimizer for all other groups; it steps on the flat partitions as
+            they are, and its states are this optimizer's `state`.
+    """
+
+    def __init__(
+        self,
+        param_groups: list[dict[str, Any]],
+        whole: WholeRule,
+        whole_groups: Collection[str],
+        elementwise: FlatRule | None = None,
+    ) -> None:
+        self._whole = whole
+        self._matrices: dict[str, list[_Matrix]] | None = None
+        # DeepSpeed replaces each group's parameters by one flat partition: remember them.
+        self._members = {
+            group["name"]: list(group["params"])
+            for group in param_groups
+            if group["name"] in whole_groups
+        }
+        others = [group for group in param_groups if group["name"] not in whole_groups]
+        self._elementwise: Optimizer | None = None
+        if others:
+            assert elementwise is not None, f"no rule for {[g['name'] for g in others]}"
+            self._elementwise = elementwise(others)
+        # Its dicts of groups are shared with the elementwise optimizer: one place for the rate.
+        super().__init__(param_groups, self._elementwise.defaults if self._elementwise else {})
+
+    def bind(
+        self,
+        named_parameters: Iterable[tuple[str, nn.Parameter]],
+        dp: Axis,
+        tp: Axis,
+        zero_optimizer: Any,
+        vocabulary_size: int,
+    ) -> None:
+        """Says where the pieces of each matrix lie; called once, after deepspeed.initialize.
+
+        Args:
+            named_parameters: of the local part of the model.
+            dp: data-parallel axis, over which ZeRO cut the flat buffers.
+            tp: tensor-parallel axis.
+            zero_optimizer: DeepSpeed's optimizer around this one.
+            vocabulary_size: rows of embedding and head that are no padding.
+        """
+        names = {id(parameter): name for name, parameter in named_parameters}
+        located = {id(span.parameter): span for span in spans(zero_optimizer)}
+        owners = _Owners(dp.size, tp.size)
+        self._dp, self._tp = dp, tp
+        self._matrices = {}
+        for group in self.param_groups:
+            members = self._members.get(group["name"], [])
+            matrices = [
+                _matrix(names[id(p)], p, tp, located.get(id(p)), group["name"], vocabulary_size)
+                for p in members
+            ]
+            for matrix in sorted(matrices, key=lambda m: (-m.full_shape.numel(), m.name)):
+                matrix.owner = owners.next(matrix.full_shape.numel())
+                if matrix.owner == (dp.rank, tp.rank):
+                    matrix.rule = self._whole(_placeholder(matrix, group["params"][0]), group)
+            self._matrices[group["name"]] = matrices
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """One step of the groups in `param_groups` (DeepSpeed hands them over one at a time)."""
+        assert closure is None, "DeepSpeed gives no closure"
+        if self._matrices is None:
+            # A DeepSpeed that makes states by a step on zero gradients, before bind: nothing to do.
+            gradients = [p.grad for group in self.param_groups for p in group["params"]]
+            assert not any(g is not None and g.any() for g in gradients), "bind() was not called"
+            return
+        for group in self.param_groups:
+            if group["name"] in self._members:
+                self._step_whole(group, self._matrices[group["name"]])
+        others = [group for group in self.param_groups if group["name"] not in self._members]
+        if self._elementwise is not None and others:
+            self._elementwise.param_groups = others
+            self._elementwise.state = self.state
+            self._elementwise.step()
+
+    def whole_state(self) -> dict[str, dict[str, Tensor | float]]:
+        """State of the matrices that this rank owns, by global name.
+
+        The union over the ranks of a stage is the stage's state; no name is owned twice in it.
+        Tensors have the matrix' whole shape or a factor of it, without padding of the vocabulary.
+        """
+        result: dict[str, dict[str, Tensor | float]] = {}
+        for matrix in self._owned():
+            assert matrix.rule is not None
+            (group,) = matrix.rule.param_groups
+            state = dict(matrix.rule.state.get(group["params"][0], {}))
+            for key, value in group.items():
+                if key not in matrix.rule.defaults and key != "params":
+                    state[_COUNTER + key] = value
+            result[matrix.name] = state
+        return result
+
+    def owned_names(self) -> list[str]:
+        """Global names of the matrices whose state this rank must be given back."""
+        return [matrix.name for matrix in self._owned()]
+
+    def load_whole_state(self, states: Mapping[str, Mapping[str, Tensor | float]]) -> None:
+        """Takes back what `whole_state` gave, in this or any other layout.
+
+        Args:
+            states: at least the names of `owned_names()`.
+
+        Raises:
+            ValueError: a name is missing.
+        """
+        missing = [name for name in self.owned_names() if name not in states]
+        if missing:
+            raise ValueError(f"no optimizer state of {', '.join(missing)}")
+        for matrix in self._owned():
+            assert matrix.rule is not None
+            saved = states[matrix.name]
+            contents = matrix.rule.state_dict()
+            contents["state"] = {0: {k: v for k, v in saved.items() if not k.startswith(_COUNTER)}}
+            for key, value in saved.items():
+                if key.startswith(_COUNTER):
+                    contents["param_groups"][0][key.removeprefix(_COUNTER)] = value
+            matrix.rule.load_state_dict(contents)
+
+    def _owned(self) -> list[_Matrix]:
+        assert self._matrices is not None, "bind() was not called"
+        return [m for matrices in self._matrices.values() for m in matrices if m.rule is not None]
+
+    def _step_whole(self, group: Mapping[str, Any], matrices: list[_Matrix]) -> None:
+        for matrix in matrices:
+            self._to_owner(matrix, group["params"][0])
+        for matrix in matrices:
+            if matrix.rule is not None:
+                matrix.rule.param_groups[0]["lr"] = group["lr"]
+                matrix.rule.step()
+        for matrix in matrices:
+            self._from_owner(matrix, group["params"][0])
+
+    def _to_owner(self, matrix: _Matrix, flat: Tensor) -> None:
+        """Puts weight and gradient of a matrix together on its owner; a collective of the stage."""
+        both = torch.zeros(2, matrix.shape.numel(), dtype=flat.dtype, device=flat.device)
+        if matrix.span is not None:
+            assert flat.grad is not None
+            run = both.narrow(1, matrix.span.start, matrix.span.length)
+            run[0] = matrix.span.view(flat)
+            run[1] = matrix.span.view(flat.grad)
+        dp_owner, _ = matrix.owner
+        if self._dp.group is not None:  # each element comes from one rank, so the sum is exact
+            dist.reduce(both, dst=self._dp.ranks[dp_owner], group=self._dp.group)
+        if self._dp.rank != dp_owner:
+            return
+        shards = [both]
+        if matrix.partition_dim is not None and self._tp.group is not None:
+            shards = [torch.empty_like(both) for _ in range(self._tp.size)]
+            dist.all_gather(shards, both, group=self._tp.group)
+        if matrix.rule is None:
+            return
+        parameter = matrix.rule.param_groups[0]["params"][0]
+        weights, gradients = (
+            torch.cat([s[i].view(matrix.shape) for s in shards], dim=matrix.partition_dim or 0)
+            for i in (0, 1)
+        )
+        # Rows of padding are not the rule's business: their number depends on the layout.
+        parameter.data = weights[: matrix.rows].contiguous()
+        parameter.grad = gradients[: matrix.rows].contiguous()
+
+    def _from_owner(self, matrix: _Matrix, flat: Tensor) -> None:
+        """Writes the new weight into the flat partitions; a collective of the stage."""
+        dp_owner, tp_owner = matrix.owner
+        shard = torch.empty(matrix.shape, dtype=flat.dtype, device=flat.device)
+        if self._dp.rank == dp_owner:
+            whole = torch.zeros(matrix.full_shape, dtype=flat.dtype, device=flat.device)
+            if matrix.rule is not None:
+                parameter = matrix.rule.param_groups[0]["params"][0]
+                whole[: matrix.rows] = parameter.data
+                _release(parameter)
+            if self._tp.group is not None:
+                dist.broadcast(whole, src=self._tp.ranks[tp_owner], group=self._tp.group)
+            if matrix.partition_dim is not None:
+                whole = whole.chunk(self._tp.size, dim=matrix.partition_dim)[self._tp.rank]
+            shard.copy_(whole)
+        if self._dp.group is not None:
+            dist.broadcast(shard, src=self._dp.ranks[dp_owner], group=self._dp.group)
+        if matrix.span is not None:
+            run = shard.view(-1).narrow(0, matrix.span.start, matrix.span.length)
+            matrix.span.view(flat).copy_(run)
+
+
+class _Owners:
+    """Gives each matrix, largest first, to the rank with the fewest elements so far."""
+
+    def __init__(self, dp_size: int, tp_size: int) -> None:
+        self._load = {(d, t): 0 for d in range(dp_size) for t in range(tp_size)}
+
+    def next(self, elements: int) -> tuple[int, int]:
+        owner = min(self._load, key=lambda rank: (self._load[rank], rank))
+        self._load[owner] += elements
+        return owner
+
+
+def _matrix(
+    name: str,
+    parameter: nn.Parameter,
+    tp: Axis,
+    span: Span | None,
+    group_name: str,
+    vocabulary_size: int,
+) -> _Matrix:
+    sharded = tp.size > 1 and getattr(parameter, "tensor_model_parallel", False)
+    full_shape = torch.Size(getattr(parameter, "full_shape", parameter.shape))
+    rows = full_shape[0]
+    if group_name == VOCABULARY:
+        rows = min(rows, vocabulary_size)
+    dim = parameter.partition_dim if sharded else None
+    return _Matrix(name, parameter.shape, full_shape, rows, dim, (0, 0), span)
+
+
+def _placeholder(matrix: _Matrix, like: Tensor) -> nn.Parameter:
+    """A parameter of the right shape and of no size; the matrix is in it during a step only."""
+    return nn.Parameter(like.new_zeros(()).expand(matrix.used_shape))
+
+
+def _release(parameter: nn.Parameter) -> None:
+    parameter.data = parameter.new_zeros(()).expand(parameter.shape)
+    parameter.grad = None
