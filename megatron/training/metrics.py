@@ -17,6 +17,7 @@ from typing import Any, SupportsFloat
 from megatron.checkpoint.state import RunState
 
 Record = dict[str, Any]
+MetricsRecord = Record
 """One line of metrics.jsonl, see records.py."""
 
 
