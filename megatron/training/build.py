@@ -17,7 +17,7 @@ from megatron.config.schema import RunConfig
 from megatron.config.skip import is_skipped
 from megatron.data.dataset import SampleSource
 from megatron.data.loader import Loader, StepPlan, evaluation_loader
-from megatron.engine import Engine, EngineOptions, MicroBatches
+from megatron.engine import Engine, MicroBatches, make_engine
 from megatron.model.llama import llama_layers, loss_function
 from megatron.model.llama_config import LlamaConfig
 from megatron.model.rope import RopeScaling
@@ -75,16 +75,6 @@ def build_engine(
     config = llama_config(run)
     full = run.train.activation_checkpointing == "1"
     layers_kept = run.train.checkpoint_num_layers
-    options = EngineOptions(
-        deepspeed_config=deepspeed_config(run),
-        gradient_accumulation_steps=run.train.gradient_accumulation_steps,
-        stage_bounds=stage_bounds(run.stage_blocks),
-        device=device.torch_device,
-        compile={"0": False, "1": True, "auto": device.kind != "cpu"}[run.train.compile],
-        recompute_num_layers=layers_kept if full and layers_kept > 1 else 0,
-        mics_shard_size=run.parallel.mics_shard_size,
-        pipeline_schedule=run.parallel.pipeline_schedule,
-    )
     loss = loss_function(config, groups.tp)
     if corpus_losses is not None:
         token_loss = partial(
@@ -93,19 +83,25 @@ def build_engine(
         loss = corpus_losses.counted(token_loss)
     if run.optimizer.optimizer == "sophiag":
         loss = with_sampled_labels(loss, groups.tp, config.vocab_size)
-    engine = Engine(
+    engine = make_engine(
         llama_layers(config, groups.tp, groups.sp),
         loss,
         partial(make_optimizer, run.optimizer),
         groups,
-        options,
+        device.torch_device,
+        deepspeed_config(run),
+        stage_bounds=stage_bounds(run.stage_blocks),
+        compile={"0": False, "1": True, "auto": device.kind != "cpu"}[run.train.compile],
+        recompute_num_layers=layers_kept if full and layers_kept > 1 else 0,
+        mics_shard_size=run.parallel.mics_shard_size,
+        pipeline_schedule=run.parallel.pipeline_schedule,
     )
     if isinstance(engine.optimizer, WholeMatrixOptimizer):
         engine.optimizer.bind(
             engine.module.named_parameters(),
             groups.sequence_data,
             groups.tp,
-            engine.zero_optimizer,
+            engine.shards().spans(),
             config.vocab_size,
         )
     return engine

@@ -18,7 +18,6 @@ from megatron.config.schema import RunConfig
 from megatron.config.skip import merge, ranges_text
 from megatron.data.data_record import Record
 from megatron.engine import Engine
-from megatron.engine.shards import ZeroState
 from megatron.parallel.piece import WHOLE, Piece
 from megatron.training.data import continue_data
 from megatron.training.optimizers.rules import counters, load_counters
@@ -58,7 +57,7 @@ def save(run: RunConfig, engine: Engine, state: RunState) -> tuple[Path, int]:
             "model": {name: getattr(run.model, name) for name in SHAPE_FIELDS},
             "optimizer": run.optimizer.optimizer,
             "counters": counters(engine.optimizer),
-            "loss_scaler": engine.loss_scaler_state(),
+            "loss_scaler": engine.scaler_state(),
             "layout": str(engine.groups.layout),
             "run": run.to_dict(),
         },
@@ -96,10 +95,10 @@ def resume(run: RunConfig, engine: Engine, data: Record | None = None) -> RunSta
     with_optimizer = manifest["optimizer"] is not None
     if with_optimizer:
         _check_optimizer(run, manifest["optimizer"], checkpoint.folder)
-    _zero_state(engine).load(reader.for_piece, load_optimizer=with_optimizer)
+    engine.shards().load(reader.for_piece, load_optimizer=with_optimizer)
     if with_optimizer:
         load_counters(engine.optimizer, manifest["counters"])
-        engine.load_loss_scaler_state(manifest["loss_scaler"])
+        engine.load_scaler_state(manifest["loss_scaler"])
         if isinstance(engine.optimizer, WholeMatrixOptimizer):
             names = engine.optimizer.owned_names()
             engine.optimizer.load_whole_state({name: _whole(reader, name) for name in names})
@@ -114,15 +113,8 @@ def _with_data(run: RunConfig, state: RunState, data: Record | None, where: Path
     return continue_data(state, data, run.data.allow_data_change, str(where))
 
 
-def _zero_state(engine: Engine) -> ZeroState:
-    tp = engine.groups.tp
-    return ZeroState(
-        engine.module, engine.zero_optimizer, engine.optimizer, tp.rank, tp.size, engine.replica
-    )
-
-
 def _pieces(engine: Engine) -> Iterator[Piece]:
-    yield from _zero_state(engine).pieces()
+    yield from engine.shards().pieces()
     if not isinstance(engine.optimizer, WholeMatrixOptimizer):
         return
     for name, states in engine.optimizer.whole_state().items():

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from megatron.engine.shards import Span, spans
+from megatron.engine import Span
 from megatron.parallel.groups import Axis
 from megatron.training.optimizers.parameter_groups import VOCABULARY
 
@@ -100,7 +100,7 @@ class WholeMatrixOptimizer(Optimizer):
         named_parameters: Iterable[tuple[str, nn.Parameter]],
         dp: Axis,
         tp: Axis,
-        zero_optimizer: Any,
+        spans: Iterable[Span],
         vocabulary_size: int,
     ) -> None:
         """Says where the pieces of each matrix lie; called once, after deepspeed.initialize.
@@ -109,11 +109,11 @@ class WholeMatrixOptimizer(Optimizer):
             named_parameters: of the local part of the model.
             dp: data-parallel axis, over which ZeRO cut the flat buffers.
             tp: tensor-parallel axis.
-            zero_optimizer: DeepSpeed's optimizer around this one.
+            spans: the runs of parameters that this rank steps on.
             vocabulary_size: rows of embedding and head that are no padding.
         """
         names = {id(parameter): name for name, parameter in named_parameters}
-        located = {id(span.parameter): span for span in spans(zero_optimizer)}
+        located = {id(span.parameter): span for span in spans}
         owners = _Owners(dp.size, tp.size)
         self._dp, self._tp = dp, tp
         self._matrices = {}
