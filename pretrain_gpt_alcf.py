@@ -117,7 +117,13 @@ def build_engine(
         pipeline_schedule=run.parallel.pipeline_schedule,
     )
     if isinstance(engine.optimizer, WholeMatrixOptimizer):
-        engine.optimizer.bind(engine.shards().spans(), groups, run.model.vocab_size)
+        engine.optimizer.bind(
+            engine.module.named_parameters(),
+            groups.sequence_data,
+            groups.tp,
+            engine.shards().spans(),
+            run.model.vocab_size,
+        )
     return engine
 
 

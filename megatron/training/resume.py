@@ -61,7 +61,7 @@ def resume(run: RunConfig, engine: Engine, data: Record | None = None) -> RunSta
     engine.shards().load(reader.for_piece, load_optimizer=with_optimizer)
     if with_optimizer:
         engine.shards().load_counters(manifest["counters"])
-        engine.load_loss_scaler_state(manifest["loss_scaler"])
+        engine.load_scaler_state(manifest["loss_scaler"])
         if isinstance(engine.optimizer, WholeMatrixOptimizer):
             engine.optimizer.load_pieces(reader)
     log.info(f"resumed from {checkpoint.folder} (written as {manifest['layout']})")
@@ -78,8 +78,8 @@ def _with_data(run: RunConfig, state: RunState, data: Record | None, where: Path
 def _refuse_where_required(run: RunConfig, root: Path) -> None:
     if store.committed(root):
         raise MissingCheckpoint(
-            f"every checkpoint in {root} is damaged (see above); repair or move them, or start a new"
-            " run with another RUN_NAME"
+            f"every checkpoint in {root} is damaged (see above); repair or move them, or start a"
+            " new run with another RUN_NAME"
         )
     if run.checkpoint.exit_on_missing_checkpoint:
         raise MissingCheckpoint(f"--exit-on-missing-checkpoint: {root} holds no checkpoint")

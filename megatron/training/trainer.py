@@ -89,7 +89,7 @@ def save_checkpoint(
     about = {
         "state": state.to_dict(),
         "counters": shards.counters(),
-        "loss_scaler": engine.loss_scaler_state(),
+        "loss_scaler": engine.scaler_state(),
         **manifest,
     }
     return store.save(folder, state.iteration, lambda file: write_pieces(file, pieces), about)

@@ -1,4 +1,4 @@
-"""The loop with an engine that only adds up what it is fed: what is logged, saved, skipped, resumed."""
+"""The loop around an engine that only adds up what it is fed."""
 
 from __future__ import annotations
 
@@ -96,10 +96,10 @@ class Adder:
     def gradient_norm(self) -> float:
         return 0.5
 
-    def loss_scaler_state(self) -> dict[str, float]:
+    def scaler_state(self) -> dict[str, float]:
         return {}
 
-    def load_loss_scaler_state(self, values: dict[str, float]) -> None:
+    def load_scaler_state(self, values: dict[str, float]) -> None:
         assert values == {}
 
     def refresh_weights(self) -> None:
@@ -208,7 +208,11 @@ def test_a_failed_last_save_is_not_taken_for_saved(tmp_path: Path) -> None:
     assert outcome.state.iteration == 4 and not outcome.saved
 
 
-@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None,
+    max_examples=25,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(st.integers(1, 9), st.integers(1, 4), st.integers(0, 3))
 def test_a_signal_at_any_step_ends_in_a_checkpoint_that_resumes(
     tmp_path_factory: pytest.TempPathFactory, at: int, log_interval: int, save: int
