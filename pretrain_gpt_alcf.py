@@ -71,13 +71,7 @@ def pretrain(run: RunConfig, ranks: Ranks) -> int:
             finish.say_finished(run, state)
             return 0
         leads = ranks.rank == 0
-        tracker = make_tracker(
-            run,
-            run.run_folder,
-            logs=leads,
-            parameters=run.parameters,
-            iteration=state.iteration,
-        )
+        tracker = make_tracker(run, logs=leads, iteration=state.iteration)
         job = build_job(run, engine, data, device, tracker, state)
         outcome = train(job, state, stop)
     tracker.close()

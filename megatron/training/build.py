@@ -9,9 +9,8 @@ from functools import partial
 from itertools import islice
 
 from megatron.checkpoint.state import RunState
-from megatron.config import formulas
 from megatron.config.deepspeed import deepspeed_config
-from megatron.config.pipeline_stages import modelled_bubble, stage_bounds
+from megatron.config.pipeline_stages import stage_bounds
 from megatron.config.schedule import schedule
 from megatron.config.schema import RunConfig
 from megatron.config.skip import is_skipped
@@ -29,7 +28,7 @@ from megatron.training.data import Data, train_data
 from megatron.training.device import Device
 from megatron.training.loggers import Tracker
 from megatron.training.loop import Intervals, Job
-from megatron.training.metrics import Meter, Record, Workload
+from megatron.training.metrics import Meter
 from megatron.training.optimizers.curvature import Curvature
 from megatron.training.optimizers.rules import make_optimizer
 from megatron.training.optimizers.sophia import SophiaG, with_sampled_labels
@@ -150,12 +149,7 @@ def build_job(
         peek=partial(_peek, train, plan),
         evaluations=evaluations,
         save=partial(checkpointing.save, run, engine),
-        meter=Meter(
-            _workload(run, device),
-            device.memory_max_gib,
-            device.synchronize,
-            measured=partial(_pipeline_record, run, engine),
-        ),
+        meter=Meter(run, device, partial(_measured, engine)),
         tracker=tracker,
         samples_per_step=run.train.global_batch_size,
         tokens_per_step=run.tokens_per_step,
@@ -164,14 +158,10 @@ def build_job(
     )
 
 
-def _pipeline_record(run: RunConfig, engine: Engine) -> Record:
-    """The bubble of the steps since the last record, beside the 1F1B model's; a collective."""
+def _measured(engine: Engine) -> dict[str, float]:
+    """The pipeline's bubble since the last record, where there is one; a collective."""
     bubble = engine.pipeline_bubble()
-    if bubble is None:
-        return {}
-    micro_batches = run.train.gradient_accumulation_steps
-    model = modelled_bubble(run.parallel.pipeline_parallel, micro_batches)
-    return {"pipeline_bubble": bubble, "pipeline_bubble_model": model}
+    return {} if bubble is None else {"pipeline_bubble": bubble}
 
 
 def _curvature(run: RunConfig, engine: Engine, plan: StepPlan) -> Curvature | None:
@@ -179,23 +169,6 @@ def _curvature(run: RunConfig, engine: Engine, plan: StepPlan) -> Curvature | No
         return None
     interval = run.optimizer.sophia_hessian_interval
     return Curvature(engine, plan, interval, run.train.seed, run.model.seq_length)
-
-
-def _workload(run: RunConfig, device: Device) -> Workload:
-    shape, tp = run.model, run.parallel.tensor_parallel
-    return Workload(
-        train_iters=run.train.train_iters,
-        global_batch_size=run.train.global_batch_size,
-        seq_length=run.model.seq_length,
-        world_size=run.parallel.world_size,
-        data_parallel=run.data_parallel,
-        flops_per_token_lm=formulas.flops_per_token_lm(shape, tp),
-        flops_per_token_ds=formulas.flops_per_token_ds(
-            shape, run.train.activation_checkpointing, tp
-        ),
-        flops_per_token_causal=formulas.flops_per_token_causal(shape, tp),
-        peak_tflops=device.peak_tflops,
-    )
 
 
 class _StepsOf:

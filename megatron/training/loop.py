@@ -21,7 +21,8 @@ from megatron.config.skip import is_skipped
 from megatron.engine import Engine, MicroBatches
 from megatron.training.dump import dump_tokens
 from megatron.training.loggers import Tracker
-from megatron.training.metrics import Meter, Record
+from megatron.training.metrics import Meter
+from megatron.training.metrics_file import MetricsRecord
 from megatron.training.optimizers.curvature import Curvature
 from megatron.training.optimizers.schedule_free import evaluation_weights
 from megatron.training.stop import StopRequest
@@ -202,7 +203,7 @@ def _save(job: Job, state: RunState) -> int | None:
     return state.iteration
 
 
-def _event(job: Job, state: RunState, event: str, **values: Any) -> Record:
+def _event(job: Job, state: RunState, event: str, **values: Any) -> MetricsRecord:
     return {
         "event": event,
         "iteration": state.iteration,
