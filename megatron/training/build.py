@@ -28,7 +28,7 @@ from megatron.training.data import Data, train_data
 from megatron.training.device import Device
 from megatron.training.loggers import Tracker
 from megatron.training.loop import Intervals, Job
-from megatron.training.metrics import Meter
+from megatron.training.meter import Meter
 from megatron.training.optimizers.curvature import Curvature
 from megatron.training.optimizers.rules import make_optimizer
 from megatron.training.optimizers.sophia import SophiaG, with_sampled_labels

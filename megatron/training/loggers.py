@@ -1,7 +1,7 @@
 """Where records go: console, metrics.jsonl, TensorBoard, W&B, behind one interface.
 
-The loop holds one `Tracker`: `Trackers` on the rank that logs, `NullTracker` on the others. A
-tracker that fails is reported once and left out from then on; training goes on.
+The loop holds one `Tracker`, which on ranks that do not log has none to pass records to. A tracker
+that fails is reported once and left out from then on; training continues.
 """
 
 from __future__ import annotations
@@ -30,16 +30,6 @@ class Tracker(Protocol):
 
     def close(self) -> None:
         """Writes out what is pending."""
-
-
-class NullTracker:
-    """Ignores everything: for the ranks that do not log."""
-
-    def log(self, record: MetricsRecord) -> None:
-        """Does nothing."""
-
-    def close(self) -> None:
-        """Does nothing."""
 
 
 class Progress:
@@ -108,9 +98,9 @@ class JsonlTracker:
 
 
 class Trackers:
-    """Several trackers as one; none of them can stop training."""
+    """Several trackers as one; none of them can stop training. Without any it ignores all."""
 
-    def __init__(self, trackers: Iterable[Tracker]) -> None:
+    def __init__(self, trackers: Iterable[Tracker] = ()) -> None:
         self._trackers = list(trackers)
 
     def log(self, record: MetricsRecord) -> None:
@@ -161,7 +151,5 @@ def make_tracker(run: RunConfig, *, logs: bool, iteration: int) -> Tracker:
         logs: whether this rank is the one that logs.
         iteration: steps done before; what an earlier start wrote about later ones is dropped.
     """
-    if not logs:
-        return NullTracker()
-    started = [start(run, iteration) for start in TRACKERS.values()]
+    started = [start(run, iteration) for start in TRACKERS.values()] if logs else []
     return Trackers(tracker for tracker in started if tracker is not None)

@@ -21,7 +21,7 @@ from megatron.config.skip import is_skipped
 from megatron.engine import Engine, MicroBatches
 from megatron.training.dump import dump_tokens
 from megatron.training.loggers import Tracker
-from megatron.training.metrics import Meter
+from megatron.training.meter import Meter
 from megatron.training.metrics_file import MetricsRecord
 from megatron.training.optimizers.curvature import Curvature
 from megatron.training.optimizers.schedule_free import evaluation_weights

@@ -1,18 +1,15 @@
 """Metrics: one row each, from a finished interval to metrics.jsonl, console, W&B and TensorBoard.
 
-Rates count only the steps that did work and only their time: evaluation, saving and skipped steps
-are off the clock. Global rates are measured; every per-device figure is the global one divided by
-the number of devices, here and once.
+Global rates are measured; every per-device figure is the global one divided by the number of
+devices, here and once.
 """
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, SupportsFloat
+from typing import Any
 
 from megatron.checkpoint.state import RunState
 from megatron.config import formulas
@@ -31,12 +28,12 @@ class Interval:
     Attributes:
         run, device: the configuration and this rank's device.
         state: where the run stands at the end.
+        seconds: time of the steps that did work, all together.
         ended: seconds since the epoch.
         learning_rate: rate of the last step.
         losses: mean loss of each step that did work, nats per token.
         grad_norm, loss_scale: the last step's; None where the engine has none.
         skipped: steps that changed no weight.
-        seconds: time of the steps that did work, all together.
         measured: what the engine measured, such as the pipeline's bubble.
         corpus_loss: loss of each corpus; None where it is not asked for.
     """
@@ -44,13 +41,13 @@ class Interval:
     run: RunConfig
     device: Device
     state: RunState
+    seconds: float
     ended: float
     learning_rate: float
     losses: Sequence[float]
     grad_norm: float | None
     loss_scale: float | None
     skipped: int
-    seconds: float
     measured: Mapping[str, float]
     corpus_loss: Mapping[str, float] | None
 
@@ -92,11 +89,12 @@ class Interval:
 
     @property
     def modelled_bubble(self) -> float | None:
-        """Bubble of 1F1B, (p - 1) / (m + p - 1), where the engine measured one."""
-        if "pipeline_bubble" not in self.measured:
-            return None
-        stages, train = self.run.parallel.pipeline_parallel, self.run.train
-        return modelled_bubble(stages, train.gradient_accumulation_steps)
+        """1F1B's bubble, (p - 1) / (m + p - 1), beside a measured one."""
+        micro_batches = self.run.train.gradient_accumulation_steps
+        known = "pipeline_bubble" in self.measured
+        return (
+            modelled_bubble(self.run.parallel.pipeline_parallel, micro_batches) if known else None
+        )
 
 
 @dataclass(frozen=True)
@@ -137,15 +135,11 @@ class Metric:
         value = record.get(self.key)
         if value is None:
             return {}
-        entries = value.items() if isinstance(value, Mapping) else [("", value)]
-        named = {
-            f"{name}/{entry}" if entry else name: number
-            for name in self.scalars
-            for entry, number in entries
-        }
-        if record["event"] == "step":
-            named |= {name: derive(record) for name, derive in self.derived.items()}
-        return named
+        if isinstance(value, Mapping):
+            return {f"{name}/{entry}": n for name in self.scalars for entry, n in value.items()}
+        derived = self.derived if record["event"] == "step" else {}
+        numbers = {name: derive(record) for name, derive in derived.items()}
+        return {name: value for name in self.scalars} | numbers
 
 
 # fmt: off
@@ -224,113 +218,3 @@ METRICS: list[Metric] = [
 # fmt: on
 """In the order of metrics.jsonl. Names, order and widths of the line, and names on dashboards, are
 Megatron-DeepSpeed's with true units: seconds unless the name says ms, TFLOPS per device."""
-
-
-class Meter:
-    """Collects steps; `record` closes the interval and starts the next.
-
-    Losses and gradient norms may be device tensors: they are kept as they are and fetched by
-    `record` only, so that no step waits for the device. Nobody may write to them afterwards.
-
-    Args:
-        run: the configuration.
-        device: waited for before every reading of the clock that ends an interval or a pause.
-        measured: what only the engine knows, such as the pipeline's bubble; asked for by every
-            `record` on all ranks, so it may be a collective.
-        clock: seconds, monotonic.
-        wall_clock: seconds since the epoch, for the records' `time`.
-    """
-
-    def __init__(
-        self,
-        run: RunConfig,
-        device: Device,
-        measured: Callable[[], Mapping[str, float]] = dict,
-        clock: Callable[[], float] = time.perf_counter,
-        wall_clock: Callable[[], float] = time.time,
-    ) -> None:
-        self._run = run
-        self._device = device
-        self._measured = measured
-        self._clock = clock
-        self._wall_clock = wall_clock
-        self.start()
-
-    def start(self) -> None:
-        """Forgets everything and starts the clock: call it right before the first step."""
-        self._losses: list[SupportsFloat] = []
-        self._grad_norm: SupportsFloat | None = None
-        self._loss_scale: float | None = None
-        self._skipped = 0
-        self._paused = 0.0
-        self._since = self._clock()
-
-    def step(
-        self,
-        loss: SupportsFloat,
-        grad_norm: SupportsFloat | None,
-        loss_scale: float | None = 1.0,
-        *,
-        updated: bool = True,
-    ) -> None:
-        """One step that did work.
-
-        Args:
-            loss: mean loss of the global batch, nats per token.
-            grad_norm: norm before clipping; None where the engine has none.
-            loss_scale: fp16's scale, 1 elsewhere.
-            updated: False where the work was done but the weights were not changed (fp16 overflow):
-                the step counts as skipped in the counter and as work in the rates.
-        """
-        self._losses.append(loss)
-        self._grad_norm = grad_norm
-        self._loss_scale = loss_scale
-        self._skipped += int(not updated)
-
-    def skip(self) -> None:
-        """One step that was skipped; its time belongs inside `off_the_clock`."""
-        self._skipped += 1
-
-    @contextmanager
-    def off_the_clock(self) -> Iterator[None]:
-        """What happens inside is no step's time; work queued before it is waited for and counts."""
-        self._device.synchronize()
-        start = self._clock()
-        try:
-            yield
-        finally:
-            self._device.synchronize()
-            self._paused += self._clock() - start
-
-    def record(
-        self, state: RunState, learning_rate: float, corpus_loss: Mapping[str, float] | None = None
-    ) -> MetricsRecord:
-        """The record of the interval that ends with `state`, and the start of the next interval.
-
-        Returns:
-            METRICS by key: event "step", or "skip" where no step since the last record did work.
-            `loss` is the mean over the steps that did, not finite where one was not; `grad_norm`
-            and `loss_scale` are the last step's; `elapsed_s` is seconds per step;
-            `skipped_iterations` and `nan_iterations` count since the last record.
-        """
-        self._device.synchronize()
-        seconds = self._clock() - self._since - self._paused
-        interval = Interval(
-            run=self._run,
-            device=self._device,
-            state=state,
-            ended=self._wall_clock(),
-            learning_rate=learning_rate,
-            losses=[float(loss) for loss in self._losses],
-            grad_norm=None if self._grad_norm is None else float(self._grad_norm),
-            loss_scale=self._loss_scale,
-            skipped=self._skipped,
-            seconds=seconds,
-            measured=self._measured(),
-            corpus_loss=corpus_loss,
-        )
-        known = [metric for metric in METRICS if metric.always or interval.losses]
-        values = {metric.key: metric.value(interval) for metric in known}
-        unknown = {metric.key for metric in known if metric.optional and values[metric.key] is None}
-        self.start()
-        return {key: value for key, value in values.items() if key not in unknown}

@@ -13,7 +13,7 @@ import torch
 
 from megatron.checkpoint.state import RunState
 from megatron.config import formulas, schema
-from megatron.training.metrics import Meter
+from megatron.training.meter import Meter
 from tests.training.run_config import tiny_run
 
 TINY = tiny_run(Path("runs/tiny"))  # 4 samples of 8 tokens
