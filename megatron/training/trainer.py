@@ -16,7 +16,6 @@ from typing import Any
 from megatron.checkpoint import store
 from megatron.checkpoint.state import RunState
 from megatron.checkpoint.tensors import write_pieces
-from megatron.config.pipeline_stages import modelled_bubble
 from megatron.config.schedule import learning_rate, schedule
 from megatron.config.schema import RunConfig
 from megatron.config.skip import is_skipped
@@ -28,7 +27,7 @@ from megatron.training.data import Data, train_data
 from megatron.training.device import Device
 from megatron.training.dump import dump_tokens
 from megatron.training.loggers import Tracker
-from megatron.training.metrics import Meter, MetricsRecord
+from megatron.training.meter import Meter
 from megatron.training.optimizers.curvature import Curvature
 from megatron.training.optimizers.schedule_free import evaluation_weights
 from megatron.training.optimizers.sophia import SophiaG
@@ -133,7 +132,7 @@ class Trainer:
         self.samples = train_data(run, data, state)
         self.reads_data = pp.rank in (0, pp.size - 1)  # stages between see no tokens
         self.schedule = schedule(run.optimizer, run.train.train_iters)
-        self.meter = Meter(run, device, self._pipeline_bubble)
+        self.meter = Meter(run, device, self._measured)
         self.tokens_per_step = run.tokens_per_step
         self.curvature: Curvature | None = None
         if isinstance(engine.optimizer, SophiaG):
@@ -308,11 +307,7 @@ class Trainer:
             }
         )
 
-    def _pipeline_bubble(self) -> MetricsRecord:
-        """The bubble of the steps since the last record, beside the 1F1B model's; a collective."""
+    def _measured(self) -> dict[str, float]:
+        """The pipeline's bubble since the last record, where there is one; a collective."""
         bubble = self.engine.pipeline_bubble()
-        if bubble is None:
-            return {}
-        parallel, train = self.run.parallel, self.run.train
-        model = modelled_bubble(parallel.pipeline_parallel, train.gradient_accumulation_steps)
-        return {"pipeline_bubble": bubble, "pipeline_bubble_model": model}
+        return {} if bubble is None else {"pipeline_bubble": bubble}
