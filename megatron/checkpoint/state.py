@@ -10,11 +10,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class DataStage:
-    """From where on a run has been trained on which data.
+    """A stretch of a run that was trained on the same data.
 
     Attributes:
         iteration, samples, tokens: consumed before its first step.
-        record: all that decides its samples (megatron/data/data_record.py).
+        record: everything that determines its samples (megatron/data/data_record.py).
         drawn: draws of each file before it, which it does not repeat.
     """
 
@@ -31,12 +31,12 @@ class RunState:
 
     Attributes:
         iteration: steps done, skipped ones included; the number of the last step.
-        consumed_samples: samples that belong to these steps, read or not; the data cursor.
+        consumed_samples: samples of these steps, read or not; the data cursor.
         consumed_tokens: the same in tokens.
         skipped_iterations: steps that changed no weight (a range to skip, an overflow, a refused
             update).
         nan_iterations: steps whose loss was not finite.
-        skip_ranges: ranges (first, last), inclusive, that the run was told not to train on.
+        skip_ranges: ranges (first, last), inclusive, of steps not to train on.
         data: what it was trained on, the present stage last.
     """
 
@@ -64,11 +64,7 @@ class RunState:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` reads them back."""
-        return {
-            **dataclasses.asdict(self),
-            "skip_ranges": [list(pair) for pair in self.skip_ranges],
-            "data": [dataclasses.asdict(stage) for stage in self.data],
-        }
+        return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunState:

@@ -1,7 +1,7 @@
-"""A folder of checkpoints: committed all at once, listed, verified, chosen.
+"""A folder of checkpoints: each step is committed by one rename, listed, verified and chosen.
 
-A step is written into `step-<iteration>.tmp`, made durable, described by a manifest with the size
-and SHA-256 of every file, and renamed. What has no manifest under its final name was never
+A step is written into `step-<iteration>.tmp`, flushed to disk, described by a manifest with size
+and SHA-256 of every file, then renamed. A folder without a manifest under its final name was never
 committed. A committed step is never written again.
 """
 
@@ -14,12 +14,16 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from megatron.config.atomic import write_atomically
+
 MANIFEST = "manifest.json"
 FORMAT = 1
+
+T = TypeVar("T")
 
 
 class SaveError(RuntimeError):
@@ -35,17 +39,17 @@ class Checkpoint:
 
     @property
     def iteration(self) -> int:
-        """Steps done when it was saved."""
+        """Number of its last step."""
         return int(self.manifest["iteration"])
 
     def files(self, role: str) -> list[Path]:
-        """Files of a role (`tensors`)."""
+        """Its files of a role, such as `tensors`."""
         files = self.manifest["files"]
         return [self.folder / name for name, about in files.items() if about["role"] == role]
 
 
 def step_folder(root: Path, iteration: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """Folder of a committed step."""
     return root / f"step-{iteration:08d}"
 
 
@@ -55,23 +59,23 @@ def save(
     write: Callable[[Path], None],
     about: dict[str, Any],
 ) -> Path:
-    """Commits a step; called by all ranks.
+    """Commits a step; a collective of all ranks.
 
     Args:
-        root: folder of checkpoints, shared by all ranks.
-        iteration: steps done.
-        write: writes this rank's tensors to the path given.
-        about: what else the manifest holds; must be JSON.
+        root: folder of checkpoints, on a file system that all ranks share.
+        iteration: number of the step.
+        write: writes this rank's tensors to the path it is given.
+        about: further entries of the manifest, JSON-ready.
 
     Returns:
         The committed folder.
 
     Raises:
-        SaveError: a rank could not write; said by all ranks alike, nothing is left behind.
+        SaveError: a rank could not write; all ranks raise the same error, no file is left.
     """
     final = step_folder(root, iteration)
     temporary = final.with_suffix(".tmp")
-    rank, world = _place()
+    rank, world = _rank_and_world()
 
     def prepare() -> None:
         if final.exists():
@@ -85,25 +89,24 @@ def save(
         _flush(path)
         return {path.name: {"role": "tensors", **_describe(path)}}
 
-    _all_ranks(prepare if rank == 0 else _nothing, iteration)
+    def commit(written: list[dict[str, Any]]) -> None:
+        files = {name: about for own in written for name, about in own.items()}
+        manifest = {"format": FORMAT, "iteration": iteration, **about, "files": files}
+        write_atomically(temporary / MANIFEST, json.dumps(manifest, indent=1))
+        _flush(temporary)
+        os.rename(temporary, final)
+        _flush(root)
+        write_atomically(root / "latest", final.name)
+        write_atomically(root / "latest_checkpointed_iteration.txt", str(iteration))
+
+    _on_first_rank(prepare, iteration)
     try:
-        shares = _all_ranks(write_own, iteration)
+        written = _on_all_ranks(write_own, iteration)
+        _on_first_rank(lambda: commit(written), iteration)
     except SaveError:
         if rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
-
-    def commit() -> None:
-        files = {name: about for share in shares for name, about in share.items()}
-        manifest = {"format": FORMAT, "iteration": iteration, **about, "files": files}
-        _write_durably(temporary / MANIFEST, json.dumps(manifest, indent=1))
-        _flush(temporary)
-        os.rename(temporary, final)
-        _flush(root)
-        _write_durably(root / "latest", final.name)
-        _write_durably(root / "latest_checkpointed_iteration.txt", str(iteration))
-
-    _all_ranks(commit if rank == 0 else _nothing, iteration)
     return final
 
 
@@ -116,17 +119,17 @@ def committed(root: Path) -> list[Checkpoint]:
         try:
             manifest = json.loads(path.read_text())
         except (OSError, ValueError):
-            continue  # a torn manifest: the step was never committed, or its disk is ill
+            continue  # truncated manifest: uncommitted step or failing disk
         found.append(Checkpoint(path.parent, manifest))
     return sorted(found, key=lambda checkpoint: checkpoint.iteration, reverse=True)
 
 
 def damage(checkpoint: Checkpoint, names: Sequence[str] | None = None) -> list[str]:
-    """What is wrong with a step's files: one line each, empty where all is well.
+    """What is wrong with a step's files: one line per damaged file.
 
     Args:
         checkpoint: the step.
-        names: files to look at; default all.
+        names: files to verify; default all.
     """
     lines = []
     for name, about in checkpoint.manifest["files"].items():
@@ -145,15 +148,15 @@ def damage(checkpoint: Checkpoint, names: Sequence[str] | None = None) -> list[s
 
 
 def newest_sound(root: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The newest step whose files are as they were written; called by all ranks.
+    """The newest step whose files are as they were written; a collective of all ranks.
 
-    Ranks share the hashing. A damaged step is named and the one before it tried.
+    Each rank hashes some of the files. A damaged step is named in a warning and skipped.
     """
-    rank, world = _place()
+    rank, world = _rank_and_world()
     candidates = _gather(committed(root) if rank == 0 else [])[0]
     for checkpoint in candidates:
-        mine = sorted(checkpoint.manifest["files"])[rank::world]
-        lines = [line for share in _gather(damage(checkpoint, mine)) for line in share]
+        own = sorted(checkpoint.manifest["files"])[rank::world]
+        lines = [line for found in _gather(damage(checkpoint, own)) for line in found]
         if not lines:
             return checkpoint
         for line in lines:
@@ -161,32 +164,34 @@ def newest_sound(root: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     return None
 
 
-def _all_ranks(action: Callable[[], Any], iteration: int) -> list[Any]:
-    """Does something on every rank; where one fails, all raise the same SaveError."""
-    result, error = None, None
+def _on_all_ranks(action: Callable[[], T], iteration: int) -> list[T]:
+    """Results of every rank's action, in rank order; where one fails, all raise one SaveError."""
+    results, error = [], None
     try:
-        result = action()
+        results = [action()]
     except OSError as exception:
-        error = f"rank {_place()[0]}: {exception}"
-    answers = _gather((result, error))
+        error = f"rank {_rank_and_world()[0]}: {exception}"
+    answers = _gather((results, error))
     errors = [error for _, error in answers if error]
     if errors:
         raise SaveError(f"step {iteration} was not saved: " + "; ".join(errors[:4]))
-    return [result for result, _ in answers]
+    return [result for results, _ in answers for result in results]
 
 
-def _nothing() -> None:
-    return None
+def _on_first_rank(action: Callable[[], None], iteration: int) -> None:
+    """Rank 0's action; where it fails, all ranks raise the same SaveError."""
+    rank, _ = _rank_and_world()
+    _on_all_ranks(action if rank == 0 else lambda: None, iteration)
 
 
-def _place() -> tuple[int, int]:
+def _rank_and_world() -> tuple[int, int]:
     """(rank, world size); a tool without process group is a world of one."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def _gather(value: Any) -> list[Any]:
+def _gather(value: T) -> list[T]:
     """Every rank's value, on every rank."""
-    values = [value] * _place()[1]
+    values = [value] * _rank_and_world()[1]
     if len(values) > 1:
         dist.all_gather_object(values, value)
     return values
@@ -210,12 +215,3 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _write_durably(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -1,7 +1,7 @@
-"""A checkpoint's tensors: one safetensors file a rank, read back by parameter for any layout.
+"""A checkpoint's tensors: one safetensors file per rank, read back by parameter for any layout.
 
-An entry is a run of a parameter's flattened tensor-parallel shard. The file's header says which
-parameter, which shard and from where, so a reader puts together any part of any parameter.
+An entry is a run of a parameter's flattened tensor-parallel shard. The file's header names the
+parameter, the shard and the run's start, so a reader assembles any part of any parameter.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class _Run:
 
 @dataclass
 class Stored:
-    """One state of one parameter: its whole shape, how it was cut, and its runs by shard."""
+    """One state of one parameter: its whole shape, its partition, and its runs by shard."""
 
     shape: tuple[int, ...]
     partition_dim: int | None
@@ -127,8 +127,8 @@ class TensorReader:
     def for_piece(self, piece: Piece) -> tuple[dict[str, Tensor], dict[str, float]]:
         """The stored values of a run in the reader's own layout.
 
-        Only what is needed is read where the cut is the same; else the whole parameter is put
-        together first. The vocabulary's padding depends on the layout: rows beyond the stored
+        Where the partition is the same, only the run is read; else the whole parameter is
+        assembled first. The vocabulary's padding depends on the layout: rows beyond the stored
         ones are zero.
 
         Returns:
@@ -143,11 +143,11 @@ class TensorReader:
         for state, stored in self._stored[piece.name].items():
             if state.startswith(WHOLE):
                 continue
-            cut = (stored.shape, stored.partition_dim, stored.shards)
-            if cut == (piece.shape, piece.partition_dim, piece.shards):
+            partition = (stored.shape, stored.partition_dim, stored.shards)
+            if partition == (piece.shape, piece.partition_dim, piece.shards):
                 tensors[state] = self._run(piece.name, state, piece.shard, piece.start, length)
             else:
-                shard = _cut(_fit_rows(self.whole(piece.name, state), piece.shape), piece)
+                shard = _shard_of(_fit_rows(self.whole(piece.name, state), piece.shape), piece)
                 tensors[state] = shard.reshape(-1)[piece.start : piece.start + length]
         return tensors, self._scalars[piece.name]
 
@@ -180,7 +180,7 @@ def _fit_rows(value: Tensor, shape: tuple[int, ...]) -> Tensor:
     return value[: shape[0]]
 
 
-def _cut(value: Tensor, piece: Piece) -> Tensor:
+def _shard_of(value: Tensor, piece: Piece) -> Tensor:
     if piece.partition_dim is None:
         return value
     return value.chunk(piece.shards, dim=piece.partition_dim)[piece.shard]
