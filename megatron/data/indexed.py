@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -51,6 +51,14 @@ def map_array(path: str, dtype: np.dtype[Any], count: int, offset: int = 0) -> n
             f"{path}: {count} values of {dtype} at byte {offset} cannot be mapped ({error}); "
             "is the file complete and readable?"
         ) from error
+
+
+class DocumentPart(NamedTuple):
+    """Tokens of one document that are part of a sample."""
+
+    document: int  # of the file
+    offset: int  # of the first of them in the document
+    length: int
 
 
 class IndexedDataset:

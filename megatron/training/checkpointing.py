@@ -16,7 +16,7 @@ from megatron.checkpoint.tensors import TensorReader, write_pieces
 from megatron.config.errors import ConfigError
 from megatron.config.schema import RunConfig
 from megatron.config.skip import merge, ranges_text
-from megatron.data.data_record import Record
+from megatron.data.data_record import DataRecord
 from megatron.engine import Engine
 from megatron.engine.shards import ZeroState
 from megatron.parallel.piece import WHOLE, Piece
@@ -66,7 +66,7 @@ def save(run: RunConfig, engine: Engine, state: RunState) -> tuple[Path, int]:
     return path, sum(file.stat().st_size for file in path.iterdir())
 
 
-def resume(run: RunConfig, engine: Engine, data: Record | None = None) -> RunState:
+def resume(run: RunConfig, engine: Engine, data: DataRecord | None = None) -> RunState:
     """Takes back the newest sound checkpoint, whatever layout wrote it; called by all ranks.
 
     Args:
@@ -108,7 +108,7 @@ def resume(run: RunConfig, engine: Engine, data: Record | None = None) -> RunSta
     return _with_ranges(run, state)
 
 
-def _with_data(run: RunConfig, state: RunState, data: Record | None, where: Path) -> RunState:
+def _with_data(run: RunConfig, state: RunState, data: DataRecord | None, where: Path) -> RunState:
     if data is None:
         return state
     return continue_data(state, data, run.data.allow_data_change, str(where))

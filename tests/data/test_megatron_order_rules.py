@@ -143,6 +143,6 @@ def test_the_pieces_of_a_sample_are_its_tokens(folder, tmp_path, monkeypatch):
     for k in range(0, len(train), 3):
         file, reader, number = train.find(k)
         tokens = []
-        for document, offset, length in reader.pieces(number):
+        for document, offset, length in reader.parts(number):
             tokens += read(file.prefix)[document][offset : offset + length]
         assert tokens == train.sample(k).tokens.tolist()

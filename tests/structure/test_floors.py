@@ -38,7 +38,7 @@ FOR_PLAIN = {
     "megatron.config.errors",
     "megatron.data.data_list",
     "megatron.data.indexed_header",
-    "megatron.data.vocabulary",
+    "megatron.data.vocabulary_size",
     "megatron.config.formulas",
     "megatron.config.rope_scaling",
     "megatron.config.pipeline_stages",

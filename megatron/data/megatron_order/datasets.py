@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron.data.file_pool import FilePool
 from megatron.data.megatron_order.build_once import (
     CHECKED_AT_START,
     CacheFile,
@@ -24,6 +23,7 @@ from megatron.data.megatron_order.settings import (
     plan_splits,
 )
 from megatron.data.megatron_order.split import NAMES
+from megatron.data.samples import FilePool
 
 
 @dataclass(frozen=True)

@@ -7,30 +7,21 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron.config.errors import DataError
-from megatron.data.dataset import Location, Sample
-from megatron.data.file_pool import FilePool
-from megatron.data.indexed import file_dtype
+from megatron.data.dataset import Sample, SampleLocation
+from megatron.data.indexed import DocumentPart, file_dtype
 from megatron.data.indexed_header import HEADER
 from megatron.data.megatron_order.array_file import ArrayFile, Header
 from megatron.data.megatron_order.build_once import CacheFile, Log, checked, opened
 from megatron.data.megatron_order.settings import FilePlan, SplitPlan
-from megatron.data.samples import Tokens
+from megatron.data.samples import FilePool, Tokens
 
 _POINTER, _TWO_POINTERS = struct.Struct("<q"), struct.Struct("<2q")
-
-
-class Piece(NamedTuple):
-    """Tokens of one document that are part of a sample."""
-
-    document: int  # of the file
-    offset: int  # of the first of them in the document
-    length: int
 
 
 class FileReader:
@@ -51,31 +42,31 @@ class FileReader:
     def locate(self, number: int) -> tuple[int, int]:
         """Pass over the documents, and row of the sample index, of sample `number`."""
         row = self._row(number)
-        place = int(self._rows("samples", row, row + 1)[0, 0])
-        return place // len(self._plan.documents), row
+        position = int(self._rows("samples", row, row + 1)[0, 0])
+        return position // len(self._plan.documents), row
 
-    def pieces(self, number: int) -> list[Piece]:
-        """Where the tokens of sample `number` lie, in order."""
-        return [piece for piece, _ in self._spans(number)]
+    def parts(self, number: int) -> list[DocumentPart]:
+        """Where the tokens of sample `number` lie, in order; some parts may be empty."""
+        return [part for part, _ in self._spans(number)]
 
     def read(self, number: int) -> Tokens:
         """Tokens of sample `number`, int64 of shape (S + 1,)."""
         size = self._dtype.itemsize
         parts = [
-            self._pool.read(f"{self._plan.prefix}.bin", token * size, piece.length * size)
-            for piece, token in self._spans(number)
-            if piece.length
+            self._pool.read(f"{self._plan.prefix}.bin", token * size, part.length * size)
+            for part, token in self._spans(number)
+            if part.length
         ]
         return np.frombuffer(b"".join(parts), dtype=self._dtype).astype(np.int64)
 
-    def _spans(self, number: int) -> list[tuple[Piece, int]]:
-        """The pieces of sample `number`, each with its first token's place in the file."""
+    def _spans(self, number: int) -> list[tuple[DocumentPart, int]]:
+        """The parts of sample `number`, each with its first token's place in the file."""
         row = self._row(number)
         (first, begin), (last, end) = self._rows("samples", row, row + 2).tolist()
         spans = []
         for document in self._rows("documents", first, last + 1).tolist():
             start, stop = self._extent(document)
-            spans.append((Piece(document, begin, stop - start - begin), start + begin))
+            spans.append((DocumentPart(document, begin, stop - start - begin), start + begin))
             begin = 0
         # The last token of a sample is also the first of the next.
         final, token = spans.pop()
@@ -163,10 +154,10 @@ class MegatronDataset:
         epoch, row = reader.locate(number)
         return Sample(file.corpus, file.prefix, epoch, row, tokens=reader.read(number))
 
-    def locate(self, k: int) -> Location:
+    def locate(self, k: int) -> SampleLocation:
         """Where sample `k` comes from; `index` is its row in the file's sample index."""
         file, reader, number = self.find(k)
-        return Location(file.corpus, file.prefix, *reader.locate(number))
+        return SampleLocation(file.corpus, file.prefix, *reader.locate(number))
 
     def uses(self, prefix: str, document: int) -> list[int]:
         """The samples, ascending, that hold tokens of a document (a sequence) of a file."""

@@ -30,7 +30,7 @@ from megatron.data.indexed import IndexedWriter, token_dtype
 from megatron.data.indexed_header import read_header
 from megatron.data.prepare.fingerprint import write_note
 from megatron.data.prepare.tokenizer import SentencePieceTokenizer, Tokenizer, build_tokenizer
-from megatron.data.vocabulary import BUILTIN_VOCAB_SIZE
+from megatron.data.vocabulary_size import BUILTIN_VOCAB_SIZE
 
 Log = Callable[[str], None]
 
