@@ -6,7 +6,6 @@ from functools import cache
 import pytest
 
 from megatron.data.indexed import IndexedDataset
-from megatron.data.megatron_order.build_once import opened
 from tests.data.megatron_cases import build, recorded_data, write_pair
 from tests.data.slow_order import slow_order
 
@@ -125,7 +124,7 @@ def test_the_cases_are_what_they_are_called(folder, tmp_path, monkeypatch):
     def facts(name):
         lines, changes = CASES[name]
         index = build(tmp_path, lines, **changes).train.corpora[0].indices[0]
-        found = opened(index, print)
+        found = index.open(print)
         return found.facts["epochs"], found.arrays["shuffle"]
 
     assert facts("one epoch")[0] == 1
