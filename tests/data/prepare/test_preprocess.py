@@ -22,7 +22,7 @@ from megatron.data.prepare.words import WordEncoder
 from tests.data.prepare.bpe import write_tokenizer
 from tools import preprocess_data
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TEXTS = ["abc", "de", "f\u00e4gh\n"]
 
 
