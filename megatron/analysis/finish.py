@@ -15,8 +15,8 @@ from megatron.engine import Engine
 from megatron.training import metrics_file as records
 from megatron.training.data import Data
 from megatron.training.generate import generate
-from megatron.training.trainer import Outcome
 from megatron.training.optimizers.schedule_free import evaluation_weights
+from megatron.training.trainer import Outcome
 
 log = logging.getLogger(__name__)
 

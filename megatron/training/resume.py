@@ -13,7 +13,7 @@ from megatron.checkpoint.tensors import TensorReader
 from megatron.config.errors import ConfigError
 from megatron.config.schema import RunConfig
 from megatron.config.skip import merge, ranges_text
-from megatron.data.data_record import Record
+from megatron.data.data_record import DataRecord
 from megatron.engine import Engine
 from megatron.training.data import continue_data
 from megatron.training.optimizers.whole_matrix import WholeMatrixOptimizer
@@ -28,7 +28,7 @@ class MissingCheckpoint(RuntimeError):
     """No usable checkpoint where one was required (exit status 4)."""
 
 
-def resume(run: RunConfig, engine: Engine, data: Record | None = None) -> RunState:
+def resume(run: RunConfig, engine: Engine, data: DataRecord | None = None) -> RunState:
     """Takes back the newest sound checkpoint, whatever layout wrote it; called by all ranks.
 
     Args:
@@ -69,7 +69,7 @@ def resume(run: RunConfig, engine: Engine, data: Record | None = None) -> RunSta
     return _with_ranges(run, state)
 
 
-def _with_data(run: RunConfig, state: RunState, data: Record | None, where: Path) -> RunState:
+def _with_data(run: RunConfig, state: RunState, data: DataRecord | None, where: Path) -> RunState:
     if data is None:
         return state
     return continue_data(state, data, run.data.allow_data_change, str(where))

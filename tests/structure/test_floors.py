@@ -48,7 +48,7 @@ GROUND = {
     "megatron.data.data_list",
     "megatron.data.indexed_header",
     "megatron.data.survey",
-    "megatron.data.vocabulary",
+    "megatron.data.vocabulary_size",
     "megatron.model",
     "megatron.model.architecture",
     "megatron.model.registry",
