@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megatron.config import optimizers, rope_scaling
-from megatron.config.draft import Draft
 from megatron.config.errors import ConfigError
+from megatron.config.option import Draft
 from megatron.config.pipeline_stages import num_stages_per_rank, parse_cuts
 
 TP, PP, SP = "parallel.tensor_parallel", "parallel.pipeline_parallel", "parallel.sequence_parallel"
@@ -23,6 +23,11 @@ SCHEDULE, CUTS = "parallel.pipeline_schedule", "parallel.pipeline_cuts"
 HEADS, KV_HEADS = "model.num_attention_heads", "model.num_key_value_heads"
 HIDDEN, FFN, LAYERS = "model.hidden_size", "model.ffn_hidden_size", "model.num_layers"
 LENGTH = "model.seq_length"
+
+
+def model_parallel_size(draft: Draft) -> int:
+    """Ranks that hold one replica of the model: TP x PP x SP."""
+    return math.prod(draft.get(key) for key in (TP, PP, SP))
 
 
 def divides(draft: Draft, part: str, *wholes: str) -> Iterator[str]:
@@ -166,13 +171,13 @@ def _check_cuts(draft: Draft) -> Iterator[str]:
 
 
 def check_world(draft: Draft) -> Iterator[str]:
-    """The ranks make whole copies of the model."""
-    world, copy = draft.get(WORLD), draft.get(TP) * draft.get(PP) * draft.get(SP)
-    if world % copy:
+    """The world holds whole replicas of the model."""
+    world, size = draft.get(WORLD), model_parallel_size(draft)
+    if world % size:
         yield (
             f"{draft.name(WORLD)}={world} ({draft.sources[WORLD]}) is not a multiple of "
-            f"{draft.show(TP)} x {draft.show(PP)} x {draft.show(SP)} = {copy}: {world} / {copy} "
-            f"leaves {world % copy}. Set WORLD_SIZE={-(-world // copy) * copy} or a smaller TP, PP "
+            f"{draft.show(TP)} x {draft.show(PP)} x {draft.show(SP)} = {size}: {world} / {size} "
+            f"leaves {world % size}. Set WORLD_SIZE={-(-world // size) * size} or a smaller TP, PP "
             "or SP"
         )
     if HOSTS in draft.given and draft.get(HOSTS) > world:

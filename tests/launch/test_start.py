@@ -124,8 +124,9 @@ def test_login_nodes_are_for_dry_runs(
     assert start.main(["--check"], settings | {"DRY_RUN": "1"}) == 100
 
 
-def test_help_lists_the_options(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert start.main(["--check", "--help"], {}) == 100
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_lists_the_options(capsys: pytest.CaptureFixture[str], flag: str) -> None:
+    assert start.main(["--check", "--num-layers", flag], {}) == 100
     assert "--tensor-model-parallel-size" in capsys.readouterr().out
 
 

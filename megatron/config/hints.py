@@ -1,11 +1,13 @@
-"""Variables that are set, look like ours, and would have no effect: each is named in a warning."""
+"""Warnings and notes: what the user set that has no effect, or another than they may expect."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
 
-from megatron.config import schema
+from megatron.config import schema, skip
+from megatron.config.layout import crossing_warning
+from megatron.config.schema import RunConfig
 
 # What other frameworks call our options.
 FOREIGN_SPELLINGS = {
@@ -41,7 +43,7 @@ NOT_OURS_PREFIXES = (
 CLOSE = 0.85  # one letter more, less or other in a word of seven
 
 
-def near_misses(environ: Mapping[str, str]) -> list[str]:
+def misspelt_variables(environ: Mapping[str, str]) -> list[str]:
     """One warning for each variable that is set but surely meant for another name."""
     known = schema.by_variable()
     spelled = _flag_spellings()
@@ -56,6 +58,40 @@ def near_misses(environ: Mapping[str, str]) -> list[str]:
         if meant:
             warnings.append(f"{name}={environ[name]} has no effect: the variable is called {meant}")
     return warnings
+
+
+def warnings(run: RunConfig) -> list[str]:
+    """Settings that have no effect, or a bad one."""
+    warnings = []
+    crossing = crossing_warning(run.layout, run.launch.devices_per_host)
+    if crossing:
+        warnings.append(crossing)
+    if run.parallel.megatron_sequence_parallel and run.parallel.tensor_parallel == 1:
+        warnings.append("SEQUENCE_PARALLEL has no effect with TP=1: it cuts over the TP ranks")
+    layers, recompute = run.train.checkpoint_num_layers, run.train.activation_checkpointing
+    if layers > 1 and recompute != "1":
+        warnings.append(
+            f"ACT_CKPT_NUM_LAYERS={layers} has no effect with "
+            f"USE_ACTIVATION_CHECKPOINTING={recompute}: it groups whole layers, which 1 recomputes"
+        )
+    late = [pair for pair in run.skip_ranges if pair[1] > run.train.train_iters]
+    if late:
+        warnings.append(
+            f"TRAIN_RANGE_TO_SKIP: {skip.ranges_text(tuple(late))} goes past the last step, "
+            f"{run.train.train_iters}"
+        )
+    return warnings
+
+
+def notes(run: RunConfig) -> list[str]:
+    """What is done otherwise than a reader of the settings may expect."""
+    notes = []
+    if run.parallel.zero_stage == 0:
+        notes.append(
+            "ZERO_STAGE=0 is given to DeepSpeed as stage 1 with fp32 gradient accumulation: the "
+            "same update, with right clipping under PP and less memory"
+        )
+    return notes
 
 
 def _flag_spellings() -> dict[str, str]:
