@@ -16,10 +16,10 @@ from collections.abc import Sequence
 
 from megatron.analysis import finish
 from megatron.config.errors import ConfigError, DataError
-from megatron.config.schema import RunConfig
+from megatron.config.schema import RunConfig, read_run
 from megatron.engine import start_distributed
 from megatron.launch.ranks import Ranks, find_ranks, rendezvous
-from megatron.launch.start import prepare_run, read_run
+from megatron.launch.start import prepare_run
 from megatron.parallel.groups import make_groups
 from megatron.plan.report import architecture_box
 from megatron.training import checkpointing, log

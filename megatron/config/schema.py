@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,9 @@ TOKENIZER_TYPES = (
     "HFTokenizer", "SentencePieceTokenizer", "GPT2BPETokenizer", "Llama2Tokenizer",
     "ByteTokenizer", "CharTokenizer", "NullTokenizer", "BuiltinTokenizer",
 )  # fmt: skip
+
+RUN_FILE = "run.json"
+"""In a run's folder: the configuration, where each value came from, and the run's provenance."""
 
 
 @dataclass(frozen=True)
@@ -271,6 +275,21 @@ class RunConfig:
         if unknown:
             raise ConfigError(f"run.json has unknown sections {', '.join(unknown)}")
         return cls(**sections, machine=values.get("machine", "generic"))
+
+
+def read_run(path: str | Path) -> RunConfig:
+    """The configuration in a run.json.
+
+    Raises:
+        ConfigError: where it cannot be read or is not one of this version.
+    """
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--config {path} cannot be read: {error}") from None
+    if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
+        raise ConfigError(f"--config {path} is not a run.json: it has no section 'config'")
+    return RunConfig.from_dict(record["config"])
 
 
 SECTIONS: dict[str, type[Any]] = {

@@ -10,13 +10,13 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from megatron.config.atomic import write_atomically
 from megatron.config.errors import ConfigError
-from megatron.launch import launch_plan as plan
-from megatron.launch import run_folder as record
+from megatron.launch import launch_plan
 from megatron.launch.command import LAUNCHERS
-from megatron.launch.screen import Screen
+from megatron.launch.launch_plan import LOCAL, LaunchPlan, LaunchRequest
+from megatron.launch.local import Screen, execute
 from megatron.launch.site import Location, locate
-from megatron.launch.start import execute
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -30,9 +30,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("-nh", "--nhosts", type=int, metavar="N", help="hosts")
     parser.add_argument("--hostfile", metavar="FILE", help="file with a host a line")
     parser.add_argument("--cpu-bind", metavar="BINDING", help="as the launcher spells it")
-    parser.add_argument(
-        "--with", dest="launcher", choices=[plan.LOCAL, *LAUNCHERS], help="launcher"
-    )
+    parser.add_argument("--with", dest="launcher", choices=[LOCAL, *LAUNCHERS], help="launcher")
     parser.add_argument(
         "--timeout",
         type=float,
@@ -83,7 +81,7 @@ def topology(
 
 def plan_of(
     options: argparse.Namespace, environ: Mapping[str, str], location: Location
-) -> plan.Plan:
+) -> LaunchPlan:
     """How the command is started."""
     ranks, hosts, per_host = topology(
         options.nproc,
@@ -92,7 +90,7 @@ def plan_of(
         len(location.job.hosts),
         location.devices_per_host,
     )
-    wish = plan.Wish(
+    request = LaunchRequest(
         world_size=ranks,
         num_hosts=hosts,
         ranks_per_host=per_host,
@@ -100,7 +98,7 @@ def plan_of(
         cpu_bind=options.cpu_bind or environ.get("CPU_BIND") or None,
         folder=Path(tempfile.gettempdir()) / f"megatron-launch-{os.getpid()}",
     )
-    return plan.make_plan(wish, options.command, environ, location)
+    return launch_plan.make_plan(request, options.command, environ, location)
 
 
 def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
@@ -116,11 +114,11 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         if options.dry_run:
             print(planned.text)
             return 0
-        plan.require_startable(planned)
-        plan.require_launcher(planned, shutil.which)
+        launch_plan.require_startable(planned)
+        launch_plan.require_launcher(planned, shutil.which)
         if planned.hostfile:
             planned.hostfile[0].parent.mkdir(parents=True, exist_ok=True)
-            record.write_text(*planned.hostfile)
+            write_atomically(*planned.hostfile)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status

@@ -6,13 +6,15 @@ task and a run inside it PMI_* of many. Needs no mpi4py.
 
 from __future__ import annotations
 
+import random
 import re
 import socket
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron.config.errors import ConfigError
-from megatron.launch import hostlist, ports
+from megatron.launch import hostlist
 from megatron.launch.machines import find_machine
 from megatron.launch.scheduler import find_job
 
@@ -21,6 +23,8 @@ EXPECTED = "MEGATRON_WORLD_SIZE"
 
 LARGEST_STEP = 0xFFFFFFF0
 """Slurm numbers what is no step of a user (a batch script, an interactive shell) from here on."""
+
+PORTS = range(20000, 30000)  # below those that operating systems hand out to outgoing connections
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ def rendezvous(environ: Mapping[str, str]) -> str:
         ConfigError: for a MASTER_PORT that is no port, or hosts that cannot be read.
     """
     if find_ranks(environ).world_size == 1 and not environ.get("MASTER_PORT"):
-        return f"tcp://127.0.0.1:{ports.free_port()}"
+        return f"tcp://127.0.0.1:{free_port()}"
     hostname = socket.gethostname()
     job = find_job(environ, hostname, environ.get("HOSTFILE") or None)
     machine = find_machine(hostname, environ, job.scheduler)
@@ -130,10 +134,27 @@ def meeting_point(
         )
     text = environ.get("MASTER_PORT", "")
     if not text:
-        return address, ports.port_of(key)
+        return address, port_of(key)
     if not re.fullmatch(r"\d{1,5}", text) or not 0 < int(text) < 65536:
         raise ConfigError(f"MASTER_PORT={text} is not a port: give 1 .. 65535 or unset it")
     return address, int(text)
+
+
+def port_of(key: str) -> int:
+    """A port made from `key`: the same on every host, without asking."""
+    return PORTS[zlib.crc32(key.encode()) % len(PORTS)]
+
+
+def free_port() -> int:
+    """A port of this host on which nothing listens at the moment."""
+    for port in random.SystemRandom().sample(PORTS, k=100):
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
+            try:
+                listener.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise OSError(f"100 ports between {PORTS[0]} and {PORTS[-1]} were tried and all are in use")
 
 
 def _read(family: Family, environ: Mapping[str, str], expected: int | None) -> Ranks | None:
