@@ -59,7 +59,7 @@ def help_text() -> str:
 def _meaning(option: Option) -> str:
     """The help line with the permitted values, unless it names them already."""
     unnamed = [choice for choice in option.choices if choice not in option.help]
-    return f"{option.help}: {', '.join(option.choices)}" if unnamed else option.help
+    return f"{option.help}; one of {', '.join(option.choices)}" if unnamed else option.help
 
 
 def with_table(page: str) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SHELL_TOOLS = ("bash", "dirname", "hostname", "grep", "cat", "mkdir", "mv", "rm", "tail", "sleep", "tr")
+SHELL_TOOLS = "bash dirname hostname grep cat mkdir mv rm tail sleep tr".split()
 
 
 def run(
