@@ -44,7 +44,7 @@ CLOSE = 0.85  # one letter more, less or other in a word of seven
 
 
 def misspelt_variables(environ: Mapping[str, str]) -> list[str]:
-    """One warning for each variable that is set but surely meant for another name."""
+    """One warning for each variable that is set and resembles one of ours."""
     known = schema.by_variable()
     spelled = _flag_spellings()
     warnings: list[str] = []
@@ -61,35 +61,36 @@ def misspelt_variables(environ: Mapping[str, str]) -> list[str]:
 
 
 def warnings(run: RunConfig) -> list[str]:
-    """Settings that have no effect, or a bad one."""
+    """Settings that have no effect, or a costly one."""
     warnings = []
     crossing = crossing_warning(run.layout, run.launch.devices_per_host)
     if crossing:
         warnings.append(crossing)
     if run.parallel.megatron_sequence_parallel and run.parallel.tensor_parallel == 1:
-        warnings.append("SEQUENCE_PARALLEL has no effect with TP=1: it cuts over the TP ranks")
+        warnings.append("SEQUENCE_PARALLEL has no effect with TP=1: it shards over the TP ranks")
     layers, recompute = run.train.checkpoint_num_layers, run.train.activation_checkpointing
     if layers > 1 and recompute != "1":
         warnings.append(
             f"ACT_CKPT_NUM_LAYERS={layers} has no effect with "
-            f"USE_ACTIVATION_CHECKPOINTING={recompute}: it groups whole layers, which 1 recomputes"
+            f"USE_ACTIVATION_CHECKPOINTING={recompute}: it groups whole layers, "
+            "which only 1 recomputes"
         )
     late = [pair for pair in run.skip_ranges if pair[1] > run.train.train_iters]
     if late:
         warnings.append(
-            f"TRAIN_RANGE_TO_SKIP: {skip.ranges_text(tuple(late))} goes past the last step, "
+            f"TRAIN_RANGE_TO_SKIP: {skip.ranges_text(tuple(late))} extends past the last step, "
             f"{run.train.train_iters}"
         )
     return warnings
 
 
 def notes(run: RunConfig) -> list[str]:
-    """What is done otherwise than a reader of the settings may expect."""
+    """Settings that are carried out differently than their words suggest."""
     notes = []
     if run.parallel.zero_stage == 0:
         notes.append(
             "ZERO_STAGE=0 is given to DeepSpeed as stage 1 with fp32 gradient accumulation: the "
-            "same update, with right clipping under PP and less memory"
+            "same update, with correct clipping under PP and less memory"
         )
     return notes
 
@@ -104,7 +105,7 @@ def _flag_spellings() -> dict[str, str]:
 
 
 def _closest(name: str, known: Mapping[str, object]) -> str | None:
-    """The variable that `name` is a slip of the finger from, if any."""
+    """The variable that `name` is probably a typing error for, if any."""
     if len(name) < 5 or not name.isupper() or name.startswith(NOT_OURS_PREFIXES):
         return None
     close = difflib.get_close_matches(name, known, n=1, cutoff=CLOSE)

@@ -1,4 +1,4 @@
-"""Environment and command line -> one frozen RunConfig, or an error that says what to change.
+"""Environment and command line -> one frozen RunConfig, or an error that names what to change.
 
 Precedence: flag > variable > MODEL_ARCH preset > machine default > default.
 An empty variable is unset.
@@ -42,7 +42,7 @@ class Site:
         machine: name of the machine.
         is_hpc: a known HPC machine: its defaults are those of production runs.
         num_hosts: hosts of the job.
-        devices_per_host: accelerators of a host; 0: none.
+        devices_per_host: accelerators per host; 0: none.
         defaults: variable -> value that this machine prefers.
     """
 
@@ -160,7 +160,7 @@ def _fill_defaults(draft: Draft, site: Site) -> None:
 
 
 def _fill_world(draft: Draft, site: Site) -> None:
-    """Hosts, ranks a host, and ranks in all."""
+    """Hosts, ranks per host, and the total number of ranks."""
     hosts, ranks = "launch.num_hosts", "launch.devices_per_host"
     draft.fill(hosts, site.num_hosts, f"machine {site.machine}")
     if site.devices_per_host:
@@ -179,8 +179,8 @@ def _fill_tokenizer(draft: Draft, environ: Mapping[str, str]) -> None:
     """Tokenizer and vocabulary: the user's, the built-in corpus', the preset's or machine's."""
     chosen = KIND in draft.given or TOKENIZER in draft.given
     if not chosen and draft.get("data.data_file_list") == data_list.BUILTIN:
-        draft.replace(KIND, "BuiltinTokenizer", "the built-in corpus brings its own")
-        draft.replace(TOKENIZER, None, "the built-in corpus brings its own")
+        draft.replace(KIND, "BuiltinTokenizer", "the built-in corpus has its own")
+        draft.replace(TOKENIZER, None, "the built-in corpus has its own")
     elif (
         KIND in draft.given
         and TOKENIZER not in draft.given
@@ -228,11 +228,11 @@ def _build(draft: Draft, site: Site) -> RunConfig:
 
 
 def _require_ready(run: RunConfig, draft: Draft, site: Site) -> None:
-    """What only a real run needs: its ranks' devices and its data."""
+    """What only a real run needs: a device per rank, and data."""
     devices = run.launch.num_hosts * run.launch.devices_per_host
     if site.devices_per_host and run.parallel.world_size > devices:
         raise ConfigError(
-            f"{draft.show(validate.WORLD)} ranks need a device each, but "
+            f"{draft.show(validate.WORLD)} ranks need one device each, but "
             f"NHOSTS={run.launch.num_hosts} x NGPU_PER_HOST={run.launch.devices_per_host} = "
             f"{devices}. Set WORLD_SIZE={devices} or less"
         )
@@ -254,7 +254,7 @@ def survey_of(run: RunConfig, name: str = "DATA_FILE_LIST") -> data_survey.DataS
     if data.data_file_list == data_list.BUILTIN and data.tokenizer_type != "BuiltinTokenizer":
         problem = (
             f"TOKENIZER_TYPE={data.tokenizer_type} does not fit {name}={data_list.BUILTIN}, which "
-            "brings its own tokenizer: unset TOKENIZER_TYPE and TOKENIZER_MODEL, or give your own "
+            "has its own tokenizer: unset TOKENIZER_TYPE and TOKENIZER_MODEL, or give your own "
             f"{name}"
         )
         return survey._replace(problems=(*survey.problems, problem))

@@ -25,17 +25,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         prog="python -m megatron.launch",
         description="Runs a command as the ranks of this job; without a job, of this host.",
     )
-    parser.add_argument("-n", "-np", "--nproc", type=int, metavar="N", help="ranks in all")
-    parser.add_argument("-ppn", "--nproc-per-node", type=int, metavar="N", help="ranks a host")
+    parser.add_argument("-n", "-np", "--nproc", type=int, metavar="N", help="total number of ranks")
+    parser.add_argument("-ppn", "--nproc-per-node", type=int, metavar="N", help="ranks per host")
     parser.add_argument("-nh", "--nhosts", type=int, metavar="N", help="hosts")
-    parser.add_argument("--hostfile", metavar="FILE", help="file with a host a line")
+    parser.add_argument("--hostfile", metavar="FILE", help="file with one host per line")
     parser.add_argument("--cpu-bind", metavar="BINDING", help="as the launcher spells it")
     parser.add_argument("--with", dest="launcher", choices=[LOCAL, *LAUNCHERS], help="launcher")
     parser.add_argument(
         "--timeout",
         type=float,
         metavar="S",
-        help="end with 124 after S seconds without a line of output",
+        help="stop with status 124 after S seconds without output",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the command, start nothing")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- command")
@@ -49,18 +49,18 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def topology(
     ranks: int | None, per_host: int | None, hosts: int | None, available: int, devices: int
 ) -> tuple[int, int, int]:
-    """Ranks, hosts and ranks a host, from any of the three.
+    """Ranks, hosts and ranks per host, from any of the three.
 
     Args:
         ranks, per_host, hosts: what the user gave.
         available: hosts of the job.
-        devices: accelerators of a host; 0: none.
+        devices: accelerators per host; 0: none.
 
     Raises:
         ConfigError: where they contradict each other.
     """
     if any(number is not None and number < 1 for number in (ranks, per_host, hosts)):
-        raise ConfigError("-n, -ppn and -nh count from 1")
+        raise ConfigError("-n, -ppn and -nh must be 1 or more")
     if ranks and per_host and hosts is None:
         hosts = -(-ranks // per_host)
     hosts = hosts or available

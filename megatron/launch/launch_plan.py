@@ -29,12 +29,12 @@ EXPORTED = (
 
 @dataclass(frozen=True)
 class LaunchRequest:
-    """What the user asks for.
+    """What the user requests.
 
     Attributes:
-        world_size: ranks in all.
+        world_size: total number of ranks.
         num_hosts: hosts to use, the first ones of the job.
-        ranks_per_host: ranks of a full host.
+        ranks_per_host: ranks on a full host.
         launcher: a name of command.LAUNCHERS or "local"; None: the machine's.
         cpu_bind: None: the machine's.
         folder: where a host file is written if one is needed.
@@ -50,12 +50,12 @@ class LaunchRequest:
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """A start, ready to be done or printed.
+    """A launch, ready to be executed or printed.
 
     Attributes:
         launcher: a name of command.LAUNCHERS or "local".
         command: what is executed: launcher, its options, the program; if local, the program.
-        ranks: ranks in all.
+        ranks: total number of ranks.
         environ: variables of the process that is executed.
         added: those of them that the machine's entry sets.
         hostfile: a file to write before, with its text; None: none.
@@ -86,7 +86,7 @@ def make_plan(
     """The start of `program` on this machine.
 
     Args:
-        request: what the user asks for.
+        request: what the user requests.
         program: command of one rank.
         environ: the environment's variables; what is set in them is not overwritten.
         location: machine and job.
@@ -106,7 +106,7 @@ def make_plan(
     master = ranks.meeting_point(environ, hosts, machine.domain, key)
     child |= {"MASTER_ADDR": master[0], "MASTER_PORT": str(master[1])}
     path, written = _hostfile(job, hosts, launcher, request)
-    told = command.Launch(
+    launch = command.Launch(
         world_size=request.world_size,
         num_hosts=request.num_hosts,
         ranks_per_host=request.ranks_per_host,
@@ -120,7 +120,7 @@ def make_plan(
         outer=machine.launcher if machine.launcher in command.LAUNCHERS else "mpiexec",
         python=program[0] if Path(program[0]).name.startswith("python") else sys.executable,
     )
-    words = command.LAUNCHERS[launcher](told, program)
+    words = command.LAUNCHERS[launcher](launch, program)
     return LaunchPlan(launcher, tuple(words), request.world_size, child, added, written, problem)
 
 

@@ -1,4 +1,4 @@
-"""Which rank this process is, and where the ranks meet, from the variables of whatever started it.
+"""Which rank this process is, and where the ranks meet, from its launcher's variables.
 
 A rank's numbers come from ONE family of variables, never mixed: a job's shell has SLURM_* of one
 task and a run inside it PMI_* of many. Needs no mpi4py.
@@ -19,7 +19,7 @@ from megatron.launch.machines import find_machine
 from megatron.launch.scheduler import find_job
 
 EXPECTED = "MEGATRON_WORLD_SIZE"
-"""Set by our launcher: ranks that it started. PALS and PMIx do not tell their number."""
+"""Set by our launcher: ranks that it started. PALS and PMIx do not provide their number."""
 
 LARGEST_STEP = 0xFFFFFFF0
 """Slurm numbers what is no step of a user (a batch script, an interactive shell) from here on."""
@@ -29,7 +29,7 @@ PORTS = range(20000, 30000)  # below those that operating systems hand out to ou
 
 @dataclass(frozen=True)
 class Family:
-    """Variables of one launcher; an empty name: it does not tell."""
+    """Variables of one launcher; an empty name: it has none."""
 
     name: str
     rank: str
@@ -63,8 +63,8 @@ class Ranks:
         rank: 0 .. world_size - 1.
         local_rank: 0 .. on its host.
         world_size: processes of the run.
-        local_world_size: processes of the run on this host; the world size where nothing tells.
-        family: the launcher whose variables told; "none": a single process.
+        local_world_size: processes of the run on this host; the world size where it is unknown.
+        family: the launcher whose variables were read; "none": a single process.
     """
 
     rank: int
@@ -78,7 +78,7 @@ def find_ranks(environ: Mapping[str, str]) -> Ranks:
     """The place of this process, from the first family of variables that is complete.
 
     Raises:
-        ConfigError: where the numbers contradict each other, or ranks exist and none can be told.
+        ConfigError: where the numbers contradict each other, or this rank has no number.
     """
     expected = _number(environ, EXPECTED) if environ.get(EXPECTED) else None
     for family in FAMILIES:
@@ -88,7 +88,7 @@ def find_ranks(environ: Mapping[str, str]) -> Ranks:
     _refuse_half_a_family(environ)
     if expected not in (None, 1):
         raise ConfigError(
-            f"{EXPECTED}={expected} ranks were started, but no variable tells which one this is: "
+            f"{EXPECTED}={expected} ranks were started, but no variable numbers this one: "
             f"{', '.join(family.rank for family in FAMILIES)}. Set LAUNCH_WITH=torchrun"
         )
     return Ranks(0, 0, 1, 1, "none")
@@ -158,7 +158,7 @@ def free_port() -> int:
 
 
 def _read(family: Family, environ: Mapping[str, str], expected: int | None) -> Ranks | None:
-    """What one family tells; None where it is not there or not complete."""
+    """The numbers of one family; None where it is not there or not complete."""
     if family.name == "Slurm" and not _in_step(environ):
         return None
     if not environ.get(family.rank) or not environ.get(family.local_rank):
@@ -193,7 +193,7 @@ def _checked(ranks: Ranks, expected: int | None) -> Ranks:
     """The same, or why it cannot be."""
     if ranks.rank >= ranks.world_size or ranks.local_rank >= ranks.local_world_size:
         raise ConfigError(
-            f"{ranks.family} says rank {ranks.rank} of {ranks.world_size}, "
+            f"{ranks.family} gives rank {ranks.rank} of {ranks.world_size}, "
             f"local rank {ranks.local_rank} of {ranks.local_world_size}: ranks count from 0. "
             f"Unset the variables of an earlier launch"
         )

@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ROOT / "pretrain_gpt_alcf.py"
 OUTPUT_FILE = "output.log"
 DEEPSPEED_FILE = "ds_config.json"
-NOTHING_TO_START = 100  # `--check` ends so after a dry run or --help: all is said
+NOTHING_TO_START = 100  # `--check` ends with it after a dry run or --help
 
 
 @dataclass(frozen=True)
@@ -49,15 +49,15 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """Check or start a run; returns the exit status."""
     only_check = argv[:1] == ["--check"]
     argv = argv[1:] if only_check else argv
-    said = NOTHING_TO_START if only_check else 0
+    printed = NOTHING_TO_START if only_check else 0
     if "--help" in argv or "-h" in argv:
         print(table.help_text(), end="")
-        return said
+        return printed
     try:
         ready = check(argv, environ)
         if ready.resolved.run.log.dry_run:
             print(report.dry_run_text(ready.resolved, _launch_text(ready.planned)), end="")
-            return said
+            return printed
         return 0 if only_check else start(ready, argv, environ)
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -188,14 +188,14 @@ def _json(value: object) -> str:
 
 
 def _launch_text(planned: LaunchPlan) -> str:
-    """The launch command of a dry run, with what a real run would stop at."""
+    """The launch command of a dry run, with the reason why a real run would stop."""
     if planned.problem is None:
         return planned.text
     return f"{planned.text}\nWARNING: a real run would stop here with status 2: {planned.problem}"
 
 
 def _headlines(resolved: Resolved, planned: LaunchPlan) -> list[str]:
-    """What is said before the ranks say anything."""
+    """What is logged before the ranks start."""
     lines = [report.messages_text(resolved)]
     if planned.added:
         words = " ".join(f"{name}={value}" for name, value in planned.added.items())

@@ -13,7 +13,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SHELL_TOOLS = "bash dirname hostname grep cat mkdir mv rm tail sleep tr".split()
+SHELL_TOOLS = [
+    "bash",
+    "dirname",
+    "hostname",
+    "grep",
+    "cat",
+    "mkdir",
+    "mv",
+    "rm",
+    "tail",
+    "sleep",
+    "tr",
+]
 
 
 def run(
