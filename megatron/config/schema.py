@@ -18,12 +18,9 @@ from megatron.config.errors import ConfigError
 from megatron.config.layout import Layout
 from megatron.config.option import Option, option
 from megatron.config.pipeline_stages import balanced_blocks, num_stages_per_rank, parse_cuts
+from megatron.config.schedule import STYLES
 from megatron.config.shape import ModelShape
 
-LR_DECAY_STYLES = (
-    "constant", "linear", "cosine", "inverse-square-root",
-    "infinite-cosine", "infinite-inv-square-root", "warmup-stable-decay",
-)  # fmt: skip
 TOKENIZER_TYPES = (
     "HFTokenizer", "SentencePieceTokenizer", "GPT2BPETokenizer", "Llama2Tokenizer",
     "ByteTokenizer", "CharTokenizer", "NullTokenizer", "BuiltinTokenizer",
@@ -72,7 +69,7 @@ class OptimizerConfig:
     optimizer: str = option("adamw", "OPT OPTIMIZER OPTIM", "--optimizer", "update rule; see docs for the list")
     learning_rate: float = option(2e-4, "LR", "--lr", "highest learning rate", above=0)
     min_learning_rate: float = option(0.0, "MIN_LR", "--min-lr", "lowest learning rate after decay")
-    lr_decay_style: str = option("cosine", "LR_DECAY_STYLE", "--lr-decay-style", "shape of the learning rate", LR_DECAY_STYLES)
+    lr_decay_style: str = option("cosine", "LR_DECAY_STYLE", "--lr-decay-style", "shape of the learning rate", STYLES)
     lr_warmup_fraction: float = option(0.05, "LR_WARMUP_FRAC LR_WARMUP_FRACTION", "--lr-warmup-fraction", "share of the decay steps spent warming up", below=1)
     lr_decay_iters: int = option(None, "LR_DECAY_ITERS", "--lr-decay-iters", "steps over which the rate decays; default TRAIN_ITERS", least=1)
     lr_cooldown_fraction: float = option(0.65, "LR_COOLDOWN_FRACTION", "--lr-cooldown-fraction", "infinite-*: share of the decay steps from LR down to LR_CONSTANT; warmup-stable-decay: use LR_DECAY_FRACTION", most=1)
