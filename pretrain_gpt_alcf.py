@@ -13,22 +13,30 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
+from functools import partial
 
 from megatron.analysis import finish
+from megatron.config.deepspeed import deepspeed_config
 from megatron.config.errors import ConfigError, DataError
+from megatron.config.pipeline_stages import stage_bounds
 from megatron.config.schema import RunConfig
-from megatron.engine import start_distributed
+from megatron.engine import Engine, make_engine, start_distributed, stop_distributed
 from megatron.launch.ranks import Ranks, find_ranks, rendezvous
 from megatron.launch.start import prepare_run, read_run
-from megatron.parallel.groups import make_groups
+from megatron.parallel.groups import Groups, make_groups
 from megatron.plan.report import architecture_box
-from megatron.training import checkpointing, log
-from megatron.training.build import build_engine, build_job
-from megatron.training.data import build_data
-from megatron.training.device import detect, prepare
+from megatron.training import log
+from megatron.training.build import loss_function, model_layers
+from megatron.training.corpus_loss import CorpusLosses
+from megatron.training.data import Data, build_data
+from megatron.training.device import Device, detect, prepare
 from megatron.training.loggers import make_tracker
-from megatron.training.loop import train
+from megatron.training.optimizers.rules import make_optimizer
+from megatron.training.optimizers.whole_matrix import WholeMatrixOptimizer
+from megatron.training.resume import MissingCheckpoint, resume
 from megatron.training.stop import StopRequest
+from megatron.training.trainer import Trainer
 
 COLLECTIVE_TIMEOUT_S = 1800.0
 
@@ -43,14 +51,15 @@ def main(argv: Sequence[str]) -> int:
         return _refused(ranks, error, 2)
     except DataError as error:
         return _refused(ranks, error, 3)
-    except checkpointing.MissingCheckpoint as error:
+    except MissingCheckpoint as error:
         return _refused(ranks, error, 4)
 
 
 def pretrain(run: RunConfig, ranks: Ranks) -> int:
     """One run, from its configuration to its report."""
     log.setup(ranks.rank, "DEBUG" if run.log.debug else run.log.log_level)
-    if ranks.rank == 0:
+    leads = ranks.rank == 0
+    if leads:
         print(architecture_box(run))
     device = detect(ranks.local_rank, run.train.dtype)
     prepare(device, run.train.dtype)
@@ -62,31 +71,60 @@ def pretrain(run: RunConfig, ranks: Ranks) -> int:
         rendezvous(os.environ),
         COLLECTIVE_TIMEOUT_S,
     )
-    groups = make_groups(run.layout)
+    groups = make_groups(run.layout, timedelta(seconds=COLLECTIVE_TIMEOUT_S))
     data = build_data(run)
     engine = build_engine(run, groups, device, data.corpus_losses)
+    status = train(run, engine, data, device, leads=leads)
+    engine.close()
+    stop_distributed()
+    return status
+
+
+def train(run: RunConfig, engine: Engine, data: Data, device: Device, *, leads: bool) -> int:
+    """Resumes, trains to the last step or a signal, and reports; `leads` on the rank that logs."""
     with StopRequest(device.torch_device) as stop:
-        state = checkpointing.resume(run, engine, data.record)
+        state = resume(run, engine, data.record)
         if state.iteration >= run.train.train_iters:
-            finish.say_finished(run, state)
+            finish.log_finished(run, state)
             return 0
-        leads = ranks.rank == 0
-        tracker = make_tracker(
-            run,
-            run.run_folder,
-            logs=leads,
-            parameters=run.parameters,
-            iteration=state.iteration,
-        )
-        job = build_job(run, engine, data, device, tracker, state)
-        outcome = train(job, state, stop)
+        tracker = make_tracker(run, logs=leads, iteration=state.iteration)
+        outcome = Trainer(run, engine, data, device, tracker, stop, state).train()
     tracker.close()
     if outcome.signal:
         return finish.stopped(run, outcome)
     sample = finish.sample_text(run, engine, data)
     if leads:
-        finish.tell(run, run.run_folder, sample)
+        finish.print_summary(run, run.run_folder, sample)
     return 0
+
+
+def build_engine(
+    run: RunConfig, groups: Groups, device: Device, corpus_losses: CorpusLosses | None = None
+) -> Engine:
+    """Model, optimizer and DeepSpeed for this rank; its loss counts into `corpus_losses`."""
+    kept = run.train.checkpoint_num_layers
+    engine = make_engine(
+        model_layers(run, groups.tp, groups.sp),
+        loss_function(run, groups.tp, corpus_losses),
+        partial(make_optimizer, run.optimizer),
+        groups,
+        device.torch_device,
+        deepspeed_config(run),
+        stage_bounds=stage_bounds(run.stage_blocks),
+        compile={"0": False, "1": True, "auto": device.kind != "cpu"}[run.train.compile],
+        recompute_num_layers=kept if run.train.activation_checkpointing == "1" and kept > 1 else 0,
+        mics_shard_size=run.parallel.mics_shard_size,
+        pipeline_schedule=run.parallel.pipeline_schedule,
+    )
+    if isinstance(engine.optimizer, WholeMatrixOptimizer):
+        engine.optimizer.bind(
+            engine.module.named_parameters(),
+            groups.sequence_data,
+            groups.tp,
+            engine.shards().spans(),
+            run.model.vocab_size,
+        )
+    return engine
 
 
 def _refused(ranks: Ranks, error: Exception, status: int) -> int:

@@ -25,6 +25,7 @@ setup(
         "numpy",
         "wandb",
         "safetensors",
+        "filelock>=3.16",
     ],
     extras_require={
         "tensorboard": ["tensorboard"],

@@ -23,7 +23,7 @@ sys.path.insert(
 
 from megatron.analysis.summary import flatten, throughput, worked
 from megatron.config.errors import ConfigError, DataError
-from megatron.training.metrics_file import metrics_file, read
+from megatron.training.metrics_file import locate, read
 
 COMPARED = ("loss", "grad_norm")
 
@@ -133,7 +133,7 @@ def run_json(run: Path) -> dict[str, Any]:
     Raises:
         DataError: it is no JSON object.
     """
-    path = metrics_file(run).with_name("run.json")
+    path = locate(run).with_name("run.json")
     if not path.exists():
         return {}
     try:
@@ -157,7 +157,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if chosen.assert_equal is not None and not chosen.assert_equal >= 0:
             raise ConfigError(f"--assert-equal {chosen.assert_equal}: a tolerance is a number >= 0")
-        a, b = (read(metrics_file(run)) for run in (chosen.a, chosen.b))
+        a, b = (read(locate(run)) for run in (chosen.a, chosen.b))
         found = compare(a, b, run_json(chosen.a), run_json(chosen.b))
     except ConfigError as error:
         print(f"compare_runs: {error}", file=sys.stderr)

@@ -13,7 +13,7 @@ sys.path.insert(
 
 from megatron.analysis.plot import plot, save_png, series
 from megatron.config.errors import ConfigError, DataError
-from megatron.training.metrics_file import metrics_file, read
+from megatron.training.metrics_file import locate, read
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     chosen = parser.parse_args(arguments)
     try:
-        curves = {str(run): series(read(metrics_file(run)), chosen.metric) for run in chosen.runs}
+        curves = {str(run): series(read(locate(run)), chosen.metric) for run in chosen.runs}
         if not any(curves.values()):
             raise ConfigError(
                 f"--metric {chosen.metric}: no step has it; names are the keys of metrics.jsonl"

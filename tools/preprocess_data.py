@@ -27,7 +27,7 @@ from megatron.data.prepare import text_input
 from megatron.data.prepare.encode import Encoded, Recipe, encode_all, tokenizer_of
 from megatron.data.prepare.fingerprint import write_note
 from megatron.data.prepare.plain_tokenizers import CharTokenizer
-from megatron.data.prepare.shards import ShardedWriter
+from megatron.data.prepare.sharded_writer import ShardedWriter
 from megatron.data.prepare.text_input import SUFFIXES
 from megatron.data.prepare.tokenizer import TOKENIZERS, Tokenizer
 
@@ -87,7 +87,7 @@ def preprocess(
     try:
         task = _task(paths, recipe, tokenizer)
         writer = ShardedWriter(prefixes, token_dtype(tokenizer.vocab_size), folder, task)
-        progress = Progress(paths, writer, log_interval)
+        progress = PreprocessingProgress(paths, writer, log_interval)
         try:
             _write_all(paths, recipe, workers, writer, progress, max_bad_lines)
             writer.commit()
@@ -112,7 +112,7 @@ def _write_all(
     recipe: Recipe,
     workers: int,
     writer: ShardedWriter,
-    progress: Progress,
+    progress: PreprocessingProgress,
     max_bad_lines: int,
 ) -> None:
     """Append every unit that is not yet written, in order."""
@@ -137,7 +137,7 @@ def _write_all(
         raise DataError(f"no document with text in {len(paths)} file(s); are --json-keys right?")
 
 
-class Progress:
+class PreprocessingProgress:
     """Counts what was written; says it, with rates and the time left, every few seconds."""
 
     def __init__(self, paths: Sequence[str], writer: ShardedWriter, interval: float) -> None:

@@ -19,15 +19,15 @@ from megatron.config.errors import ConfigError, DataError
 from megatron.config.schema import RunConfig
 from megatron.data.data_list import BUILTIN, ListStage, parse_data_stages
 from megatron.data.data_record import stateless_order
-from megatron.data.dataset import Location
-from megatron.data.indexed import IndexedDataset
+from megatron.data.dataset import SampleLocation, StagedDataset
+from megatron.data.indexed import DocumentPart, IndexedDataset
 from megatron.data.indexed_header import read_header
 from megatron.data.megatron_order.order import MegatronDataset
 from megatron.data.prepare.builtin import builtin_corpus
-from megatron.data.prepare.documents import Part, document_range, parts_of, samples_with
+from megatron.data.prepare.documents import document_range, parts_of, samples_with
 from megatron.data.prepare.tokenizer import Tokenizer, build_tokenizer
 from megatron.data.samples import Tokens
-from megatron.data.stages import Origin, StagedDataset
+from megatron.data.splits import Origin
 from megatron.launch.run_folder import RUN_FILE, read_run
 from megatron.training import metrics_file as records
 from megatron.training.data import run_record
@@ -51,7 +51,7 @@ class ExplainedSample:
     file: str
     epoch: int
     index: int
-    parts: list[Part]
+    parts: list[DocumentPart]
     tokens: Tokens
 
 
@@ -121,8 +121,8 @@ class RunHistory:
         if isinstance(order, MegatronDataset):
             file, reader, number = order.find(sample - self._stage_of(sample).samples)
             epoch, row = reader.locate(number)
-            parts = [Part(*piece) for piece in reader.pieces(number) if piece.length]
-            where = Location(file.corpus, file.prefix, epoch, row)
+            parts = [part for part in reader.parts(number) if part.length]
+            where = SampleLocation(file.corpus, file.prefix, epoch, row)
             return _explained(sample, where, parts, reader.read(number))
         found = order.sample(sample)
         dataset = IndexedDataset(found.file, check=False)
@@ -229,7 +229,9 @@ def _stateless_uses(
                 yield first + position, epoch
 
 
-def _explained(sample: int, where: Location, parts: list[Part], tokens: Tokens) -> ExplainedSample:
+def _explained(
+    sample: int, where: SampleLocation, parts: list[DocumentPart], tokens: Tokens
+) -> ExplainedSample:
     return ExplainedSample(
         sample, where.corpus, where.file, where.epoch, where.index, parts, tokens
     )

@@ -15,8 +15,8 @@ from megatron.engine import Engine
 from megatron.training import metrics_file as records
 from megatron.training.data import Data
 from megatron.training.generate import generate
-from megatron.training.loop import Outcome
 from megatron.training.optimizers.schedule_free import evaluation_weights
+from megatron.training.trainer import Outcome
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def sample_text(run: RunConfig, engine: Engine, data: Data) -> str:
     return f"{given}[...]{grown.removeprefix(given)}"
 
 
-def tell(run: RunConfig, folder: Path, sample: str) -> None:
+def print_summary(run: RunConfig, folder: Path, sample: str) -> None:
     """Prints plot, sample and next commands, and writes the report; for the rank that logs."""
     curve = series(records.read(folder / "metrics.jsonl"))
     print(plot({"loss": curve}, "loss", encoding=sys.stdout.encoding or "utf-8"))
@@ -65,7 +65,7 @@ def _next_steps(run: RunConfig, folder: Path, report: Path) -> list[str]:
     ]
 
 
-def say_finished(run: RunConfig, state: RunState) -> None:
+def log_finished(run: RunConfig, state: RunState) -> None:
     """A start of a run that has done all its steps."""
     log.info(
         f"{run.run_folder} has done its {state.iteration} steps (TRAIN_ITERS="

@@ -1,14 +1,14 @@
 """Curves in a terminal, at most 80 columns wide, and as a PNG where matplotlib is installed.
 
-One curve is drawn with quadrant blocks (two by two points a character); several, or a terminal
-without Unicode, with one plain mark a curve.
+One curve is drawn with quadrant blocks (two by two points per character); several, or a
+terminal without Unicode, with one plain mark per curve.
 """
 
 from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,37 +62,25 @@ def plot(
     if not points:
         return f"{title}: nothing to plot\n"
     columns = width - LABEL - 2
-    low_x, high_x = _limits([x for x, _ in points])
-    low_y, high_y = _limits([y for _, y in points])
-
-    def grid(curve: Series, across: int, down: int) -> set[tuple[int, int]]:
-        """Cells (column, row), row 0 on top, that the curve passes through."""
-        scaled = [
-            (
-                (x - low_x) / (high_x - low_x) * (across - 1),
-                (high_y - y) / (high_y - low_y) * (down - 1),
-            )
-            for x, y in curve
-        ]
-        return set(_trace(scaled))
-
+    limits = [_limits(values) for values in zip(*points, strict=True)]
+    (low_x, high_x), (low_y, high_y) = limits
     if len(curves) == 1 and _encodable(QUADRANTS, encoding):
-        rows = _blocks(grid(next(iter(curves.values())), 2 * columns, 2 * height), columns, height)
+        (curve,) = curves.values()
+        rows = _blocks(_cells(curve, limits, 2 * columns, 2 * height), columns, height)
     else:
-        rows = _marks([grid(curve, columns, height) for curve in curves.values()], columns, height)
-    lines = [title.center(width).rstrip()[:width]]
-    for number, row in enumerate(rows):
-        label = (
-            high_y - (high_y - low_y) * number / (height - 1)
-            if number in (0, height // 2, height - 1)
-            else None
-        )
-        lines.append(f"{'' if label is None else f'{label:.4g}':>{LABEL}} |{row}"[:width].rstrip())
+        cells = [_cells(curve, limits, columns, height) for curve in curves.values()]
+        rows = _marks(cells, columns, height)
+    labels = {
+        row: f"{high_y - (high_y - low_y) * row / (height - 1):.4g}"
+        for row in (0, height // 2, height - 1)
+    }
     left, right = f"{low_x:.10g}", f"{high_x:.10g}"
-    lines.append(f"{'':>{LABEL}} +{'-' * columns}")
-    lines.append(
-        f"{'':>{LABEL}}  {left}{x_label.center(columns - len(left) - len(right))}{right}"[:width]
-    )
+    lines = [
+        title.center(width).rstrip()[:width],
+        *(f"{labels.get(n, ''):>{LABEL}} |{row}"[:width].rstrip() for n, row in enumerate(rows)),
+        f"{'':>{LABEL}} +{'-' * columns}",
+        f"{'':>{LABEL}}  {left}{x_label.center(columns - len(left) - len(right))}{right}"[:width],
+    ]
     if len(curves) > 1:
         lines += [f"{MARKS[i % len(MARKS)]} {name}"[:width] for i, name in enumerate(curves)]
     return "\n".join(lines) + "\n"
@@ -117,34 +105,33 @@ def save_png(path: Path, curves: Mapping[str, Series], title: str, y_label: str 
     return True
 
 
-def _limits(values: list[float]) -> tuple[float, float]:
+def _limits(values: Sequence[float]) -> tuple[float, float]:
     """Smallest and largest value, apart even where all are equal."""
     low, high = min(values), max(values)
     return (low, high) if high > low else (low - 0.5, high + 0.5)
 
 
-def _trace(points: Series) -> Iterator[tuple[int, int]]:
-    """Cells on the straight lines from point to point."""
-    column, row = points[0] if points else (0.0, 0.0)
-    for next_column, next_row in points:
-        steps = max(1, math.ceil(max(abs(next_column - column), abs(next_row - row))))
-        for step in range(steps + 1):
-            share = step / steps
-            yield (
-                round(column + (next_column - column) * share),
-                round(row + (next_row - row) * share),
+def _cells(
+    curve: Series, limits: Sequence[tuple[float, float]], across: int, down: int
+) -> set[tuple[int, int]]:
+    """Cells (column, row), row 0 on top, on the straight lines from point to point."""
+    (low_x, high_x), (low_y, high_y) = limits
+    xs = [(x - low_x) / (high_x - low_x) * (across - 1) for x, _ in curve]
+    ys = [(high_y - y) / (high_y - low_y) * (down - 1) for _, y in curve]
+    scaled = list(zip(xs, ys, strict=True))
+    cells = set()
+    for (column, row), (to_column, to_row) in zip(scaled[:1] + scaled, scaled, strict=False):
+        steps = max(1, math.ceil(max(abs(to_column - column), abs(to_row - row))))
+        for part in (step / steps for step in range(steps + 1)):
+            cells.add(
+                (round(column + (to_column - column) * part), round(row + (to_row - row) * part))
             )
-        column, row = next_column, next_row
+    return cells
 
 
 def _blocks(cells: set[tuple[int, int]], columns: int, height: int) -> list[str]:
     def quadrant(column: int, row: int) -> str:
-        corners = (
-            (2 * column, 2 * row),
-            (2 * column + 1, 2 * row),
-            (2 * column, 2 * row + 1),
-            (2 * column + 1, 2 * row + 1),
-        )
+        corners = ((2 * column + bit % 2, 2 * row + bit // 2) for bit in range(4))
         return QUADRANTS[sum(1 << bit for bit, corner in enumerate(corners) if corner in cells)]
 
     return ["".join(quadrant(column, row) for column in range(columns)) for row in range(height)]

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from megatron.analysis.plot import plot, save_png, series
-from megatron.analysis.summary import flatten, throughput, worked
+from megatron.analysis.summary import flatten, throughput, training_steps
+from megatron.config.atomic import write_atomically
 from megatron.config.skip import merge, ranges_text
-from megatron.training import metrics_file as records
+from megatron.training import metrics_file
 
 LAYOUT = {
     "parameters": "parameters",
@@ -47,23 +47,18 @@ def report(run: Mapping[str, Any], metrics: Iterable[Mapping[str, Any]], title: 
         title: heading.
     """
     metrics = list(metrics)
+    flat = flatten({name: value for name, value in run.items() if name != PROVENANCE})
+    known = {name.rpartition(".")[2]: value for name, value in flat.items()}
+    origin = flatten(run.get(PROVENANCE, {}))
     parts = [
         f"# {title}",
         _outcome(metrics),
-        _curve(metrics),
+        f"```\n{plot({'loss': series(metrics)}, 'loss')}```",
         _table("Throughput", _throughput(metrics)),
+        _table("Configuration", [(label, known.get(name)) for name, label in LAYOUT.items()]),
+        _skipped(metrics, known),
+        _table("Provenance", [(k, str(v)) for k, v in sorted(origin.items())]),
     ]
-    flat = flatten({name: value for name, value in run.items() if name != PROVENANCE})
-    known = {name.rpartition(".")[2]: value for name, value in flat.items()}
-    layout = [
-        (label, str(known[name])) for name, label in LAYOUT.items() if known.get(name) is not None
-    ]
-    parts.append(_table("Configuration", layout))
-    parts.append(_skipped(metrics, known))
-    origin = flatten(run.get(PROVENANCE, {}))
-    parts.append(
-        _table("Provenance", [(name, str(value)) for name, value in sorted(origin.items())])
-    )
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -78,19 +73,19 @@ def write_report(folder: Path) -> Path:
         ValueError: one of them is damaged (DataError for metrics.jsonl).
     """
     run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    metrics = records.read(folder / "metrics.jsonl")
+    metrics = metrics_file.read(folder / "metrics.jsonl")
     plots = folder / "plots"
     plots.mkdir(exist_ok=True)
     curves = {folder.name: series(metrics)}
-    _write(plots / "loss.txt", plot(curves, "loss"))
+    write_atomically(plots / "loss.txt", plot(curves, "loss"), durable=False)
     save_png(plots / "loss.png", curves, folder.name)
     path = folder / "report.md"
-    _write(path, report(run, metrics, folder.name))
+    write_atomically(path, report(run, metrics, folder.name), durable=False)
     return path
 
 
 def _outcome(metrics: Sequence[Mapping[str, Any]]) -> str:
-    steps = worked(metrics)
+    steps = training_steps(metrics)
     if not steps:
         return "No step did work."
     first, last = steps[0], steps[-1]
@@ -100,13 +95,11 @@ def _outcome(metrics: Sequence[Mapping[str, Any]]) -> str:
         f"{last['loss']:.4f} at step {last['iteration']} of {last['train_iters']}; "
         f"{last['consumed_tokens']:,} tokens; {seconds} from first to last."
     ]
-    for record in {
-        record["split"]: record for record in metrics if record["event"] == "eval"
-    }.values():
+    evaluations = {record["split"]: record for record in metrics if record["event"] == "eval"}
+    for split, record in evaluations.items():
         lines.append(
-            f"Last {record['split']} loss {record['loss']:.4f}, "
-            f"perplexity {record['perplexity']:.2f}, at step {record['iteration']} "
-            f"over {record['samples']} samples."
+            f"Last {split} loss {record['loss']:.4f}, perplexity {record['perplexity']:.2f}, "
+            f"at step {record['iteration']} over {record['samples']} samples."
         )
     nan = sum(record["nan_iterations"] for record in steps)
     if nan:
@@ -117,20 +110,16 @@ def _outcome(metrics: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _curve(metrics: Sequence[Mapping[str, Any]]) -> str:
-    return f"```\n{plot({'loss': series(metrics)}, 'loss')}```"
-
-
 def _throughput(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     rate = throughput(metrics)
     if rate is None:
         return []
     low, median, high = rate.step_seconds
-    last = worked(metrics)[-1]
+    last = training_steps(metrics)[-1]
     return [
         ("tokens/s", f"{rate.tokens_per_s:,.1f}"),
-        ("tokens/s a device", f"{rate.tokens_per_gpu_per_s:,.1f} on {rate.world_size}"),
-        ("TFLOPS a device (LM)", f"{rate.tflops_lm:.2f}"),
+        ("tokens/s per device", f"{rate.tokens_per_gpu_per_s:,.1f} on {rate.world_size}"),
+        ("TFLOPS per device (LM)", f"{rate.tflops_lm:.2f}"),
         ("MFU, last line", "peak unknown" if last["mfu"] is None else f"{last['mfu']:.1%}"),
         ("step, 10% / median / 90%", f"{low:.3f} / {median:.3f} / {high:.3f} s"),
         ("most memory", f"{last['memory_max_gib']:.2f} GiB"),
@@ -148,22 +137,7 @@ def _skipped(metrics: Sequence[Mapping[str, Any]], known: Mapping[str, Any]) -> 
     return "\n".join(["## Skipped steps", "", *lines]) if lines else ""
 
 
-def _table(title: str, rows: Sequence[tuple[str, str]]) -> str:
-    if not rows:
-        return ""
-    return "\n".join(
-        [
-            f"## {title}",
-            "",
-            "| | |",
-            "|---|---|",
-            *(f"| {name} | {value} |" for name, value in rows),
-        ]
-    )
-
-
-def _write(path: Path, text: str) -> None:
-    """All of the file or nothing: a reader never sees half a report."""
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(text, encoding="utf-8")
-    os.replace(new, path)
+def _table(title: str, rows: Sequence[tuple[str, Any]]) -> str:
+    """A heading and a row for each value that is known; nothing without any."""
+    lines = [f"| {name} | {value} |" for name, value in rows if value is not None]
+    return "\n".join([f"## {title}", "", "| | |", "|---|---|", *lines]) if lines else ""

@@ -1,4 +1,4 @@
-"""A run in a few numbers, made again from raw sums: tokens and seconds, never means of rates."""
+"""A run in a few numbers, made from raw sums of tokens and seconds, never from means of rates."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Throughput:
         tokens: tokens of these steps, all devices together.
         seconds: their time, evaluation and saving not included.
         world_size: devices.
-        step_seconds: seconds a step: 10th percentile, median, 90th percentile.
+        step_seconds: seconds per step: 10th percentile, median, 90th percentile.
         tflops_lm: per device, full attention; from the same sums.
     """
 
@@ -43,8 +43,8 @@ class Throughput:
         return self.tokens_per_s / self.world_size
 
 
-def worked(records: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The records of steps that did work, by iteration; of two with one number the later counts."""
+def training_steps(records: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Records of the steps that did work, by iteration; of two with one number the later counts."""
     steps = {record["iteration"]: record for record in records if record["event"] == "step"}
     return [steps[iteration] for iteration in sorted(steps)]
 
@@ -56,19 +56,20 @@ def throughput(records: Iterable[Mapping[str, Any]], warm_up: int = WARM_UP) -> 
         records: records of metrics.jsonl.
         warm_up: records left out at the start; fewer where the run has less than twice as many.
     """
-    steps = worked(records)
+    steps = training_steps(records)
     if not steps:
         return None
     steps = steps[min(warm_up, len(steps) // 2) :]
     seconds = math.fsum(r["elapsed_s"] * r["steps"] for r in steps)
     times = [r["elapsed_s"] for r in steps]
-    low, high = (times[0], times[0]) if len(times) == 1 else _tenths(times)
+    # Of a single value there are no quantiles.
+    tenths = statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else times
     return Throughput(
         steps=sum(r["steps"] for r in steps),
         tokens=sum(r["steps"] * r["global_batch_size"] * r["seq_length"] for r in steps),
         seconds=seconds,
         world_size=steps[-1]["world_size"],
-        step_seconds=(low, statistics.median(times), high),
+        step_seconds=(tenths[0], statistics.median(times), tenths[-1]),
         tflops_lm=math.fsum(r["tflops_lm"] * r["elapsed_s"] * r["steps"] for r in steps) / seconds,
     )
 
@@ -82,8 +83,3 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{name}"] = value
     return flat
-
-
-def _tenths(times: list[float]) -> tuple[float, float]:
-    cuts = statistics.quantiles(times, n=10, method="inclusive")
-    return cuts[0], cuts[-1]

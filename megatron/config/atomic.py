@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import os
+import platform
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+
+PARTIAL = ".partial"
+
+
+def partial_prefix(name: str) -> str:
+    """How the unfinished files of `name` begin that processes of this machine write."""
+    return f".{name}.{platform.node()}-"
 
 
 @contextmanager
@@ -20,7 +29,9 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[IO[Any]]:
     Raises:
         OSError: it cannot be written; the old file stays and nothing else is left.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    # Of this machine, process and thread alone: others may write the same file at the same time.
+    writer = f"{os.getpid()}-{threading.get_ident()}"
+    temporary = path.with_name(f"{partial_prefix(path.name)}{writer}{PARTIAL}")
     try:
         with temporary.open("wb") as file:
             yield file

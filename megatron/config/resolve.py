@@ -28,7 +28,7 @@ from megatron.config.layout import crossing_warning
 from megatron.config.schema import SECTIONS, RunConfig
 from megatron.data import data_list
 from megatron.data import survey as data_survey
-from megatron.data.vocabulary import vocabulary_size
+from megatron.data.vocabulary_size import vocabulary_size
 
 ARCH = "model.model_arch"
 KIND, TOKENIZER = "data.tokenizer_type", "data.tokenizer_model"

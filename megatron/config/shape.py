@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +68,17 @@ class ModelShape:
     def identity(self) -> dict[str, Any]:
         """What must be the same for weights to fit and mean the same."""
         return {name: getattr(self, name) for name in IDENTITY}
+
+    def changes_since(self, stored: Mapping[str, Any]) -> list[str]:
+        """`field before -> now` of each difference from an `identity()` that was stored."""
+        return [
+            f"{field.name} {before} -> {now}"
+            for field in dataclasses.fields(self)
+            if field.name in IDENTITY
+            # A field younger than what was stored had its default then.
+            and (before := stored.get(field.name, field.default))
+            != (now := getattr(self, field.name))
+        ]
 
 
 IDENTITY = (

@@ -12,11 +12,12 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from megatron.data.data_list import DataSource, ListStage
+from megatron.data.dataset import StagedDataset
 from megatron.data.indexed import file_dtype
 from megatron.data.indexed_header import IndexHeader
-from megatron.data.stages import Origin, StagedDataset, build_stages
+from megatron.data.splits import Origin, build_stages
 
-Record = dict[str, Any]
+DataRecord = dict[str, Any]
 Row = list[Any]
 
 SHOWN = 20
@@ -40,7 +41,7 @@ def data_record(
     shares: tuple[float, float, float],
     tokenizer: str,
     settings: Mapping[str, Any] | None = None,
-) -> Record:
+) -> DataRecord:
     """The record of a run.
 
     Args:
@@ -77,7 +78,7 @@ def _row(source: DataSource, header: IndexHeader) -> Row:
     return [source.corpus, prefix, header.tokens, header.dtype, source.weight, source.max_epochs]
 
 
-def stages_of(record: Record) -> tuple[tuple[ListStage, ...], dict[str, IndexHeader]]:
+def stages_of(record: DataRecord) -> tuple[tuple[ListStage, ...], dict[str, IndexHeader]]:
     """The lists of a record, and headers of their files as far as reading samples needs them."""
     stages, headers = [], {}
     for stage in record["stages"]:
@@ -89,7 +90,7 @@ def stages_of(record: Record) -> tuple[tuple[ListStage, ...], dict[str, IndexHea
     return tuple(stages), headers
 
 
-def stateless_order(record: Record, origin: Origin) -> StagedDataset:
+def stateless_order(record: DataRecord, origin: Origin) -> StagedDataset:
     """The order of a record; its files are needed only for reading samples."""
     stages, headers = stages_of(record)
     first, second, third = record["shares"]
@@ -100,7 +101,9 @@ def stateless_order(record: Record, origin: Origin) -> StagedDataset:
     return built.train
 
 
-def drawn_before(record: Record, origin: Origin, now: Record, samples: int) -> dict[str, int]:
+def drawn_before(
+    record: DataRecord, origin: Origin, now: DataRecord, samples: int
+) -> dict[str, int]:
     """Draws of each file that a new stage at sample `samples` must not take again.
 
     Empty where the samples of the files are others from there on (another length, seed, share or
@@ -112,7 +115,7 @@ def drawn_before(record: Record, origin: Origin, now: Record, samples: int) -> d
     return {**origin.drawn, **stateless_order(record, origin).drawn(samples)}
 
 
-def differences(before: Record, now: Record) -> list[str]:
+def differences(before: DataRecord, now: DataRecord) -> list[str]:
     """What a reader should know of two records that differ, one line each; empty where they agree.
 
     Folders do not matter, nor the name of a list: data may move.

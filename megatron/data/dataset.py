@@ -1,31 +1,23 @@
-"""Training, validation and test data of a list of weighted files: global sample k, for any k.
+"""Global sample k of a run, for any k: which corpus, which file, which tokens.
 
-Two levels are blended by one rule: corpora, then the files of a corpus. Nothing is built at start
-but a table of file sizes; sample k depends on the list, the seed, the sequence length and the
-split, and on what earlier stages of the run took of each file, on nothing else.
+Two levels are blended by one rule: corpora, then the files of a corpus. Sample k depends on the
+list, the seed, the sequence length, the split, and on what earlier stages of the run read of each
+file; on nothing else. Nothing is stored. Data sets are made in splits.py.
 """
 
 from __future__ import annotations
 
-import math
-import os
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from megatron.config.errors import DataError
 from megatron.data.blend import Blend
-from megatron.data.data_list import DataSource
-from megatron.data.file_pool import FilePool
-from megatron.data.indexed_header import IndexHeader, read_header
-from megatron.data.samples import FileSamples, Tokens, num_samples, split_ranges
-
-SPLIT_NAMES = ("train", "validation", "test")
+from megatron.data.samples import FileSamples, Tokens
 
 
 @dataclass(frozen=True)
-class Location:
+class SampleLocation:
     """Where a sample comes from."""
 
     corpus: str
@@ -35,7 +27,7 @@ class Location:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sample(Location):
+class Sample(SampleLocation):
     """A sample and where it comes from."""
 
     tokens: Tokens = field(repr=False, compare=False)  # int64 (seq_length + 1,)
@@ -49,7 +41,7 @@ class SampleSource(Protocol):
 
 
 @dataclass(frozen=True)
-class Corpus:
+class CorpusFiles:
     """Files of one corpus and their blend."""
 
     name: str
@@ -60,7 +52,7 @@ class Corpus:
 class Dataset:
     """One split: an endless, fixed order over the samples of all corpora."""
 
-    def __init__(self, corpora: Sequence[Corpus], weights: Sequence[float]) -> None:
+    def __init__(self, corpora: Sequence[CorpusFiles], weights: Sequence[float]) -> None:
         """Blend `corpora` by `weights`, in the order of their first appearance in the list."""
         self.corpora = tuple(corpora)
         self.blend = Blend(weights, limits=[corpus.blend.total for corpus in corpora])
@@ -75,10 +67,10 @@ class Dataset:
         corpus, file, epoch, index = self._find(k)
         return Sample(corpus.name, file.prefix, epoch, index, tokens=file.read(index))
 
-    def locate(self, k: int) -> Location:
+    def locate(self, k: int) -> SampleLocation:
         """Where sample `k` >= 0 comes from, without reading it."""
         corpus, file, epoch, index = self._find(k)
-        return Location(corpus.name, file.prefix, epoch, index)
+        return SampleLocation(corpus.name, file.prefix, epoch, index)
 
     def drawn(self, count: int) -> dict[str, int]:
         """Draws of each file, by its identity, after `count` samples and all earlier stages."""
@@ -92,7 +84,7 @@ class Dataset:
         """Which sample is draw `draw` of file number `file` of corpus number `corpus`."""
         return self.blend.position(corpus, self.corpora[corpus].blend.position(file, draw))
 
-    def _find(self, k: int) -> tuple[Corpus, FileSamples, int, int]:
+    def _find(self, k: int) -> tuple[CorpusFiles, FileSamples, int, int]:
         source, corpus_draw = self.blend.draw(k)
         corpus = self.corpora[source]
         source, file_draw = corpus.blend.draw(corpus_draw)
@@ -100,171 +92,63 @@ class Dataset:
         return corpus, file, *file.locate(file_draw)
 
 
-@dataclass(frozen=True)
-class Splits:
-    """The three data sets of a run; None where a split has no samples."""
+class StagedDataset:
+    """The training data of a run: one data set per stage, each with sample 0 where it begins."""
 
-    train: Dataset | None
-    valid: Dataset | None
-    test: Dataset | None
-    warnings: tuple[str, ...]  # files and corpora that a split leaves out, to be shown once
+    def __init__(self, parts: Sequence[tuple[int, Dataset]]) -> None:
+        """Args: parts are the first sample of each stage, ascending, and its data."""
+        self.parts = tuple(parts)
+        self._firsts = [first for first, _ in parts]
+        assert self._firsts == sorted(set(self._firsts))
 
+    def sample(self, k: int) -> Sample:
+        """Sample `k` of the run, not before the first stage."""
+        first, dataset = self._part(k)
+        return dataset.sample(k - first)
 
-@dataclass(frozen=True)
-class _File:
-    """A list entry with what is known of its file before any token is read."""
+    def locate(self, k: int) -> SampleLocation:
+        """Where sample `k` comes from, without reading it."""
+        first, dataset = self._part(k)
+        return dataset.locate(k - first)
 
-    entry: DataSource
-    header: IndexHeader
-    identity: str
-    shares: tuple[range, range, range]
+    def drawn(self, count: int) -> dict[str, int]:
+        """Draws of each file, by identity, after sample count - 1 of the run."""
+        result: dict[str, int] = {}
+        for number, (first, dataset) in enumerate(self.parts):
+            if number and first >= count:
+                break
+            result |= dataset.drawn(min(count, self._stop(number, count)) - first)
+        return result
 
+    def shortage(self, count: int) -> tuple[int, int, int] | None:
+        """The first stage that has too few samples for a run of `count`, or None.
 
-def build_datasets(
-    entries: Iterable[DataSource],
-    seq_length: int,
-    splits: tuple[float, float, float] = (990, 10, 0),
-    seed: int = 1234,
-    pool: FilePool | None = None,
-    headers: Mapping[str, IndexHeader] | None = None,
-    drawn: Mapping[str, int] | None = None,
-) -> Splits:
-    """Data sets of a list; reads only headers, some tens of microseconds a file.
-
-    Args:
-        entries: weight, prefix and corpus of each file, in list order.
-        seq_length: S; a sample has S + 1 tokens.
-        splits: shares of train, validation and test; they need not add up to 1.
-        seed: of the sample order.
-        pool: of open files, shared by the three splits.
-        headers: by prefix, of files whose header has been read already.
-        drawn: draws that earlier stages took of the training share of each file, by identity.
-
-    Raises:
-        DataError: a file is missing or damaged, a weight is not positive, or training is left
-            without a
-            file of some corpus.
-    """
-    if seq_length < 1:
-        raise DataError(f"SEQ = {seq_length}: a sample needs at least one token")
-    if min(splits) < 0 or not 0 < sum(splits) < float("inf"):
-        raise DataError(
-            f"TRAIN_SPLIT, VAL_SPLIT, TEST_SPLIT = {splits}: not negative, and one above 0"
-        )
-    files = _open_files(entries, seq_length, splits, headers or {})
-    pool = FilePool() if pool is None else pool
-    warnings: list[str] = []
-    datasets = [
-        _dataset(files, split, seq_length, seed, pool, warnings, (drawn or {}) if not split else {})
-        for split in range(3)
-    ]
-    for name, share, dataset in zip(SPLIT_NAMES, splits, datasets, strict=True):
-        if share == 0 or dataset is not None:
-            continue
-        problem = (
-            f"no file is long enough for a {name} sample: SEQ + 1 = {seq_length + 1} tokens, share "
-            f"{share:g} "
-            f"of {sum(splits):g}; lower SEQ, raise the share or add data"
-        )
-        if name == "train":
-            raise DataError(problem)
-        warnings.append(problem)
-    train, valid, test = datasets
-    return Splits(train, valid, test, tuple(warnings))
-
-
-def _open_files(
-    entries: Iterable[DataSource],
-    seq_length: int,
-    splits: tuple[float, float, float],
-    headers: Mapping[str, IndexHeader],
-) -> list[_File]:
-    files: list[_File] = []
-    seen: Counter[str] = Counter()
-    for entry in entries:
-        if not 0 <= entry.weight < float("inf"):
-            raise DataError(f"{entry.prefix}: weight {entry.weight}: must be 0 or above")
-        if entry.weight == 0:
-            continue
-        header = headers.get(entry.prefix) or read_header(entry.prefix)
-        # Neither folder nor line number: data may move and lists may grow without reshuffling every
-        # file. A file listed twice gets two orders.
-        name = f"{entry.corpus}/{os.path.basename(entry.prefix)}/{header.tokens}"
-        identity = f"{name}/{seen[name]}"
-        seen[name] += 1
-        shares = split_ranges(num_samples(header.tokens, seq_length), splits)
-        files.append(_File(entry, header, identity, shares))
-    if not files:
-        raise DataError("DATA_FILE_LIST names no file with a weight above 0")
-    return files
-
-
-def _dataset(
-    files: Sequence[_File],
-    split: int,
-    seq_length: int,
-    seed: int,
-    pool: FilePool,
-    warnings: list[str],
-    drawn: Mapping[str, int],
-) -> Dataset | None:
-    """Data set of one split, or None where no file has a sample for it."""
-    grouped: dict[str, list[_File]] = {}
-    skipped: dict[str, list[_File]] = {}
-    for file in files:
-        kept = grouped.setdefault(file.entry.corpus, [])
-        (kept if file.shares[split] else skipped.setdefault(file.entry.corpus, [])).append(file)
-    corpora, weights = [], []
-    for name, members in grouped.items():
-        if not members:
-            continue
-        samples = [
-            FileSamples(
-                f.entry.prefix,
-                f.header,
-                seq_length,
-                f.shares[split],
-                seed,
-                f.identity,
-                pool,
-                drawn.get(f.identity, 0),
-            )
-            for f in members
-        ]
-        # Evaluations repeat their samples anyway: a limit of epochs is for training.
-        limits = [None if split else _limit(f, s) for f, s in zip(members, samples, strict=True)]
-        file_weights = [float(f.entry.weight) for f in members]
-        corpora.append(Corpus(name, tuple(samples), Blend(file_weights, limits=limits)))
-        # A corpus keeps the share the list gives it, also where some of its files are too short.
-        weights.append(sum(file_weights) + sum(f.entry.weight for f in skipped.get(name, [])))
-    if not corpora:
+        Returns:
+            Number of the stage, samples that it has, samples wanted of it.
+        """
+        for number, (first, dataset) in enumerate(self.parts):
+            wanted = self._stop(number, count) - first
+            if dataset.total is not None and wanted > dataset.total:
+                return number, dataset.total, wanted
         return None
-    for name, left_out in skipped.items():
-        _say_skipped(name, left_out, bool(grouped[name]), split, seq_length, warnings)
-    return Dataset(corpora, weights)
+
+    def _stop(self, number: int, count: int) -> int:
+        return min([count, *self._firsts[number + 1 : number + 2]])
+
+    def _part(self, k: int) -> tuple[int, Dataset]:
+        number = bisect_right(self._firsts, k) - 1
+        assert number >= 0, f"sample {k} is before the first stage, at {self._firsts[0]}"
+        return self.parts[number]
 
 
-def _limit(file: _File, samples: FileSamples) -> int | None:
-    """Draws that max_epochs leaves of a file after earlier stages."""
-    if file.entry.max_epochs is None:
-        return None
-    return max(math.floor(file.entry.max_epochs * len(samples)) - samples.drawn, 0)
+class LaterDataset:
+    """An order whose sample 0 is a later sample of the run."""
 
+    def __init__(self, first: int, dataset: SampleSource) -> None:
+        """Args: first is the sample of the run that `dataset` begins with."""
+        self.first = first
+        self.dataset = dataset
 
-def _say_skipped(
-    corpus: str, left_out: list[_File], rest: bool, split: int, seq_length: int, warnings: list[str]
-) -> None:
-    """Warn of files with no sample in a split; refuse a corpus that training would lose."""
-    first = left_out[0]
-    what = (
-        f"corpus {corpus}: {len(left_out)} file(s) have no {SPLIT_NAMES[split]} sample of SEQ + 1 "
-        "= "
-        f"{seq_length + 1} tokens, the first is {first.entry.prefix} with {first.header.tokens} "
-        "tokens"
-    )
-    if rest:
-        warnings.append(f"{what}; the other files of the corpus take their share")
-    elif split == 0:
-        raise DataError(f"{what}; lower SEQ, raise TRAIN_SPLIT, or remove the corpus from the list")
-    else:
-        warnings.append(f"{what}; {SPLIT_NAMES[split]} leaves the corpus out")
+    def sample(self, k: int) -> Sample:
+        """Sample `k` >= first of the run."""
+        return self.dataset.sample(k - self.first)

@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from megatron.config.atomic import replacing
 from megatron.config.errors import DataError
 from megatron.data.indexed_header import DTYPES, HEADER, MAGIC, VERSION, read_header
 
@@ -51,6 +52,14 @@ def map_array(path: str, dtype: np.dtype[Any], count: int, offset: int = 0) -> n
             f"{path}: {count} values of {dtype} at byte {offset} cannot be mapped ({error}); "
             "is the file complete and readable?"
         ) from error
+
+
+class DocumentPart(NamedTuple):
+    """Tokens of one document that are part of a sample."""
+
+    document: int  # of the file
+    offset: int  # of the first of them in the document
+    length: int
 
 
 class IndexedDataset:
@@ -200,9 +209,12 @@ class IndexedWriter:
         self._length = 0
         folder = Path(prefix).parent
         folder.mkdir(parents=True, exist_ok=True)
-        self._data = _temporary(folder, Path(prefix).name, ".bin")
-        self._lengths = _nameless(folder)
-        self._documents = _nameless(folder)
+        handle, path = tempfile.mkstemp(".bin.partial", f".{Path(prefix).name}-", folder)
+        os.fchmod(handle, 0o644)  # mkstemp's 0600 would keep a data set from the group
+        self._data = open(path, "wb", opener=lambda *_: handle)  # noqa: SIM115 (close closes it)
+        # Without a name, so that the system removes them with the process.
+        self._lengths = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+        self._documents = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
         self._documents.write(np.int64(0).tobytes())
 
     def append(self, tokens: npt.ArrayLike) -> None:
@@ -251,16 +263,12 @@ class IndexedWriter:
     def commit(self) -> None:
         """Write the index, then give both files their names; the index vouches for the data."""
         assert self._length == 0, "the last sequence was not ended"
-        folder, name = Path(self.prefix).parent, Path(self.prefix).name
-        index = _temporary(folder, name, ".idx")
         try:
-            write_index(index, self._dtype, self._lengths, self._documents)
-            _flush(index)
-            _flush(self._data)
-            commit_pair(Path(self._data.name), Path(index.name), self.prefix)
+            self._data.flush()
+            os.fsync(self._data.fileno())
+            data = Path(self._data.name)
+            commit_pair(data, self.prefix, self._dtype, self._lengths, self._documents)
         finally:
-            index.close()
-            Path(index.name).unlink(missing_ok=True)
             self.close()
 
     def close(self) -> None:
@@ -321,24 +329,25 @@ def write_index(
             index.write(np.arange(first, min(first + _CHUNK, entries), dtype="<i8").tobytes())
 
 
-def commit_pair(data: Path, index: Path, prefix: str) -> None:
-    """Give a finished pair its names, the index last: it vouches for the data."""
-    Path(f"{prefix}.idx").unlink(missing_ok=True)  # an old index must not meet the new data
-    os.replace(data, f"{prefix}.bin")
-    os.replace(index, f"{prefix}.idx")
+def commit_pair(
+    data: Path,
+    prefix: str,
+    dtype: np.dtype[Any],
+    lengths: IO[bytes],
+    documents: IO[bytes] | None = None,
+) -> None:
+    """Write the index of finished data and name both, the index last: it vouches for the data.
 
-
-def _temporary(folder: Path, name: str, suffix: str) -> IO[bytes]:
-    """A new file of this process alone, beside its final place so that renaming is atomic."""
-    handle, path = tempfile.mkstemp(dir=folder, prefix=f".{name}-", suffix=f"{suffix}.partial")
-    os.fchmod(handle, 0o644)  # mkstemp's 0600 would keep a data set from the group
-    os.close(handle)
-    return open(path, "wb")
-
-
-def _nameless(folder: Path) -> IO[bytes]:
-    """A file that the system removes with the process, for tables that wait for the index."""
-    return tempfile.TemporaryFile(dir=folder)
+    Args:
+        data: the complete token file, on the disk; renamed.
+        prefix: of the pair.
+        dtype, lengths, documents: as in `write_index`.
+    """
+    path = Path(f"{prefix}.idx")
+    with replacing(path) as index:
+        write_index(index, dtype, lengths, documents)
+        path.unlink(missing_ok=True)  # an old index must not meet the new data
+        os.replace(data, f"{prefix}.bin")
 
 
 def _blocks(file: IO[bytes]) -> Iterator[bytes]:
@@ -347,9 +356,3 @@ def _blocks(file: IO[bytes]) -> Iterator[bytes]:
     file.seek(0)
     while block := file.read(8 * _CHUNK):
         yield block
-
-
-def _flush(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()

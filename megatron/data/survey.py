@@ -23,7 +23,7 @@ SHOWN_PROBLEMS = 10
 _INFINITE = float("inf")
 
 
-class Corpus(NamedTuple):
+class CorpusSurvey(NamedTuple):
     """What a run reads of one corpus.
 
     Attributes:
@@ -49,7 +49,7 @@ class DataSurvey(NamedTuple):
         stages: first token and list of each stage that the run comes to.
     """
 
-    corpora: tuple[Corpus, ...]
+    corpora: tuple[CorpusSurvey, ...]
     problems: tuple[str, ...]
     stages: tuple[tuple[int, str], ...] = ()
 
@@ -201,7 +201,7 @@ def _corpora(
     train_share: float,
     seen: dict[_File, float],
     train_tokens: int,
-) -> tuple[Corpus, ...]:
+) -> tuple[CorpusSurvey, ...]:
     files: dict[str, dict[str, None]] = {}
     limits: dict[str, float | None] = {}
     for stage in stages:
@@ -214,7 +214,7 @@ def _corpora(
         read = sum(seen.get((name, prefix), 0.0) for prefix in files[name])
         epochs = read / (total * train_share) if total else 0.0
         share = read / train_tokens if train_tokens else 0.0
-        corpora.append(Corpus(name, len(files[name]), share, total, epochs, limits[name]))
+        corpora.append(CorpusSurvey(name, len(files[name]), share, total, epochs, limits[name]))
     return tuple(corpora)
 
 
@@ -227,7 +227,7 @@ def _require_sample(source: DataSource, count: int, least: int) -> None:
         )
 
 
-def corpora_table(corpora: Sequence[Corpus]) -> list[tuple[str, ...]]:
+def corpora_table(corpora: Sequence[CorpusSurvey]) -> list[tuple[str, ...]]:
     """Rows of text of a table of corpora, its head first."""
     rows: list[tuple[str, ...]] = [("corpus", "files", "tokens", "share", "epochs", "max_epochs")]
     rows += [

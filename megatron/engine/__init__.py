@@ -1,21 +1,110 @@
 """The training engine: DeepSpeed behind one interface, and behind this one package.
 
-One stage (PP = 1) runs `Stack` under DeepSpeedEngine, ZeRO 1-3; more stages run `PipelineModule`
-under PipelineEngine, ZeRO 1. Both are built from the same list of layers, name their parameters
-alike and give the same losses. Nothing else in the project imports deepspeed.
+One stage runs `Stack` under DeepSpeedEngine, more stages `PipelineModule` under PipelineEngine.
+Both are built from the same list of layers, name their parameters alike and give the same losses.
+Nothing else in the project imports deepspeed; `patches.py` lists what is changed in it.
 """
 
 from __future__ import annotations
 
-from megatron.engine.distributed import start_distributed
-from megatron.engine.engine import Engine
-from megatron.engine.options import EngineOptions, LossFunction, MakeOptimizer, MicroBatches
+import dataclasses
+import gc
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from megatron.engine.distributed import (
+    ModelParallelUnit,
+    quiet,
+    start_distributed,
+    stop_distributed,
+)
+from megatron.engine.interface import Engine, LossFunction, MakeOptimizer, MicroBatches
+from megatron.engine.patches import check_version
+from megatron.engine.pipeline import PipelineEngine
+from megatron.engine.pipeline_module import pipeline_module
+from megatron.engine.shards import Shards, Span
+from megatron.engine.zero import ZeroEngine
+from megatron.engine.zero3 import make_secondary_group, mics_axes, partitioned_initialisation
+from megatron.model.layer import Layer
+from megatron.model.stack import Stack
+from megatron.parallel.groups import Groups
 
 __all__ = [
     "Engine",
-    "EngineOptions",
     "LossFunction",
     "MakeOptimizer",
     "MicroBatches",
+    "Shards",
+    "Span",
+    "make_engine",
     "start_distributed",
+    "stop_distributed",
 ]
+
+
+def make_engine(
+    layers: Sequence[Layer],
+    loss: LossFunction,
+    make_optimizer: MakeOptimizer,
+    groups: Groups,
+    device: torch.device,
+    deepspeed_config: dict[str, Any],
+    *,
+    stage_bounds: Sequence[int],
+    compile: bool = False,
+    recompute_num_layers: int = 0,
+    mics_shard_size: int = 0,
+    pipeline_schedule: str = "1f1b",
+) -> Engine:
+    """Builds this rank's part of the model and starts DeepSpeed; a collective of all ranks.
+
+    Args:
+        layers: the model.
+        loss: of the last layer's output.
+        make_optimizer: from the named parameters of this rank's part.
+        groups: of this rank.
+        device: where the model lives.
+        deepspeed_config: DeepSpeed's JSON as a dict.
+        stage_bounds: into the list of layers, one more than there are stages (two stages per rank
+            with the schedule dualpipev).
+        compile: compile each block.
+        recompute_num_layers: keep the input of every n-th block only; 0: leave it to the blocks.
+        mics_shard_size: ZeRO-3 partitions inside groups of this many data-parallel ranks; 0: over
+            all.
+        pipeline_schedule: 1f1b or dualpipev.
+    """
+    check_version()
+    # Exclude imported objects from garbage collection: rescanning them dominated DeepSpeed's table
+    # construction.
+    gc.freeze()
+    if compile:
+        layers = [_compiled(layer) if layer.recompute else layer for layer in layers]
+    # For ZeRO and gradient averaging, sequence-parallel ranks are data-parallel ranks.
+    merged = groups.without_sequence()
+    if groups.layout.pp > 1:
+        stages = pipeline_module(
+            layers, loss, merged, stage_bounds, recompute_num_layers, pipeline_schedule
+        )
+        return PipelineEngine(stages, loss, make_optimizer, groups, device, deepspeed_config)
+    shard, replica = mics_axes(merged.dp, mics_shard_size)
+    make_secondary_group(
+        deepspeed_config["zero_optimization"].get("zero_hpz_partition_size", 1), merged.dp
+    )
+    mpu = ModelParallelUnit(groups.tp, shard)
+    with quiet(), partitioned_initialisation(deepspeed_config, mpu):
+        module = Stack(layers, recompute_num_layers)
+    return ZeroEngine(module, loss, make_optimizer, groups, device, deepspeed_config, mpu, replica)
+
+
+def _compiled(layer: Layer) -> Layer:
+    """The layer with its module compiled as it is built: one graph serves all blocks."""
+
+    def build() -> nn.Module:
+        module = layer.build()
+        module.compile()
+        return module
+
+    return dataclasses.replace(layer, build=build)

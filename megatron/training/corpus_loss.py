@@ -57,9 +57,7 @@ class CorpusLosses:
         An all-reduce over all ranks. Ranks that hold the same losses (tensor parallel) add to sums
         and counts alike, which leaves their ratio; ranks that compute no loss add nothing.
         """
-        totals = self._totals
-        if totals is None:
-            totals = torch.zeros(2, len(self.corpora) + 1, dtype=torch.float64, device=device)
+        totals = self._totals_on(device)
         if dist.is_initialized():
             dist.all_reduce(totals)
         self._totals = None
@@ -71,10 +69,12 @@ class CorpusLosses:
         }
 
     def _add(self, numbers: Tensor, losses: Tensor) -> None:
-        if self._totals is None:
-            self._totals = torch.zeros(
-                2, len(self.corpora) + 1, dtype=torch.float64, device=losses.device
-            )
         sums = losses.sum(dim=1, dtype=torch.float64)
         counts = torch.full_like(sums, losses.shape[1])
+        self._totals = self._totals_on(losses.device)
         self._totals.index_add_(1, numbers, torch.stack([sums, counts]))
+
+    def _totals_on(self, device: torch.device) -> Tensor:
+        if self._totals is not None:
+            return self._totals
+        return torch.zeros(2, len(self.corpora) + 1, dtype=torch.float64, device=device)

@@ -1,30 +1,29 @@
-"""TensorBoard and Weights & Biases: optional, off with one line said where they cannot start."""
+"""TensorBoard and Weights & Biases: optional, off with one line logged where they cannot start."""
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import logging
 import secrets
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron.config.schema import LogConfig, RunConfig
-from megatron.training.scalars import GROUPS, scalars
+from megatron.config.schema import RunConfig, options
+from megatron.training.events import groups, scalars
+from megatron.training.metrics_file import MetricsRecord
 
 log = logging.getLogger(__name__)
 
 
 class TensorBoardTracker:
-    """Writes a record's numbers (scalars.py) into an event file."""
+    """Writes a record's numbers into an event file."""
 
     def __init__(self, writer: Any, parameters: int) -> None:
         self._writer = writer
         self._parameters = parameters
 
-    def log(self, record: Mapping[str, Any]) -> None:
-        """Adds one point a number."""
+    def log(self, record: MetricsRecord) -> None:
+        """Adds one point per number."""
         for name, value in scalars(record, self._parameters).items():
             self._writer.add_scalar(name, value, record["iteration"])
 
@@ -34,76 +33,76 @@ class TensorBoardTracker:
 
 
 class WandbTracker:
-    """Sends a record's numbers (scalars.py) to a Weights & Biases run."""
+    """Sends a record's numbers to a Weights & Biases run."""
 
-    def __init__(self, wandb: Any, run: Any, parameters: int) -> None:
+    def __init__(self, wandb: Any, client: Any, parameters: int) -> None:
         self._wandb = wandb
-        self._run = run
+        self._client = client
         self._parameters = parameters
-        for group in GROUPS:
-            run.define_metric(f"{group}/*", step_metric=f"{group}/iteration")
+        for group in groups():
+            client.define_metric(f"{group}/*", step_metric=f"{group}/iteration")
 
-    def log(self, record: Mapping[str, Any]) -> None:
+    def log(self, record: MetricsRecord) -> None:
         """Adds one row, if the record has numbers to show."""
         row = scalars(record, self._parameters)
         if row:
-            self._run.log(row)
+            self._client.log(row)
 
     def close(self) -> None:
         """Ends the run and waits until all of it is sent or on disk."""
-        self._run.finish()
+        self._client.finish()
         # `finish` returns before the client's own process has written the last block of an offline
         # run, and that process may be killed together with a batch job.
         self._wandb.teardown()
 
 
-def start_tensorboard(
-    options: LogConfig, folder: Path, parameters: int, iteration: int
-) -> TensorBoardTracker | None:
-    """TensorBoard in `folder`, or None where it is off.
+def start_tensorboard(run: RunConfig, iteration: int) -> TensorBoardTracker | None:
+    """TensorBoard in the run's folder, or None where it is off.
 
     Args:
-        options: the `log` section of the configuration.
-        folder: folder of the event files.
-        parameters: parameters of the model.
+        run: configuration; its folder exists.
         iteration: steps done before; what an earlier start wrote about later ones is purged.
     """
-    if options.no_tensorboard:
+    if run.log.no_tensorboard:
         return None
     try:
         tensorboard = importlib.import_module("torch.utils.tensorboard")
     except ImportError as error:
         log.info(f"TensorBoard is off: {error} (pip install tensorboard)")
         return None
-    # A file's failure is the tracker's, not the run's (logs.Loggers says so for later ones).
+    # A file that cannot be written is the tracker's failure, not the run's.
     try:
-        writer = tensorboard.SummaryWriter(str(folder), purge_step=iteration + 1, flush_secs=30)
+        writer = tensorboard.SummaryWriter(
+            str(run.run_folder / "tensorboard"), purge_step=iteration + 1, flush_secs=30
+        )
     except OSError as error:
         log.warning(f"TensorBoard is off: {error}")
         return None
-    return TensorBoardTracker(writer, parameters)
+    return TensorBoardTracker(writer, run.parameters)
 
 
-def start_wandb(run: RunConfig, folder: Path, parameters: int) -> WandbTracker | None:
+def start_wandb(run: RunConfig, iteration: int) -> WandbTracker | None:
     """Weights & Biases, or None where it is off.
 
-    The run's id is kept in <folder>/wandb/run_id, so that a resumed run goes on in the same place.
+    The run's id is kept in <folder>/wandb/run_id, so that a resumed run continues there; the client
+    knows by itself how far it was, `iteration` is not needed.
     """
-    mode = run.log.wandb_mode
+    mode, folder = run.log.wandb_mode, run.run_folder
     if run.log.wandb_disabled or mode == "disabled":
         return None
+    level = logging.INFO if mode is None else logging.WARNING  # asked for, it is missed
     try:
         wandb = importlib.import_module("wandb")
     except ImportError as error:
-        say = log.info if mode is None else log.warning
-        say(f"Weights & Biases is off: {error}")
+        log.log(level, f"Weights & Biases is off: {error}")
         return None
     # The client fails in many ways without a network or with a stale key; none is worth a run.
     try:
         if mode != "offline" and not wandb.login(prompt=False):
-            say = log.info if mode is None else log.warning
-            say(
-                "Weights & Biases is off: no API key (run `wandb login`, or set WANDB_MODE=offline)"
+            log.log(
+                level,
+                "Weights & Biases is off: no API key (run `wandb login`, or set"
+                " WANDB_MODE=offline)",
             )
             return None
         client = wandb.init(
@@ -113,12 +112,11 @@ def start_wandb(run: RunConfig, folder: Path, parameters: int) -> WandbTracker |
             resume="allow",
             mode=mode or "online",
             dir=str(folder),
-            config={**wandb_config(run), "num_params": parameters},
-            settings=wandb.Settings(
-                console="off", silent=True
-            ),  # output.log already holds the console
+            config={**wandb_config(run), "num_params": run.parameters},
+            # output.log holds the console already.
+            settings=wandb.Settings(console="off", silent=True),
         )
-        return WandbTracker(wandb, client, parameters)
+        return WandbTracker(wandb, client, run.parameters)
     except Exception as error:
         log.warning(
             f"Weights & Biases is off: {type(error).__name__}: {error} "
@@ -131,15 +129,11 @@ def wandb_config(run: RunConfig) -> dict[str, Any]:
     """What dashboards filter by: `args.<field>` and `env.<VARIABLE>` of all options, `machine`."""
     args: dict[str, Any] = {}
     environment: dict[str, Any] = {}
-    for section in dataclasses.fields(run):
-        values = getattr(run, section.name)
-        if not dataclasses.is_dataclass(values):
-            continue
-        for field in dataclasses.fields(values):
-            value = getattr(values, field.name)
-            args[field.name] = value
-            if field.metadata["env"] and value is not None:
-                environment[field.metadata["env"][0]] = value
+    for option in options():
+        section, _, name = option.key.partition(".")
+        value = args[name] = getattr(getattr(run, section), name)
+        if option.env and value is not None:
+            environment[option.env[0]] = value
     return {"args": args, "env": environment, "machine": run.machine}
 
 

@@ -16,14 +16,14 @@ from megatron.checkpoint.state import DataStage, RunState
 from megatron.config.errors import DataError
 from megatron.config.schema import RunConfig
 from megatron.data.data_list import BUILTIN, ListStage, parse_data_stages, require_plain
-from megatron.data.data_record import Record, data_record, differences, drawn_before, shortened
-from megatron.data.dataset import SampleSource
+from megatron.data.data_record import DataRecord, data_record, differences, drawn_before, shortened
+from megatron.data.dataset import LaterDataset, SampleSource, StagedDataset
 from megatron.data.indexed_header import IndexHeader
 from megatron.data.megatron_order.datasets import MegatronSplits
 from megatron.data.prepare.builtin import builtin_corpus
 from megatron.data.prepare.checks import Report, check_files
 from megatron.data.prepare.tokenizer import Tokenizer, build_tokenizer
-from megatron.data.stages import LaterDataset, Origin, StagedDataset, StagedSplits, build_stages
+from megatron.data.splits import Origin, StagedSplits, build_stages
 from megatron.data.survey import survey_stages
 from megatron.plan.report import epochs_text
 from megatron.training.corpus_loss import CorpusLosses
@@ -49,7 +49,7 @@ class Data:
     headers: dict[str, IndexHeader]
     splits: StagedSplits | MegatronSplits
     tokenizer: Tokenizer
-    record: Record
+    record: DataRecord
     corpus_losses: CorpusLosses | None
 
 
@@ -114,7 +114,7 @@ def train_data(run: RunConfig, data: Data, state: RunState) -> SampleSource:
 
 def run_record(
     run: RunConfig, stages: Sequence[ListStage], headers: Mapping[str, IndexHeader], tokenizer: str
-) -> Record:
+) -> DataRecord:
     """All that decides the samples of a run from its start; `tokenizer` is a fingerprint."""
     return data_record(
         stages,
@@ -137,7 +137,7 @@ def origin_of(state: RunState) -> Origin:
     return Origin(stage.samples, stage.tokens, stage.drawn)
 
 
-def continue_data(state: RunState, record: Record, allow_change: bool, where: str) -> RunState:
+def continue_data(state: RunState, record: DataRecord, allow_change: bool, where: str) -> RunState:
     """The state of a run that goes on with the data of `record`.
 
     Args:

@@ -9,7 +9,7 @@ from typing import Any
 from megatron.config.errors import DataError
 from megatron.config.schema import RunConfig
 from megatron.data.data_list import DataSource
-from megatron.data.data_record import Record, stages_of
+from megatron.data.data_record import DataRecord, stages_of
 from megatron.data.indexed_header import read_header
 from megatron.data.megatron_order.datasets import MegatronSplits, build_megatron_datasets
 from megatron.data.megatron_order.order import MegatronDataset
@@ -68,7 +68,7 @@ def recorded_settings(run: RunConfig) -> dict[str, Any]:
     }
 
 
-def recorded_order(record: Record, cache: Path) -> MegatronDataset:
+def recorded_order(record: DataRecord, cache: Path) -> MegatronDataset:
     """The training order of a record, whatever list and settings are today's.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Printing the tokens of a step, so that two runs can be held beside one another."""
+"""Logs the tokens of a step, so that two runs can be compared."""
 
 from __future__ import annotations
 

@@ -1,22 +1,23 @@
 """Where records go: console, metrics.jsonl, TensorBoard, W&B, behind one interface.
 
-The loop holds one `Tracker`: `Trackers` on the rank that logs, `NullTracker` on the others. A
-tracker that fails is reported once and left out from then on; training goes on.
+The loop holds one `Tracker`, which on ranks that do not log has none to pass records to. A tracker
+that fails is reported once and left out from then on; training continues.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from megatron.config.schema import RunConfig
-from megatron.training import console, dashboards
-from megatron.training import metrics_file as records
+from megatron.training import dashboards, events, metrics_file
 from megatron.training.log import TRAINING_LOG
-from megatron.training.progress import Progress
+from megatron.training.metrics_file import MetricsRecord
 
 log = logging.getLogger(__name__)
 
@@ -24,21 +25,42 @@ log = logging.getLogger(__name__)
 class Tracker(Protocol):
     """Receives every record of a run, in order, then `close`, once."""
 
-    def log(self, record: Mapping[str, Any]) -> None:
-        """Takes one record (records.py)."""
+    def log(self, record: MetricsRecord) -> None:
+        """Takes one record."""
 
     def close(self) -> None:
         """Writes out what is pending."""
 
 
-class NullTracker:
-    """Ignores everything: for the ranks that do not log."""
+class Progress:
+    """Estimates a run's rest from the wall time of its steps, evaluation and saving included.
 
-    def log(self, record: Mapping[str, Any]) -> None:
-        """Does nothing."""
+    The first step seen is the origin: start-up and compilation before it do not predict the rest.
 
-    def close(self) -> None:
-        """Does nothing."""
+    Args:
+        every: least seconds between two lines.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, every: float = 30.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self._every = every
+        self._clock = clock
+        self._origin: tuple[int, float] | None = None
+        self._last = 0.0
+
+    def line(self, iteration: int, train_iters: int) -> str | None:
+        """The line after step `iteration`; None where it is too early or nothing is left to do."""
+        now = self._clock()
+        if self._origin is None:
+            self._origin, self._last = (iteration, now), now
+            return None
+        first, start = self._origin
+        if now - self._last < self._every or not first < iteration < train_iters:
+            return None
+        self._last = now
+        steps = train_iters - iteration
+        left = timedelta(seconds=round(steps * (now - start) / (iteration - first)))
+        return f"progress={iteration / train_iters:.1%} | steps_left={steps} | time_left={left}"
 
 
 class ConsoleTracker:
@@ -48,9 +70,9 @@ class ConsoleTracker:
         self._log = logging.getLogger(TRAINING_LOG)
         self._progress = progress
 
-    def log(self, record: Mapping[str, Any]) -> None:
+    def log(self, record: MetricsRecord) -> None:
         """Prints one or two lines."""
-        self._log.info(console.line(record))
+        self._log.info(events.line(record))
         if record["event"] in ("step", "skip"):
             rest = self._progress.line(record["iteration"], record["train_iters"])
             if rest is not None:
@@ -66,9 +88,9 @@ class JsonlTracker:
     def __init__(self, path: Path) -> None:
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
-    def log(self, record: Mapping[str, Any]) -> None:
+    def log(self, record: MetricsRecord) -> None:
         """Appends one line."""
-        self._file.write(f"{records.encode(record)}\n")
+        self._file.write(f"{metrics_file.encode(record)}\n")
 
     def close(self) -> None:
         """Closes the file."""
@@ -76,12 +98,12 @@ class JsonlTracker:
 
 
 class Trackers:
-    """Several trackers as one; none of them can stop training."""
+    """Several trackers as one; none of them can stop training. Without any it ignores all."""
 
-    def __init__(self, trackers: Iterable[Tracker]) -> None:
+    def __init__(self, trackers: Iterable[Tracker] = ()) -> None:
         self._trackers = list(trackers)
 
-    def log(self, record: Mapping[str, Any]) -> None:
+    def log(self, record: MetricsRecord) -> None:
         """Hands the record to each tracker."""
         for one in list(self._trackers):
             self._guard(one, partial(one.log, record), "is off from here on")
@@ -101,31 +123,33 @@ class Trackers:
             log.warning(f"{type(one).__name__} {consequence}: {type(error).__name__}: {error}")
 
 
-def make_tracker(
-    run: RunConfig, folder: Path, *, logs: bool, parameters: int, iteration: int
-) -> Tracker:
-    """The tracker of this rank.
-
-    Args:
-        run: configuration.
-        folder: the run's folder; exists.
-        logs: whether this rank is the one that logs.
-        parameters: parameters of the model.
-        iteration: steps done before; later ones in metrics.jsonl and TensorBoard, left by a crash,
-            are dropped.
-    """
-    if not logs:
-        return NullTracker()
-    path = folder / "metrics.jsonl"
-    dropped = records.truncate_after(path, iteration)
+def start_jsonl(run: RunConfig, iteration: int) -> Tracker:
+    """metrics.jsonl of the run, without the lines after step `iteration` that a crash left."""
+    path = run.run_folder / "metrics.jsonl"
+    dropped = metrics_file.truncate_after(path, iteration)
     if dropped:
         log.info(
             f"{path}: dropped {dropped} lines later than step {iteration}, which will be done again"
         )
-    started: list[Tracker | None] = [
-        ConsoleTracker(Progress()),
-        JsonlTracker(path),
-        dashboards.start_tensorboard(run.log, folder / "tensorboard", parameters, iteration),
-        dashboards.start_wandb(run, folder, parameters),
-    ]
-    return Trackers([one for one in started if one is not None])
+    return JsonlTracker(path)
+
+
+TRACKERS: dict[str, Callable[[RunConfig, int], Tracker | None]] = {
+    "console": lambda run, iteration: ConsoleTracker(Progress()),
+    "jsonl": start_jsonl,
+    "tensorboard": dashboards.start_tensorboard,
+    "wandb": dashboards.start_wandb,
+}
+"""Name -> starts a tracker of a run that has done so many steps; None where it is off."""
+
+
+def make_tracker(run: RunConfig, *, logs: bool, iteration: int) -> Tracker:
+    """The tracker of this rank.
+
+    Args:
+        run: configuration; its folder exists.
+        logs: whether this rank is the one that logs.
+        iteration: steps done before; what an earlier start wrote about later ones is dropped.
+    """
+    started = [start(run, iteration) for start in TRACKERS.values()] if logs else []
+    return Trackers(tracker for tracker in started if tracker is not None)

@@ -1,190 +1,220 @@
-"""Meter: what happened since the last log line, turned into one step record of metrics.jsonl.
+"""Metrics: one row each, from a finished interval to metrics.jsonl, console, W&B and TensorBoard.
 
-Rates count only the steps that did work and only their time: evaluation, saving and skipped steps
-are off the clock. Global rates are measured; every per-device figure is the global one divided by
-the number of devices, here and once.
+Global rates are measured; every per-device figure is the global one divided by the number of
+devices, here and once.
 """
 
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, SupportsFloat
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from megatron.checkpoint.state import RunState
+from megatron.config import formulas
+from megatron.config.pipeline_stages import modelled_bubble
+from megatron.config.schema import RunConfig
+from megatron.training.device import Device
+from megatron.training.metrics_file import MetricsRecord
 
-Record = dict[str, Any]
-"""One line of metrics.jsonl, see records.py."""
+SEPARATOR = " | "  # between the fields of a line
 
 
 @dataclass(frozen=True)
-class Workload:
-    """The constants of a run that turn seconds into rates.
+class Interval:
+    """What happened between two records: all that a metric is computed from.
 
     Attributes:
-        train_iters: steps of the run.
-        global_batch_size: samples of a step.
-        seq_length: tokens of a sample.
-        world_size: devices.
-        data_parallel: replicas of the model.
-        flops_per_token_lm: forward and backward FLOPs a token, full attention, no recompute
-            (Megatron-LM).
-        flops_per_token_ds: the same as DeepSpeed's formula counts it, recompute included.
-        flops_per_token_causal: as `lm`, but half the attention, as a causal mask needs.
-        peak_tflops: dense peak of one device in the run's precision; None: unknown, no MFU.
+        run, device: the configuration and this rank's device.
+        state: where the run stands at the end.
+        seconds: time of the steps that did work, all together.
+        ended: seconds since the epoch.
+        learning_rate: rate of the last step.
+        losses: mean loss of each step that did work, nats per token.
+        grad_norm, loss_scale: the last step's; None where the engine has none.
+        skipped: steps that changed no weight.
+        measured: what the engine measured, such as the pipeline's bubble.
+        corpus_loss: loss of each corpus; None where it is not asked for.
     """
 
-    train_iters: int
-    global_batch_size: int
-    seq_length: int
-    world_size: int
-    data_parallel: int
-    flops_per_token_lm: float
-    flops_per_token_ds: float
-    flops_per_token_causal: float
-    peak_tflops: float | None = None
+    run: RunConfig
+    device: Device
+    state: RunState
+    seconds: float
+    ended: float
+    learning_rate: float
+    losses: Sequence[float]
+    grad_norm: float | None
+    loss_scale: float | None
+    skipped: int
+    measured: Mapping[str, float]
+    corpus_loss: Mapping[str, float] | None
 
-    def rates(self, seconds: float) -> Record:
-        """Rates of a step that took `seconds`, global and per device (TFLOPS are per device)."""
-        tokens = self.global_batch_size * self.seq_length / seconds
-        tokens_per_gpu = tokens / self.world_size
-        tflops_lm = tokens_per_gpu * self.flops_per_token_lm / 1e12
-        return {
-            "elapsed_s": seconds,
-            "samples_per_s": self.global_batch_size / seconds,
-            "tokens_per_s": tokens,
-            "tokens_per_gpu_per_s": tokens_per_gpu,
-            "tflops_lm": tflops_lm,
-            "tflops_ds": tokens_per_gpu * self.flops_per_token_ds / 1e12,
-            "tflops_causal": tokens_per_gpu * self.flops_per_token_causal / 1e12,
-            "mfu": None if self.peak_tflops is None else tflops_lm / self.peak_tflops,
-        }
+    @property
+    def step_seconds(self) -> float:
+        """Mean seconds of a step that did work."""
+        return self.seconds / len(self.losses)
 
+    @property
+    def tokens_per_s(self) -> float:
+        """All devices together."""
+        return self.run.tokens_per_step / self.step_seconds
 
-class Meter:
-    """Collects steps; `record` closes the interval and starts the next.
+    @property
+    def tokens_per_gpu_per_s(self) -> float:
+        """One device."""
+        return self.tokens_per_s / self.run.parallel.world_size
 
-    Losses and gradient norms may be device tensors: they are kept as they are and fetched by
-    `record` only, so that no step waits for the device. Nobody may write to them afterwards.
-
-    Args:
-        workload: the run's constants.
-        memory_max_gib: peak memory of this process' device, GiB.
-        synchronize: waits for the device; called before every reading of the clock that ends an
-            interval or a pause.
-        clock: seconds, monotonic.
-        wall_clock: seconds since the epoch, for the records' `time`.
-        measured: more fields of a step's record, such as the pipeline's bubble; asked for by every
-            `record` on all ranks, so it may be a collective.
-    """
-
-    def __init__(
-        self,
-        workload: Workload,
-        memory_max_gib: Callable[[], float],
-        synchronize: Callable[[], None] = lambda: None,
-        clock: Callable[[], float] = time.perf_counter,
-        wall_clock: Callable[[], float] = time.time,
-        measured: Callable[[], Record] = dict,
-    ) -> None:
-        self.workload = workload
-        self._memory_max_gib = memory_max_gib
-        self._synchronize = synchronize
-        self._clock = clock
-        self._wall_clock = wall_clock
-        self._measured = measured
-        self.start()
-
-    def start(self) -> None:
-        """Forgets everything and starts the clock: call it right before the first step."""
-        self._losses: list[SupportsFloat] = []
-        self._grad_norm: SupportsFloat | None = None
-        self._loss_scale: float | None = None
-        self._skipped = 0
-        self._paused = 0.0
-        self._since = self._clock()
-
-    def step(
-        self,
-        loss: SupportsFloat,
-        grad_norm: SupportsFloat | None,
-        loss_scale: float | None = 1.0,
-        *,
-        updated: bool = True,
-    ) -> None:
-        """One step that did work.
+    def tflops(self, count: str) -> float:
+        """TFLOPS of one device.
 
         Args:
-            loss: mean loss of the global batch, nats a token.
-            grad_norm: norm before clipping; None where the engine has none.
-            loss_scale: fp16's scale, 1 elsewhere.
-            updated: False where the work was done but the weights were not changed (fp16 overflow):
-                the step counts as skipped in the counter and as work in the rates.
+            count: lm: full attention, no recompute (Megatron-LM); ds: as DeepSpeed's formula
+                counts, recompute included; causal: as lm with half the attention.
         """
-        self._losses.append(loss)
-        self._grad_norm = grad_norm
-        self._loss_scale = loss_scale
-        self._skipped += int(not updated)
-
-    def skip(self) -> None:
-        """One step that was skipped; its time belongs inside `off_the_clock`."""
-        self._skipped += 1
-
-    @contextmanager
-    def off_the_clock(self) -> Iterator[None]:
-        """What happens inside is no step's time; work queued before it is waited for and counts."""
-        self._synchronize()
-        start = self._clock()
-        try:
-            yield
-        finally:
-            self._synchronize()
-            self._paused += self._clock() - start
-
-    def record(
-        self, state: RunState, learning_rate: float, corpus_loss: Mapping[str, float] | None = None
-    ) -> Record:
-        """The record of the interval that ends with `state`, and the start of the next interval.
-
-        Returns:
-            event "step", or "skip" where no step since the last record did work. `loss` is the mean
-            over the steps that did, not finite where one was not; `grad_norm` and `loss_scale` are
-            the last step's; `elapsed_s` is seconds a step; `skipped_iterations` and
-            `nan_iterations` count since the last record.
-        """
-        self._synchronize()
-        seconds = self._clock() - self._since - self._paused
-        losses = [float(loss) for loss in self._losses]
-        measured = self._measured()
-        record: Record = {
-            "event": "step" if losses else "skip",
-            "iteration": state.iteration,
-            "train_iters": self.workload.train_iters,
-            "time": self._wall_clock(),
-            "consumed_samples": state.consumed_samples,
-            "consumed_tokens": state.consumed_tokens,
-            "learning_rate": learning_rate,
-            "global_batch_size": self.workload.global_batch_size,
-            "seq_length": self.workload.seq_length,
-            "world_size": self.workload.world_size,
-            "data_parallel": self.workload.data_parallel,
-            "skipped_iterations": self._skipped,
-            "nan_iterations": sum(not math.isfinite(loss) for loss in losses),
+        run, tp = self.run, self.run.parallel.tensor_parallel
+        per_token = {
+            "lm": formulas.flops_per_token_lm(run.model, tp),
+            "ds": formulas.flops_per_token_ds(run.model, run.train.activation_checkpointing, tp),
+            "causal": formulas.flops_per_token_causal(run.model, tp),
         }
-        if losses:
-            record |= {
-                "steps": len(losses),
-                "loss": sum(losses) / len(losses),
-                "grad_norm": None if self._grad_norm is None else float(self._grad_norm),
-                "loss_scale": self._loss_scale,
-                **self.workload.rates(seconds / len(losses)),
-                "memory_max_gib": self._memory_max_gib(),
-                **measured,
-            }
-        if corpus_loss is not None:
-            record["corpus_loss"] = dict(corpus_loss)
-        self.start()
-        return record
+        return self.tokens_per_gpu_per_s * per_token[count] / 1e12
+
+    @property
+    def mfu(self) -> float | None:
+        """TFLOPS (lm) as a part of the device's dense peak; None where the peak is unknown."""
+        peak = self.device.peak_tflops
+        return None if peak is None else self.tflops("lm") / peak
+
+    @property
+    def modelled_bubble(self) -> float | None:
+        """1F1B's bubble, (p - 1) / (m + p - 1), beside a measured one."""
+        micro_batches = self.run.train.gradient_accumulation_steps
+        known = "pipeline_bubble" in self.measured
+        return (
+            modelled_bubble(self.run.parallel.pipeline_parallel, micro_batches) if known else None
+        )
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One entry of a record, and how it is shown.
+
+    Attributes:
+        key: its key in metrics.jsonl.
+        value: computes it; None is unknown: null in metrics.jsonl, left out everywhere else.
+        console: its field of the line: a format over the record's keys, or a function of the
+            record; an empty field is left out.
+        place: where the field stands in the line; without one, at the end.
+        scalars: its names in W&B and TensorBoard; a mapping's entries are `<name>/<entry>`.
+        derived: name in W&B and TensorBoard -> a number made from the record of a step.
+        always: also known where no step of the interval did work.
+        optional: no key, rather than null, where it is unknown.
+    """
+
+    key: str
+    value: Callable[[Interval], Any]
+    console: str | Callable[[MetricsRecord], str] = ""
+    place: float = math.inf
+    scalars: tuple[str, ...] = ()
+    derived: Mapping[str, Callable[[MetricsRecord], float]] = field(default_factory=dict)
+    always: bool = False
+    optional: bool = False
+
+    def text(self, record: MetricsRecord) -> str:
+        """Its field of the record's line; empty where it is unknown or not shown."""
+        if record.get(self.key) is None:
+            return ""
+        if callable(self.console):
+            return self.console(record)
+        return self.console.format_map(record)
+
+    def numbers(self, record: MetricsRecord) -> dict[str, float]:
+        """Its numbers in W&B and TensorBoard by name; none where it is unknown."""
+        value = record.get(self.key)
+        if value is None:
+            return {}
+        if isinstance(value, Mapping):
+            return {f"{name}/{entry}": n for name in self.scalars for entry, n in value.items()}
+        derived = self.derived if record["event"] == "step" else {}
+        numbers = {name: derive(record) for name, derive in derived.items()}
+        return {name: value for name in self.scalars} | numbers
+
+
+# fmt: off
+METRICS: list[Metric] = [
+    Metric("event", lambda i: "step" if i.losses else "skip",
+           lambda r: "skipped" if r["event"] == "skip" else "", 4, always=True),
+    Metric("iteration", lambda i: i.state.iteration,
+           "iteration={iteration:8d}/{train_iters:8d}", 1, always=True),
+    Metric("train_iters", lambda i: i.run.train.train_iters, always=True),
+    Metric("time", lambda i: i.ended, always=True),
+    Metric("consumed_samples", lambda i: i.state.consumed_samples,
+           "consumed_samples={consumed_samples:12d}", 2,
+           ("training/consumed_samples",), always=True),
+    Metric("consumed_tokens", lambda i: i.state.consumed_tokens,
+           "consumed_tokens={consumed_tokens:12d}", 3,
+           ("optimizer/consumed_train_tokens", "training/consumed_tokens"),
+           {"lm-loss-training/consumed_train_tokens": lambda r: r["consumed_tokens"]}, always=True),
+    Metric("learning_rate", lambda i: i.learning_rate,
+           "learning_rate={learning_rate:.6g}", 6,
+           ("learning-rate/learning-rate", "optimizer/learning_rate"), always=True),
+    Metric("global_batch_size", lambda i: i.run.train.global_batch_size,
+           "global_batch_size={global_batch_size}", 7, always=True),
+    Metric("seq_length", lambda i: i.run.model.seq_length,
+           "actual_seqlen={seq_length:5d}", 11, always=True),
+    Metric("world_size", lambda i: i.run.parallel.world_size, always=True),
+    Metric("data_parallel", lambda i: i.run.data_parallel, always=True),
+    Metric("skipped_iterations", lambda i: i.skipped,
+           "number_of_skipped_iterations={skipped_iterations:3d}", 12,
+           ("training/skiped_iterations",), always=True),  # spelled as on existing dashboards
+    Metric("nan_iterations", lambda i: sum(not math.isfinite(loss) for loss in i.losses),
+           "number_of_nan_iterations={nan_iterations:3d}", 13,
+           derived={"training/nan_iterations": lambda r: r["nan_iterations"]}, always=True),
+    Metric("steps", lambda i: len(i.losses)),
+    Metric("loss", lambda i: sum(i.losses) / len(i.losses),
+           "lm loss={loss:.6f}", 8, ("lm-loss-training/lm loss", "loss/lm loss")),
+    Metric("grad_norm", lambda i: i.grad_norm,
+           "grad_norm={grad_norm:.3f}", 10, ("training/grad-norm", "loss/grad_norm")),
+    Metric("loss_scale", lambda i: i.loss_scale,
+           "loss_scale={loss_scale:.1f}", 9, ("loss/loss_scale",)),
+    Metric("elapsed_s", lambda i: i.step_seconds,
+           lambda r: f"elapsed_time_per_iteration_ms={r['elapsed_s'] * 1000:.1f}", 5,
+           ("training/iteration_time", "throughput/iteration-time"),
+           {"throughput/elapsed_ms_per_iteration": lambda r: r["elapsed_s"] * 1000,
+            "training/iteration_time_vs_tokens": lambda r: r["elapsed_s"] / r["consumed_tokens"],
+            "training/iteration_time_vs_samples":
+                lambda r: r["elapsed_s"] / r["consumed_samples"]}),
+    Metric("samples_per_s", lambda i: i.run.train.global_batch_size / i.step_seconds,
+           "samples_per_second={samples_per_s:.3f}", 15, ("throughput/samples_per_sec",),
+           {"throughput/samples_per_sec_per_replica":
+                lambda r: r["samples_per_s"] / r["data_parallel"]}),
+    Metric("tokens_per_s", lambda i: i.tokens_per_s, scalars=("throughput/tokens_per_sec",),
+           derived={"throughput/tokens_per_sec_per_replica":
+                lambda r: r["tokens_per_s"] / r["data_parallel"]}),
+    # A device does its part of one replica's work only: per replica it is the same figure.
+    Metric("tokens_per_gpu_per_s", lambda i: i.tokens_per_gpu_per_s,
+           "tokens_per_gpu_per_second_tgs={tokens_per_gpu_per_s:.3f}", 16,
+           ("throughput/tokens_per_gpu_per_sec", "throughput/tokens_per_gpu_per_sec_per_replica")),
+    Metric("tflops_lm", lambda i: i.tflops("lm"),
+           "[LM]TFLOPs={tflops_lm:.2f}", 17, ("throughput/tflops-lm",),
+           {"throughput/tflops-new": lambda r: r["tflops_lm"] * r["world_size"]}),  # all devices
+    Metric("tflops_ds", lambda i: i.tflops("ds"),
+           "[DS]TFLOPs={tflops_ds:.2f}", 18, ("throughput/tflops",)),
+    Metric("tflops_causal", lambda i: i.tflops("causal"), scalars=("throughput/tflops-causal",)),
+    Metric("mfu", lambda i: i.mfu, scalars=("throughput/mfu",)),
+    Metric("memory_max_gib", lambda i: i.device.memory_max_gib(), scalars=("memory/max_gib",)),
+    Metric("pipeline_bubble", lambda i: i.measured.get("pipeline_bubble"),
+           "pipeline_bubble={pipeline_bubble:.4f}", 19,
+           ("throughput/pipeline_bubble",), optional=True),
+    Metric("pipeline_bubble_model", lambda i: i.modelled_bubble,
+           scalars=("throughput/pipeline_bubble_model",), optional=True),
+    Metric("corpus_loss", lambda i: i.corpus_loss,
+           lambda r: SEPARATOR.join(
+               f"lm loss of {corpus}={loss:.6f}" for corpus, loss in r["corpus_loss"].items()
+           ), 14, ("corpus-loss",), always=True, optional=True),
+]
+# fmt: on
+"""In the order of metrics.jsonl. Names, order and widths of the line, and names on dashboards, are
+Megatron-DeepSpeed's with true units: seconds unless the name says ms, TFLOPS per device."""

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron.config.atomic import write_atomically
 from megatron.config.errors import ConfigError, DataError
+
+MetricsRecord = dict[str, Any]
+"""One line of the file: what a step, an evaluation or a save is to those who read about it."""
 
 MARK = "non_finite"
 
@@ -28,7 +31,7 @@ def encode(record: Mapping[str, Any]) -> str:
     return json.dumps(_mark(record), allow_nan=False)
 
 
-def decode(line: str) -> dict[str, Any]:
+def decode(line: str) -> MetricsRecord:
     """The record that `encode` wrote, marked numbers restored.
 
     Raises:
@@ -40,8 +43,8 @@ def decode(line: str) -> dict[str, Any]:
     return _unmark(record)
 
 
-def metrics_file(run: Path) -> Path:
-    """The file of a run given by its folder or by the file itself.
+def locate(run: Path) -> Path:
+    """The metrics.jsonl of a run given by its folder or by the file itself.
 
     Raises:
         ConfigError: there is none.
@@ -52,7 +55,7 @@ def metrics_file(run: Path) -> Path:
     return path
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read(path: Path) -> list[MetricsRecord]:
     """All records of a file; a last line without newline is still being written and left out.
 
     Raises:
@@ -72,7 +75,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def truncate_after(path: Path, iteration: int) -> int:
-    """Drops what a resumed run will do again: records after `iteration`, and lines a crash tore.
+    """Drop what a resumed run will do again: records after `iteration`, and lines a crash tore.
 
     The file is replaced in one step, so a crash in here loses nothing; a missing file is left
     missing.
@@ -84,16 +87,10 @@ def truncate_after(path: Path, iteration: int) -> int:
         return 0
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     kept = list(_until(lines, iteration))
-    text = "".join(f"{line}\n" for line in kept)
     dropped = sum(1 for line in lines if line) - len(kept)
     unfinished = lines[-1] != ""  # the next record would be glued to a line without its newline
     if dropped or unfinished:
-        new = path.with_name(f"{path.name}.new")
-        with new.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(path)
+        write_atomically(path, "".join(f"{line}\n" for line in kept))
     return dropped
 
 

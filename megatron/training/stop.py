@@ -41,9 +41,9 @@ class StopRequest:
             raise KeyboardInterrupt
         self._signal = self._signal or number
 
-    def agreed(self) -> int:
+    def all_reduced_signal(self) -> int:
         """The signal that any rank has had, 0 for none; a collective of one number."""
         flag = torch.tensor(self._signal, dtype=torch.int32, device=self._device)
-        if dist.get_world_size() > 1:
+        if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return int(flag)

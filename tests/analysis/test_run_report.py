@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron.analysis.run_report import report, write_report
-from megatron.training import metrics_file as records
+from megatron.training import metrics_file
 from tests.training import records_factory as make
 from tests.training.run_config import tiny_run
 
@@ -45,7 +45,7 @@ def test_the_report_tells_what_happened(tmp_path: Path) -> None:
         "The loss was not finite in 2 steps.",
         "Stopped at step 21: signal SIGTERM.",
         "| tokens/s | 64.0 |",
-        "| tokens/s a device | 32.0 on 2 |",
+        "| tokens/s per device | 32.0 on 2 |",
         "| MFU, last line | peak unknown |",
         "| step, 10% / median / 90% | 0.500 / 0.500 / 0.500 s |",
         "| TP | 1 |",
@@ -68,7 +68,7 @@ def test_a_run_without_work_has_a_report(tmp_path: Path) -> None:
 
 def test_it_is_written_beside_the_run_with_a_plot(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(json.dumps(run_json(tmp_path)))
-    lines = [records.encode(r) for r in [*RECORDS, make.step(22, math.nan)]]
+    lines = [metrics_file.encode(r) for r in [*RECORDS, make.step(22, math.nan)]]
     (tmp_path / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
     for _ in range(2):  # a second start writes over it
         path = write_report(tmp_path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron.analysis.summary import flatten, throughput, worked
+from megatron.analysis.summary import flatten, throughput, training_steps
 from tests.training import records_factory as make
 
 
@@ -43,7 +43,7 @@ def test_a_run_without_work_has_no_rate() -> None:
 
 
 def test_a_step_done_twice_counts_once() -> None:
-    found = worked([make.step(2, 9.0), make.step(1), make.step(2, 1.0)])
+    found = training_steps([make.step(2, 9.0), make.step(1), make.step(2, 1.0)])
     assert [(r["iteration"], r["loss"]) for r in found] == [(1, 2.0), (2, 1.0)]
 
 

@@ -33,14 +33,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from a check
 import numpy as np
 
 from megatron.data.data_list import DataSource, ListStage
-from megatron.data.dataset import Dataset, build_datasets
+from megatron.data.dataset import Dataset
 from megatron.data.indexed import IndexedDataset, IndexedWriter, token_dtype, write_index
 from megatron.data.loader import Loader, StepPlan
 from megatron.data.megatron_order.datasets import build_megatron_datasets
 from megatron.data.megatron_order.settings import OrderSettings
 from megatron.data.prepare.builtin import code_documents, prose_documents
 from megatron.data.prepare.tokenizer import build_tokenizer
-from megatron.data.stages import build_stages
+from megatron.data.splits import build_datasets, build_stages
 
 ROOT = Path(__file__).resolve().parents[2]
 END = "<|endoftext|>"

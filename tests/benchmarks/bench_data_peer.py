@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 
-class Tokenizer:
+class NoTokenizer:
     """What the index needs of one: nothing."""
 
     eod, pad, vocab_size = 0, 0, 60_000
@@ -42,7 +42,7 @@ def main(core: str, list_of_prefixes: str, samples: str, seq_length: str, cache:
         reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=False,
-        tokenizer=Tokenizer(),
+        tokenizer=NoTokenizer(),
         num_dataset_builder_threads=2,
     )
     builder = BlendedMegatronDatasetBuilder(GPTDataset, [int(samples), 0, 0], lambda: True, config)

@@ -105,8 +105,8 @@ def measure(world: int, layout: str, rank: int, zero_stage: str) -> dict:
     from megatron.config.resolve import Site, resolve
     from megatron.engine import start_distributed
     from megatron.parallel.groups import make_groups
-    from megatron.training.build import build_engine
     from megatron.training.device import detect
+    from pretrain_gpt_alcf import build_engine
 
     tp, pp = layout.split("x")
     variables = {"WORLD_SIZE": str(world), "TP": tp, "PP": pp, "ZERO_STAGE": zero_stage}

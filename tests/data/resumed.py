@@ -6,8 +6,7 @@ import threading
 from collections.abc import Mapping
 
 from megatron.config.errors import DataError
-from megatron.data.dataset import Sample
-from megatron.data.stages import StagedDataset
+from megatron.data.dataset import Sample, StagedDataset
 from tests.e2e.recorded import train_recorded
 
 Place = tuple[str, int, int]  # file name, epoch, sample of the file

@@ -9,9 +9,8 @@ from megatron.checkpoint.state import RunState
 from megatron.config.errors import DataError
 from megatron.data.data_list import ListStage
 from megatron.data.data_record import data_record, differences, drawn_before, stateless_order
-from megatron.data.dataset import build_datasets
 from megatron.data.indexed_header import read_header
-from megatron.data.stages import Origin
+from megatron.data.splits import Origin, build_datasets
 from megatron.training.data import continue_data
 from tests.data.pairs import write_list
 

@@ -1,5 +1,6 @@
 """The cache of Megatron's order: what its files depend on, and what becomes of damaged ones."""
 
+import errno
 import fcntl
 import json
 import multiprocessing
@@ -11,16 +12,12 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from megatron.config.errors import DataError
+from megatron.data.file_lock import locked
 from megatron.data.megatron_order import build_once
-from megatron.data.megatron_order.array_file import (
-    Damaged,
-    NewArray,
-    map_arrays,
-    read_header,
-    write_arrays,
-)
+from megatron.data.megatron_order.array_file import Damaged, NewArray, read_arrays, write_arrays
 from tests.data.megatron_cases import build, write_pair
 
 WHOLE = 1 << 40
@@ -41,7 +38,7 @@ def tokens(splits):
 
 
 def names(folder):
-    return {path.name for path in folder.glob("*.order")}
+    return {path.name for path in folder.glob("*.safetensors")}
 
 
 def test_a_second_start_builds_nothing_and_gives_the_same(tmp_path, lines):
@@ -77,9 +74,11 @@ def damage(path, content, deed):
     if deed == "header":
         changed[content.index(b"}", content.index(b'"facts"')) - 1] ^= 1  # a digit of a number
     if deed == "array":
-        (length,) = struct.unpack("<I", content[8:12])
-        for array in json.loads(content[16 : 16 + length])["arrays"].values():
-            changed[array["offset"]] ^= 1
+        (length,) = struct.unpack("<Q", content[:8])
+        header = json.loads(content[8 : 8 + length])
+        del header["__metadata__"]
+        for array in header.values():
+            changed[8 + length + array["data_offsets"][0]] ^= 1
     keep = {"cut": -1, "empty": -len(content)}.get(deed)
     path.write_bytes(bytes(changed[:keep]) + (b"\0" if deed == "lengthen" else b""))
 
@@ -152,11 +151,12 @@ def test_another_key_is_not_taken(tmp_path):
     with open(path, "wb") as file:
         new = NewArray(np.dtype("<i4"), (3,), [np.arange(2), np.arange(2, 3)])
         write_arrays(file, "one", {"n": 3}, {"numbers": new})
-    found = map_arrays(path, read_header(path, "one", WHOLE))
+    found = read_arrays(path, "one", WHOLE)
+    assert safetensors.numpy.load_file(path)["numbers"].tolist() == [0, 1, 2]
     assert found.facts == {"n": 3} and found.arrays["numbers"].tolist() == [0, 1, 2]
     assert not found.arrays["numbers"].flags.writeable
     with pytest.raises(Damaged, match="something else"):
-        read_header(path, "two", WHOLE)
+        read_arrays(path, "two", WHOLE)
 
 
 def test_leftovers_of_the_dead_are_removed_and_those_of_the_living_kept(tmp_path, lines):
@@ -175,9 +175,9 @@ def test_leftovers_of_the_dead_are_removed_and_those_of_the_living_kept(tmp_path
 def test_a_leftover_of_a_living_process_is_kept(tmp_path, lines):
     cache = tmp_path / "cache"
     build(cache, lines)
-    leftover = cache / f".other.order.{platform.node()}-1-xyz.partial"
+    leftover = cache / f".other.safetensors.{platform.node()}-1-xyz.partial"
     leftover.write_bytes(b"half")
-    with holding(cache, "other.order"):
+    with holding(cache, "other.safetensors"):
         next(cache.glob("corpus-*")).unlink()
         build(cache, lines)
         assert leftover.exists()
@@ -191,7 +191,7 @@ def test_a_file_gets_its_name_when_it_is_complete(tmp_path, lines, monkeypatch):
     flush, cache = os.fsync, tmp_path / "cache"
 
     def named():
-        return {path.stat().st_ino for path in cache.glob("*.order")}
+        return {path.stat().st_ino for path in cache.glob("*.safetensors")}
 
     def watch(descriptor):
         early.update(named() & {os.fstat(descriptor).st_ino})
@@ -204,19 +204,29 @@ def test_a_file_gets_its_name_when_it_is_complete(tmp_path, lines, monkeypatch):
     assert not early
 
 
-def test_without_locks_the_files_are_built_all_the_same(tmp_path, lines, monkeypatch):
+def test_a_cache_of_an_earlier_version_is_rebuilt_and_named(tmp_path, lines):
+    cache, said = tmp_path / "cache", []
+    cache.mkdir()
+    (cache / ".locks").write_bytes(b"")
+    (cache / "file-0123.order").write_bytes(b"MGORDER\x01")
+    build(cache, lines, said.append)
+    assert any("1 *.order files of an earlier version" in line for line in said)
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_without_locks_the_files_are_built_all_the_same(tmp_path, lines, monkeypatch, code):
     good = tokens(build(tmp_path / "other", lines))
 
     def refuse(*arguments):
-        raise OSError(build_once.errno.ENOLCK, "no locks")
+        raise OSError(code, "no locks")
 
-    monkeypatch.setattr(fcntl, "lockf", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
     assert tokens(build(tmp_path / "cache", lines)) == good
 
 
 def hold(folder, name, ready, seconds):
-    with build_once._Locks(folder) as locks, locks.attempt(name) as mine:
-        assert mine
+    with locked(build_once.lock_path(folder / name), wait=False) as held:
+        assert held
         ready.set()
         time.sleep(seconds)
         os._exit(9)  # dies with the lock
@@ -242,7 +252,7 @@ def test_a_lock_is_waited_for_and_vanishes_with_its_holder(tmp_path, lines, monk
     good = tokens(build(cache, lines))
     victim = sorted(cache.glob("blend-*"))[0]
     victim.unlink()
-    monkeypatch.setattr(build_once, "_SAY_AFTER_S", 0.2)
+    monkeypatch.setattr(build_once, "_LOG_AFTER_S", 0.2)
     said = []
     with holding(cache, victim.name, seconds=1.0):
         assert tokens(build(cache, lines, said.append)) == good

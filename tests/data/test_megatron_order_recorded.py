@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron.data.megatron_order.build_once import opened
 from megatron.data.megatron_order.mixing import corpus_weights
 from megatron.data.megatron_order.requests import samples_wanted
 from megatron.data.megatron_order.split import split_text
@@ -58,11 +57,11 @@ def check_split(dataset, inputs, recorded):
     sizes = [corpus.size for corpus in plan.corpora]
     assert sizes == recorded["corpus_sizes"]
     for corpus, sums in zip(dataset.corpora, recorded["corpus_order_crc32"], strict=True):
-        arrays = corpus.order.arrays
+        arrays = corpus.order
         assert [crc(arrays["sources"]), crc(arrays["numbers"])] == sums
     weights = corpus_weights(sizes, plan.train_total)
     assert [weight.hex() for weight in weights.tolist()] == recorded["weights_hex"]
-    sources, numbers = dataset.blend.arrays["sources"], dataset.blend.arrays["numbers"]
+    sources, numbers = dataset.blend["sources"], dataset.blend["numbers"]
     assert sources[:200].tolist() == recorded["dataset_index"]
     assert numbers[:200].tolist() == recorded["dataset_sample_index"]
     assert crc(sources) == recorded["dataset_index_crc32"]
@@ -87,7 +86,7 @@ def check_files(dataset, inputs, recorded):
     lines = list(in_list_order(dataset, inputs))
     plans = [corpus.files[place] for corpus, place in lines]
     assert [plan.request for plan in plans] == recorded["requests"]
-    indices = [opened(corpus.indices[place], print) for corpus, place in lines]
+    indices = [corpus.indices[place].open(print) for corpus, place in lines]
     assert [index.facts["epochs"] for index in indices] == recorded["epochs"]
     assert [index.facts["samples"] for index in indices] == recorded["file_samples"]
     names = {"doc_idx": "documents", "sample_idx": "samples", "shuffle_idx": "shuffle"}

@@ -6,7 +6,6 @@ from functools import cache
 import pytest
 
 from megatron.data.indexed import IndexedDataset
-from megatron.data.megatron_order.build_once import opened
 from tests.data.megatron_cases import build, recorded_data, write_pair
 from tests.data.slow_order import slow_order
 
@@ -125,7 +124,7 @@ def test_the_cases_are_what_they_are_called(folder, tmp_path, monkeypatch):
     def facts(name):
         lines, changes = CASES[name]
         index = build(tmp_path, lines, **changes).train.corpora[0].indices[0]
-        found = opened(index, print)
+        found = index.open(print)
         return found.facts["epochs"], found.arrays["shuffle"]
 
     assert facts("one epoch")[0] == 1
@@ -143,6 +142,6 @@ def test_the_pieces_of_a_sample_are_its_tokens(folder, tmp_path, monkeypatch):
     for k in range(0, len(train), 3):
         file, reader, number = train.find(k)
         tokens = []
-        for document, offset, length in reader.pieces(number):
+        for document, offset, length in reader.parts(number):
             tokens += read(file.prefix)[document][offset : offset + length]
         assert tokens == train.sample(k).tokens.tolist()

@@ -9,9 +9,7 @@ from hypothesis import strategies as st
 
 from megatron.data.blend import GOLDEN_RATIO, Blend
 from megatron.data.data_list import DataSource, ListStage
-from megatron.data.dataset import build_datasets
-from megatron.data.samples import num_samples
-from megatron.data.stages import Origin, build_stages
+from megatron.data.splits import Origin, build_datasets, build_stages, num_samples
 from megatron.data.survey import survey_stages
 from tests.data.pairs import write_list
 

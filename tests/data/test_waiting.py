@@ -4,8 +4,8 @@ import time
 
 import numpy as np
 
-from megatron.data.dataset import build_datasets
 from megatron.data.loader import Loader, StepPlan
+from megatron.data.splits import build_datasets
 from tests.data.pairs import write_list
 
 SEQ = 8192

@@ -14,6 +14,7 @@ from megatron.config.resolve import Site, resolve
 from megatron.data.dataset import Dataset
 from megatron.data.indexed import IndexedWriter
 from megatron.engine import Engine
+from megatron.engine.zero import ZeroEngine
 from megatron.launch.ranks import Ranks
 from megatron.launch.run_folder import write_run
 from pretrain_gpt_alcf import pretrain
@@ -61,7 +62,7 @@ def write_data(folder: Path, files: int = 2, tokens: int = 4000) -> Path:
 def train_recorded(variables: Mapping[str, str]) -> Recording:
     """Trains on every rank; what the tests run."""
     recording = Recording()
-    sample, train_batch = Dataset.sample, Engine.train_batch
+    sample, train_batch = Dataset.sample, ZeroEngine.train_batch
 
     def noted_sample(self: Dataset, k: int):
         recording.read.add(k)
@@ -73,7 +74,7 @@ def train_recorded(variables: Mapping[str, str]) -> Recording:
         recording.fed.append(zlib.crc32(text))
         return train_batch(self, batches)
 
-    Dataset.sample, Engine.train_batch = noted_sample, noted_train_batch
+    Dataset.sample, ZeroEngine.train_batch = noted_sample, noted_train_batch
     resolved = resolve({**VARIABLES, **variables}, [], Site())
     rank, world = dist.get_rank(), dist.get_world_size()
     if rank == 0:

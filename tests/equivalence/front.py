@@ -1,22 +1,31 @@
-"""A run made from variables, as a user does: for tests of what is built from a RunConfig."""
+"""A tiny run made from variables, as a user does, and trained on every rank of a layout.
+
+What is built is what ships: the configuration, DeepSpeed's dictionary and the engine. Every layout
+sees the same samples and starts from the same weights, so its losses and gradient norms can be
+compared with those of one process. SGD shows a wrong gradient scale that Adam would hide; the clip
+binds at every step, so a wrong norm changes the losses too.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron.checkpoint.state import RunState
+from megatron.config import deepspeed as deepspeed_file
 from megatron.config.resolve import Site, resolve
 from megatron.config.schema import RunConfig
 from megatron.engine import Engine, start_distributed
 from megatron.parallel.groups import Groups, make_groups
-from megatron.training import checkpointing
-from megatron.training.build import build_engine
 from megatron.training.device import detect
 from megatron.training.optimizers.schedule_free import evaluation_weights
+from megatron.training.resume import resume
+from megatron.training.trainer import manifest_of, save_checkpoint
+from pretrain_gpt_alcf import build_engine
 
 VARIABLES = {
     "NLAYERS": "4",
@@ -25,7 +34,7 @@ VARIABLES = {
     "NUM_KV_HEAD": "4",
     "FFN_HIDDEN_SIZE": "96",
     "SEQ": "32",
-    "VOCAB_SIZE": "200",
+    "VOCAB_SIZE": "200",  # not a multiple of 128: the padding is at work, and differs with TP
     "TOKENIZER_TYPE": "NullTokenizer",
     "DRY_RUN": "1",  # no data is read: the samples come from below
     "GLOBAL_BATCH": "8",
@@ -35,6 +44,14 @@ VARIABLES = {
     "LR": "0.1",
     "CLIP_GRAD": "0.3",
 }
+NOTHING_STAYS_WHOLE = {
+    "stage3_param_persistence_threshold": 0,
+    "stage3_max_live_parameters": 0,
+    "stage3_max_reuse_distance": 0,
+}
+"""ZeRO-3 keeps whole what is small or soon used again: in a tiny model, else, everything."""
+
+Curve = list[tuple[float, float]]  # (loss, gradient norm) of each step
 
 
 def run_config(variables: Mapping[str, str]) -> RunConfig:
@@ -47,11 +64,28 @@ def world(variables: Mapping[str, str]) -> int:
     return run_config(variables).parallel.world_size
 
 
-def build(run: RunConfig) -> Engine:
-    """The engine of this rank."""
+def build(run: RunConfig, large: bool = False) -> Engine:
+    """The engine of this rank.
+
+    Args:
+        run: the configuration.
+        large: ZeRO-3 is at work as it is in a large model.
+    """
+    if large and run.parallel.zero_stage == 3:
+        _shard_everything()
     rank = dist.get_rank()
     start_distributed("gloo", rank, dist.get_world_size(), rank, "", 60)
     return build_engine(run, make_groups(run.layout), detect(rank, run.train.dtype))
+
+
+def _shard_everything() -> None:
+    """Layers NOTHING_STAYS_WHOLE on the shipped configuration, in this process."""
+    shipped = deepspeed_file._zero
+
+    def zero(run: RunConfig) -> dict[str, Any]:
+        return shipped(run) | NOTHING_STAYS_WHOLE
+
+    deepspeed_file._zero = zero
 
 
 def samples(run: RunConfig, step: int) -> Tensor:
@@ -70,8 +104,8 @@ def micro_batches(run: RunConfig, groups: Groups, step: int) -> Iterator[tuple[T
         yield part[:, :-1], part[:, 1:]
 
 
-def steps(run: RunConfig, engine: Engine, first: int, last: int) -> list[tuple[float, float]]:
-    """(loss, gradient norm) of steps first .. last - 1 at the highest rate."""
+def steps(run: RunConfig, engine: Engine, first: int, last: int) -> Curve:
+    """Steps first .. last - 1 at the highest rate."""
     curve = []
     for step in range(first, last):
         engine.set_learning_rate(run.optimizer.learning_rate)
@@ -80,21 +114,35 @@ def steps(run: RunConfig, engine: Engine, first: int, last: int) -> list[tuple[f
     return curve
 
 
-def train_and_save(variables: Mapping[str, str], count: int) -> tuple[list, Tensor | None]:
+def train(variables: Mapping[str, str], count: int, large: bool = False) -> Curve:
+    """Trains `count` steps from the start."""
+    run = run_config(variables)
+    return steps(run, build(run, large), 0, count)
+
+
+def train_and_save(
+    variables: Mapping[str, str], count: int, large: bool = False
+) -> tuple[Curve, Tensor | None]:
     """Trains `count` steps and saves; returns the curve and the logits of a fixed input."""
     run = run_config(variables)
-    engine = build(run)
+    engine = build(run, large)
     curve = steps(run, engine, 0, count)
-    checkpointing.save(run, engine, RunState(iteration=count))
+    save(run, engine, count)
     with evaluation_weights(engine.optimizer, engine.refresh_weights):
         return curve, engine.logits(probe(run))
 
 
-def resume_and_train(variables: Mapping[str, str], count: int) -> list[tuple[float, float]]:
+def save(run: RunConfig, engine: Engine, count: int) -> None:
+    """Commits a checkpoint after `count` steps."""
+    state = RunState(iteration=count)
+    save_checkpoint(run.checkpoint_folder, engine, state, manifest_of(run))
+
+
+def resume_and_train(variables: Mapping[str, str], count: int, large: bool = False) -> Curve:
     """Takes back the newest checkpoint and trains `count` steps."""
     run = run_config(variables)
-    engine = build(run)
-    state = checkpointing.resume(run, engine)
+    engine = build(run, large)
+    state = resume(run, engine)
     return steps(run, engine, state.iteration, state.iteration + count)
 
 

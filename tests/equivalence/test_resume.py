@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.equivalence.resume import resume_and_train, train_and_save
-from tests.equivalence.training import Case, train
-from tests.spawn import run
+from tests.equivalence.case import Case, curves, resumed, saved
 
 K = 3
 
@@ -28,10 +26,9 @@ SAME = [
 
 @pytest.mark.parametrize("case", SAME, ids=str)
 def test_same_layout_bit_for_bit(case: Case, tmp_path: Path) -> None:
-    whole = run(train, case.world, replace(case, steps=2 * K))[0]
-    first = run(train_and_save, case.world, case, K, str(tmp_path))[0]
-    second = run(resume_and_train, case.world, case, str(tmp_path), K)[0]
-    assert first + second == whole
+    whole = curves(replace(case, steps=2 * K))[0]
+    first = saved(case, K, tmp_path)
+    assert first + resumed(case, K, tmp_path)[0] == whole
 
 
 OTHER = [
@@ -49,9 +46,9 @@ def test_other_layout(before: dict, after: dict, tied: bool, tmp_path: Path) -> 
     written, read = (
         Case(**layout, tied=tied, gas=2, optimizer="adamw") for layout in (before, after)
     )
-    whole = run(train, 1, Case(tied=tied, gas=2, optimizer="adamw", steps=2 * K))[0]
-    run(train_and_save, written.world, written, K, str(tmp_path))
-    for curve in run(resume_and_train, read.world, read, str(tmp_path), K):
+    whole = curves(Case(tied=tied, gas=2, optimizer="adamw", steps=2 * K))[0]
+    saved(written, K, tmp_path)
+    for curve in resumed(read, K, tmp_path):
         for (a, b), (c, d) in zip(whole[K:], curve, strict=True):
             assert a == pytest.approx(c, abs=1e-5)
             assert b == pytest.approx(d, abs=1e-5)

@@ -12,9 +12,8 @@ import torch
 
 from megatron.training.generate import generate
 from tests.equivalence import front
-from tests.equivalence.resume import resume_and_train, train_and_save
+from tests.equivalence.case import Case, curves, resumed, saved
 from tests.equivalence.test_layouts import check
-from tests.equivalence.training import Case, train
 from tests.spawn import run
 
 ULYSSES: list[dict[str, Any]] = [
@@ -114,9 +113,9 @@ def test_a_checkpoint_knows_of_neither(
     before: dict[str, Any], after: dict[str, Any], tmp_path: Path
 ) -> None:
     written, read = (Case(**layout, gas=2, optimizer="adamw") for layout in (before, after))
-    whole = run(train, 1, Case(gas=2, optimizer="adamw", steps=2 * K))[0]
-    run(train_and_save, written.world, written, K, str(tmp_path))
-    for curve in run(resume_and_train, read.world, read, str(tmp_path), K):
+    whole = curves(Case(gas=2, optimizer="adamw", steps=2 * K))[0]
+    saved(written, K, tmp_path)
+    for curve in resumed(read, K, tmp_path):
         for (a, b), (c, d) in zip(whole[K:], curve, strict=True):
             assert a == pytest.approx(c, abs=1e-5)
             assert b == pytest.approx(d, abs=1e-5)
@@ -163,11 +162,6 @@ def test_evaluation_and_generation(variables: dict[str, str]) -> None:
     torch.testing.assert_close(logits, want_logits[..., :200], rtol=0, atol=1e-5)
 
 
-def curve(variables: Mapping[str, str]) -> list[tuple[float, float]]:
-    config = front.run_config(variables)
-    return front.steps(config, front.build(config), 0, 4)
-
-
 @pytest.mark.long
 @pytest.mark.parametrize(
     "variables",
@@ -180,7 +174,7 @@ def curve(variables: Mapping[str, str]) -> list[tuple[float, float]]:
     ids=str,
 )
 def test_with_other_ways_to_cut(variables: dict[str, str]) -> None:
-    (want,) = run(curve, 1, {})
-    for got in run(curve, front.world(variables), variables):
+    (want,) = run(front.train, 1, {}, 4)
+    for got in run(front.train, front.world(variables), variables, 4):
         for pair, wanted in zip(got, want, strict=True):
             assert pair == pytest.approx(wanted, abs=1e-5)

@@ -14,11 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.config.deepspeed import deepspeed_config
-from megatron.config.schema import RunConfig
-from megatron.training import build as build_file
 from tests.equivalence import front
-from tests.equivalence.training import NOTHING_STAYS_WHOLE
 from tests.spawn import run
 
 LONG = pytest.mark.long
@@ -65,15 +61,8 @@ def sent_in_a_step(variables: Mapping[str, str]) -> dict[Sent, int]:
     for kind in WHOLE:  # before DeepSpeed starts, which keeps some of torch's functions
         counted(kind, sent)
 
-    def settings(config: RunConfig) -> dict[str, Any]:
-        given = deepspeed_config(config)
-        if config.parallel.zero_stage == 3:
-            given["zero_optimization"] |= NOTHING_STAYS_WHOLE
-        return given
-
-    build_file.deepspeed_config = settings
     config = front.run_config(variables)
-    engine = front.build(config)
+    engine = front.build(config, large=True)
     front.steps(config, engine, 0, 2)
     sent.clear()
     front.steps(config, engine, 2, 3)

@@ -6,23 +6,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
+import megatron.engine as engine_package
 from megatron.checkpoint import store
-from megatron.config.deepspeed import deepspeed_config
 from megatron.config.schema import RunConfig
 from megatron.engine import Engine
-from megatron.engine import engine as engine_file
 from megatron.parallel import layers
 from megatron.plan.memory import memory_per_rank
-from megatron.training import build as build_file
 from tests.equivalence import front
-from tests.equivalence.training import NOTHING_STAYS_WHOLE
 from tests.spawn import run
 
 COMMON = {"GLOBAL_BATCH": "16", "LR": "0.5", "CLIP_GRAD": "0.3", "NLAYERS": "2"}
@@ -52,25 +48,15 @@ QUICK = [("hpz", "1", 4), ("mics", "0", 1), ("mics", "1", 4), ("offload1", "0", 
 QUICK += [("offload3", "1", 1), ("hpz-of-all", "0", 1)]
 
 
-def as_a_large_model(config: RunConfig) -> dict[str, Any]:
-    """The run's configuration of DeepSpeed, with ZeRO-3 at work in a tiny model too."""
-    settings = deepspeed_config(config)
-    if config.parallel.zero_stage == 3:
-        settings["zero_optimization"] |= NOTHING_STAYS_WHOLE
-    return settings
-
-
 def build(variables: dict[str, str]) -> tuple[RunConfig, Engine]:
     """The run and its engine, on a rank."""
-    build_file.deepspeed_config = as_a_large_model
     config = front.run_config(variables)
-    return config, front.build(config)
+    return config, front.build(config, large=True)
 
 
 def train(variables: dict[str, str]) -> list[tuple[float, float]]:
     """(loss, gradient norm) of each step; what the tests run on every rank."""
-    config, engine = build(variables)
-    return front.steps(config, engine, 0, STEPS)
+    return front.train(variables, STEPS, large=True)
 
 
 def settings(layout: str, tied: str, accumulation: int) -> dict[str, str]:
@@ -150,9 +136,10 @@ def neighbours(variables: dict[str, str]) -> list[tuple[int, ...]]:
     """Ranks of this one's MiCS shard and replica, or of its second partition."""
     _, engine = build(variables)
     if "MICS_SHARD_SIZE" in variables:
-        return [engine._shards.shard.ranks, engine._shards.replica.ranks]
-    group = next(engine.module.parameters()).ds_zero_param_process_group
-    return [tuple(dist.get_process_group_ranks(group))]
+        groups = [engine._zero.dp_process_group, engine._replica.group]
+    else:
+        groups = [next(engine.module.parameters()).ds_zero_param_process_group]
+    return [tuple(dist.get_process_group_ranks(group)) for group in groups]
 
 
 @pytest.mark.parametrize("layout", ["mics-tp2", "hpz-tp2"])
@@ -173,7 +160,7 @@ def test_neighbours_share_out(layout: str) -> None:
 
 def train_unpartitioned(variables: dict[str, str]) -> list[tuple[float, float]]:
     """As `train`, with the whole model on every rank before it is shared out."""
-    engine_file.partitioned_initialisation = lambda config, mpu: nullcontext()
+    engine_package.partitioned_initialisation = lambda config, mpu: nullcontext()
     return train(variables)
 
 
@@ -238,7 +225,7 @@ def test_no_rank_ever_holds_the_whole_model(world: int) -> None:
 
 def state_bytes(engine: Engine) -> dict[str, int]:
     """Bytes of fp32 weights and optimizer states, gradients, and weights that a rank keeps."""
-    zero = engine.zero_optimizer
+    zero = engine._zero
     stage3 = "ds_id" in vars(next(engine.module.parameters()))
     flats = [p for group in engine.optimizer.param_groups for p in group["params"]]
     if stage3:

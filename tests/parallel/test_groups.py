@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.config.layout import Layout
-from megatron.engine.own_groups import members_group
+from megatron.engine.patches import members_group
 from megatron.parallel.groups import SERIAL, Axis, make_groups
 from tests.spawn import RankError, run
 

@@ -6,8 +6,8 @@ import copy
 
 import pytest
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-
 from megatron.engine.partition_tables import fill_tables
+
 from tests.equivalence.training import Case, build
 from tests.spawn import run
 

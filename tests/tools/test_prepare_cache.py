@@ -53,7 +53,7 @@ def test_verify_finds_what_a_start_does_not_look_for(run, tmp_path):
     assert len(whole) > 1 << 18  # more than a start reads
     middle = len(whole) // 2
     path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
-    assert "built again" not in run("--workers", "1", TRAIN_ITERS="8000").stderr
+    assert "is rebuilt" not in run("--workers", "1", TRAIN_ITERS="8000").stderr
     done = run("--workers", "1", "--verify", TRAIN_ITERS="8000")
     assert done.returncode == 0 and f"{path.name} (the train index" in done.stderr
     assert path.read_bytes() == whole

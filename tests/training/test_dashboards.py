@@ -9,9 +9,9 @@ from typing import Any, NoReturn
 
 import pytest
 
-from megatron.config.schema import LogConfig, RunConfig
+from megatron.config.schema import RunConfig
 from megatron.training import dashboards
-from megatron.training.scalars import scalars
+from megatron.training.events import scalars
 from tests.training import records_factory as make
 from tests.training.run_config import tiny_run
 
@@ -43,15 +43,16 @@ def read_tensorboard(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def test_tensorboard_holds_every_number(tmp_path: Path) -> None:
-    tracker = dashboards.start_tensorboard(LogConfig(), tmp_path, 10**9, 0)
+    run = tiny_run(tmp_path)
+    tracker = dashboards.start_tensorboard(run, 0)
     assert tracker is not None
     for record in RECORDS:
         tracker.log(record)
     tracker.close()
-    found = read_tensorboard(tmp_path)
+    found = read_tensorboard(tmp_path / "tensorboard")
     expected: dict[str, list[tuple[int, float]]] = {}
     for record in RECORDS:
-        for name, value in scalars(record, 10**9).items():
+        for name, value in scalars(record, run.parameters).items():
             expected.setdefault(name, []).append((record["iteration"], value))
     # TensorBoard replaces blanks in names.
     assert {name.replace(" ", "_") for name in expected} == {n.replace(" ", "_") for n in found}
@@ -64,19 +65,18 @@ def test_tensorboard_holds_every_number(tmp_path: Path) -> None:
 
 def test_a_resumed_tensorboard_forgets_what_is_done_again(tmp_path: Path) -> None:
     for start, losses in ((0, {1: 3.0, 2: 9.0, 3: 9.0}), (1, {2: 2.0})):
-        tracker = dashboards.start_tensorboard(LogConfig(), tmp_path, 1, start)
+        tracker = dashboards.start_tensorboard(tiny_run(tmp_path), start)
         assert tracker is not None
         for iteration, loss in losses.items():
             tracker.log(make.step(iteration, loss))
         tracker.close()
-    found = read_tensorboard(tmp_path)
+    found = read_tensorboard(tmp_path / "tensorboard")
     assert next(v for k, v in found.items() if k.startswith("loss/lm")) == [(1, 3.0), (2, 2.0)]
 
 
 def test_no_tensorboard(tmp_path: Path) -> None:
-    options = LogConfig(no_tensorboard=True)
-    assert dashboards.start_tensorboard(options, tmp_path / "t", 1, 0) is None
-    assert not (tmp_path / "t").exists()
+    assert dashboards.start_tensorboard(tiny_run(tmp_path, no_tensorboard=True), 0) is None
+    assert not list(tmp_path.iterdir())
 
 
 def missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,9 +91,9 @@ def test_missing_packages_are_said_once_and_are_no_error(
 ) -> None:
     missing(monkeypatch)
     caplog.set_level(logging.INFO)
-    assert dashboards.start_tensorboard(LogConfig(), tmp_path, 1, 0) is None
-    assert dashboards.start_wandb(tiny_run(tmp_path), tmp_path, 1) is None
-    assert dashboards.start_wandb(tiny_run(tmp_path, wandb_mode="offline"), tmp_path, 1) is None
+    assert dashboards.start_tensorboard(tiny_run(tmp_path), 0) is None
+    assert dashboards.start_wandb(tiny_run(tmp_path), 0) is None
+    assert dashboards.start_wandb(tiny_run(tmp_path, wandb_mode="offline"), 0) is None
     levels = [level for level, _ in messages(caplog)]
     assert levels == [logging.INFO, logging.INFO, logging.WARNING]
     assert all("No module named" in text for _, text in messages(caplog))
@@ -105,7 +105,7 @@ def offline_runs(folder: Path) -> list[Path]:
 
 def wandb_run(folder: Path, records: list[dict[str, Any]]) -> RunConfig:
     run = tiny_run(folder, wandb_mode="offline")
-    tracker = dashboards.start_wandb(run, folder, 1_500_000_000)
+    tracker = dashboards.start_wandb(run, 0)
     assert tracker is not None
     for record in records:
         tracker.log(record)
@@ -122,12 +122,12 @@ def test_offline_wandb_is_read_back_and_resumes_under_its_id(tmp_path: Path) -> 
     run = wandb_run(tmp_path, [*RECORDS, nan])
     (path,) = offline_runs(tmp_path)
     rows = wandb_folder.history(path)
-    assert rows[:-1] == [pytest.approx(scalars(record, 1_500_000_000)) for record in RECORDS]
+    assert rows[:-1] == [pytest.approx(scalars(record, run.parameters)) for record in RECORDS]
     assert rows[-1]["throughput/tokens_per_sec"] == 64.0
     assert math.isnan(float(rows[-1]["loss/lm loss"]))
 
     config = wandb_folder.config(path)
-    assert config["num_params"] == 1_500_000_000
+    assert config["num_params"] == run.parameters
     assert config["machine"] == run.machine
     assert config["args"]["global_batch_size"] == run.train.global_batch_size
     assert config["env"]["MODEL_ARCH"] == run.model.model_arch
@@ -167,8 +167,8 @@ def test_without_a_key_wandb_is_off_and_said_once(
 ) -> None:
     pytest.importorskip("wandb")
     caplog.set_level(logging.INFO)
-    assert dashboards.start_wandb(tiny_run(tmp_path), tmp_path, 1) is None
-    assert dashboards.start_wandb(tiny_run(tmp_path, wandb_mode="online"), tmp_path, 1) is None
+    assert dashboards.start_wandb(tiny_run(tmp_path), 0) is None
+    assert dashboards.start_wandb(tiny_run(tmp_path, wandb_mode="online"), 0) is None
     (level, text), (asked_level, asked_text) = messages(caplog)
     assert (level, asked_level) == (logging.INFO, logging.WARNING)
     assert "no API key" in text
@@ -181,7 +181,7 @@ def test_disabled_is_silent(
     off: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    assert dashboards.start_wandb(tiny_run(tmp_path, **off), tmp_path, 1) is None
+    assert dashboards.start_wandb(tiny_run(tmp_path, **off), 0) is None
     assert not messages(caplog)
 
 
@@ -194,7 +194,7 @@ def test_a_client_that_cannot_start_is_one_warning(
             raise ConnectionError("no route")
 
     monkeypatch.setattr(dashboards.importlib, "import_module", lambda name: Unreachable)
-    assert dashboards.start_wandb(tiny_run(tmp_path), tmp_path, 1) is None
+    assert dashboards.start_wandb(tiny_run(tmp_path), 0) is None
     ((level, text),) = messages(caplog)
     assert level == logging.WARNING
     assert "ConnectionError: no route" in text

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 
-from megatron.training import loggers
-from megatron.training import metrics_file as records
-from megatron.training.progress import Progress
+from megatron.training import loggers, metrics_file
+from megatron.training.loggers import Progress
 from tests.training import records_factory as make
 
 
@@ -85,7 +84,7 @@ def test_each_record_is_on_disk_at_once(tmp_path: Path) -> None:
     again = loggers.JsonlTracker(path)
     again.log(make.step(3))
     again.close()
-    assert [r["iteration"] for r in records.read(path)] == [1, 2, 3]
+    assert [r["iteration"] for r in metrics_file.read(path)] == [1, 2, 3]
 
 
 def test_the_console_prints_lines_and_now_and_then_the_time_left(
@@ -109,7 +108,32 @@ def test_the_console_prints_lines_and_now_and_then_the_time_left(
     ]
 
 
-def test_the_null_tracker_takes_anything() -> None:
-    tracker = loggers.NullTracker()
+def test_without_trackers_anything_is_taken() -> None:
+    tracker = loggers.Trackers()
     tracker.log({"event": "nap"})
     tracker.close()
+
+
+def test_the_rest_is_estimated_from_the_steps_after_the_first() -> None:
+    now = [1000.0]
+    progress = Progress(every=30.0, clock=lambda: now[0])
+    assert progress.line(11, 100) is None
+    lines = {}
+    for iteration in range(12, 101):
+        now[0] += 10.0
+        lines[iteration] = progress.line(iteration, 100)
+    said = {iteration: text for iteration, text in lines.items() if text is not None}
+    assert list(said)[:3] == [14, 17, 20]
+    assert said[14] == "progress=14.0% | steps_left=86 | time_left=0:14:20"
+    assert 100 not in said
+
+
+def test_long_rests_are_shown_in_days() -> None:
+    now = [0.0]
+    progress = Progress(clock=lambda: now[0])
+    progress.line(1, 10**6)
+    now[0] = 60.0
+    assert (
+        progress.line(2, 10**6)
+        == "progress=0.0% | steps_left=999998 | time_left=694 days, 10:38:00"
+    )

@@ -12,12 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron.config.errors import ConfigError, DataError
-from megatron.training import metrics_file as records
+from megatron.training import metrics_file
 
 NUMBERS = st.one_of(st.none(), st.integers(), st.floats(), st.text())
 RECORDS = st.dictionaries(
-    st.text().filter(lambda name: name != records.MARK),
-    st.one_of(NUMBERS, st.dictionaries(st.text().filter(lambda n: n != records.MARK), NUMBERS)),
+    st.text().filter(lambda name: name != metrics_file.MARK),
+    st.one_of(
+        NUMBERS, st.dictionaries(st.text().filter(lambda n: n != metrics_file.MARK), NUMBERS)
+    ),
 )
 
 
@@ -34,15 +36,15 @@ def same(a: Any, b: Any) -> bool:
 
 @given(RECORDS)
 def test_any_record_is_one_line_of_strict_json_and_comes_back(record: dict[str, Any]) -> None:
-    text = records.encode(record)
+    text = metrics_file.encode(record)
     json.loads(text, parse_constant=refuse)
     assert "\n" not in text
-    assert same(records.decode(text), record)
+    assert same(metrics_file.decode(text), record)
 
 
 def test_what_is_not_finite_is_null_and_named() -> None:
     record = {"loss": math.nan, "grad_norm": math.inf, "corpus_loss": {"a.b": -math.inf, "c": 1.0}}
-    assert json.loads(records.encode(record)) == {
+    assert json.loads(metrics_file.encode(record)) == {
         "loss": None,
         "grad_norm": None,
         "corpus_loss": {"a.b": None, "c": 1.0, "non_finite": {"a.b": "-inf"}},
@@ -52,17 +54,17 @@ def test_what_is_not_finite_is_null_and_named() -> None:
 
 def test_a_nan_in_a_list_is_refused() -> None:
     with pytest.raises(ValueError, match="JSON"):
-        records.encode({"losses": [math.nan]})
+        metrics_file.encode({"losses": [math.nan]})
 
 
 def write(path: Path, iterations: list[int], tail: str = "") -> Path:
-    lines = [records.encode({"event": "step", "iteration": i}) for i in iterations]
+    lines = [metrics_file.encode({"event": "step", "iteration": i}) for i in iterations]
     path.write_text("".join(f"{line}\n" for line in lines) + tail)
     return path
 
 
 def iterations(path: Path) -> list[int]:
-    return [record["iteration"] for record in records.read(path)]
+    return [record["iteration"] for record in metrics_file.read(path)]
 
 
 def test_read_leaves_out_a_line_that_is_being_written(tmp_path: Path) -> None:
@@ -73,12 +75,12 @@ def test_read_leaves_out_a_line_that_is_being_written(tmp_path: Path) -> None:
 def test_read_names_a_damaged_line(tmp_path: Path, damage: str) -> None:
     path = write(tmp_path / "m", [1, 2], damage)
     with pytest.raises(DataError, match=f"{path}:3: not a metrics record"):
-        records.read(path)
+        metrics_file.read(path)
 
 
 def test_truncate_keeps_what_the_checkpoint_knows(tmp_path: Path) -> None:
     path = write(tmp_path / "m", [1, 2, 2, 3, 4], '{"event": "st')
-    assert records.truncate_after(path, 2) == 3
+    assert metrics_file.truncate_after(path, 2) == 3
     assert iterations(path) == [1, 2, 2]
     assert path.read_text().endswith("\n")
     assert [file.name for file in tmp_path.iterdir()] == ["m"]
@@ -87,29 +89,29 @@ def test_truncate_keeps_what_the_checkpoint_knows(tmp_path: Path) -> None:
 def test_truncate_drops_lines_that_a_crash_damaged(tmp_path: Path) -> None:
     path = tmp_path / "m"
     path.write_bytes(b'{"event": "step", "iteration": 1}\n\x00\x00\xff\n{"a": 1}\n[]\n')
-    assert records.truncate_after(path, 9) == 3
+    assert metrics_file.truncate_after(path, 9) == 3
     assert iterations(path) == [1]
 
 
 def test_truncate_leaves_a_good_file_untouched(tmp_path: Path) -> None:
     path = write(tmp_path / "m", [1, 2])
     before = path.stat()
-    assert records.truncate_after(path, 2) == 0
+    assert metrics_file.truncate_after(path, 2) == 0
     assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
 def test_truncate_to_nothing_and_of_nothing(tmp_path: Path) -> None:
     path = write(tmp_path / "m", [1, 2])
-    assert records.truncate_after(path, 0) == 2
+    assert metrics_file.truncate_after(path, 0) == 2
     assert path.read_text() == ""
-    assert records.truncate_after(tmp_path / "absent", 5) == 0
+    assert metrics_file.truncate_after(tmp_path / "absent", 5) == 0
     assert not (tmp_path / "absent").exists()
 
 
 def test_truncate_completes_a_last_line_that_only_lacks_its_newline(tmp_path: Path) -> None:
     """Else the next record would be glued to it."""
     path = write(tmp_path / "m", [1], '{"event": "step", "iteration": 2}')
-    records.truncate_after(path, 2)
+    metrics_file.truncate_after(path, 2)
     assert iterations(path) == [1, 2]
 
 
@@ -123,12 +125,12 @@ def test_a_crash_while_truncating_loses_nothing(
 
     monkeypatch.setattr("os.fsync", crash)
     with pytest.raises(OSError, match="power"):
-        records.truncate_after(path, 1)
+        metrics_file.truncate_after(path, 1)
     assert iterations(path) == [1, 2, 3]
 
 
 def test_a_run_is_its_folder_or_its_file(tmp_path: Path) -> None:
     path = write(tmp_path / "metrics.jsonl", [1])
-    assert records.metrics_file(tmp_path) == records.metrics_file(path) == path
+    assert metrics_file.locate(tmp_path) == metrics_file.locate(path) == path
     with pytest.raises(ConfigError, match="does not exist"):
-        records.metrics_file(tmp_path / "absent")
+        metrics_file.locate(tmp_path / "absent")

@@ -1,31 +1,29 @@
-"""A file of named arrays that is whole or is not used.
+"""A file of named arrays that is whole or is not used, in the format of safetensors.
 
-Layout: magic, length and CRC-32 of a JSON header, the header, then the arrays at multiples of 64
-bytes. The header holds the key (what the arrays were made from), some facts, and each array's type,
-shape, place and CRC-32.
+Its metadata holds the key (what the arrays were made from), some facts, and a CRC-32 each of the
+header (taken with zeros in its place) and of all arrays.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-_MAGIC = b"MGORDER\x01"
-_START = struct.Struct("<8sII")  # magic, bytes of the header, its CRC-32
-_ALIGN = 64
+_LENGTH = struct.Struct("<Q")  # bytes of the JSON header, which comes next
+_NO_CRC = "00000000"
 _READ = 1 << 22  # bytes read at a time for a CRC-32
-_MAX_HEADER = 1 << 20
-
-Facts = Mapping[str, int]
+_DTYPES = {"U8": "|u1", "U16": "<u2", "U32": "<u4", "I32": "<i4", "I64": "<i8"}
 
 
 class Damaged(Exception):
@@ -40,104 +38,67 @@ class NewArray(NamedTuple):
     blocks: Iterable[npt.NDArray[Any]]
 
 
-class Place(NamedTuple):
-    """Where an array lies in its file."""
-
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-    offset: int  # bytes
-    crc: str
-
-    @property
-    def size(self) -> int:
-        """Bytes of the array."""
-        return _bytes(self.dtype, self.shape)
-
-    def rows(self, first: int, stop: int) -> tuple[int, int]:
-        """Byte offset in the file, and bytes, of rows [first, stop)."""
-        row = _bytes(self.dtype, self.shape[1:])
-        return self.offset + first * row, (stop - first) * row
-
-
-class Header(NamedTuple):
-    """What is known of a file without reading an array."""
-
-    facts: Facts
-    places: Mapping[str, Place]
-
-
 @dataclass(frozen=True)
 class ArrayFile:
-    """An open file: facts and read-only maps of its arrays."""
+    """A whole file: its facts, and dtype, shape and byte offset of each array."""
 
-    facts: Facts
-    arrays: Mapping[str, npt.NDArray[Any]]
+    path: Path
+    facts: Mapping[str, int]
+    table: Mapping[str, tuple[np.dtype[Any], tuple[int, ...], int]]
+
+    @cached_property
+    def arrays(self) -> Mapping[str, npt.NDArray[Any]]:
+        """Read-only maps of the arrays."""
+        whole = np.memmap(self.path, dtype=np.uint8, mode="r")
+        return {
+            name: np.ndarray(shape, dtype, whole, offset)
+            for name, (dtype, shape, offset) in self.table.items()
+        }
 
 
-def write_arrays(file: IO[bytes], key: str, facts: Facts, arrays: Mapping[str, NewArray]) -> None:
+def write_arrays(
+    file: IO[bytes], key: str, facts: Mapping[str, int], arrays: Mapping[str, NewArray]
+) -> None:
     """Write a whole file; blocks are asked for in order and never held together.
 
     Args:
-        file: new and empty, open for writing; flushed to the disk at the end.
+        file: new and empty, open for writing.
         key: what the arrays were made from.
         facts: numbers to be known without reading an array.
         arrays: in the order in which they are made.
     """
-    table = {
-        name: {"dtype": new.dtype.str, "shape": list(new.shape), "offset": 0, "crc": f"{0:08x}"}
-        for name, new in arrays.items()
-    }
-    # Offsets and sums are known later; they are given the room that they will need.
-    room = len(_header_bytes(key, facts, table)) + 20 * len(table)
-    offset = _aligned(_START.size + room)
+    names = {dtype: name for name, dtype in _DTYPES.items()}
+    metadata = {"key": key, "facts": json.dumps(facts), "crc": _NO_CRC, "header_crc": _NO_CRC}
+    header: dict[str, Any] = {"__metadata__": metadata}
+    stop = 0
     for name, new in arrays.items():
-        table[name]["offset"] = offset
-        offset += _bytes(new.dtype, new.shape)
-        offset = _aligned(offset)
+        start, stop = stop, stop + math.prod(new.shape) * new.dtype.itemsize
+        header[name] = {
+            "dtype": names[new.dtype.str], "shape": new.shape, "data_offsets": [start, stop],
+        }  # fmt: skip
+    file.write(_packed(header))  # of its final length
+    crc = 0
     for name, new in arrays.items():
-        file.seek(int(str(table[name]["offset"])))
-        crc, rows = 0, 0
+        rows = 0
         for block in new.blocks:
-            data = _raw(np.ascontiguousarray(block, dtype=new.dtype))
+            data = np.ascontiguousarray(block, dtype=new.dtype).reshape(-1).view(np.uint8).data
             crc = zlib.crc32(data, crc)
             rows += len(block)
             file.write(data)
         assert rows == new.shape[0], f"{name}: {rows} rows of {new.shape}"
-        table[name]["crc"] = f"{crc:08x}"
-    file.truncate(offset)
-    header = _header_bytes(key, facts, table).ljust(room)
+    metadata["crc"] = f"{crc:08x}"
+    metadata["header_crc"] = f"{zlib.crc32(_packed(header)):08x}"
     file.seek(0)
-    file.write(_START.pack(_MAGIC, len(header), zlib.crc32(header)) + header)
-    file.flush()
-    os.fsync(file.fileno())
+    file.write(_packed(header))
 
 
-def map_arrays(path: Path, header: Header) -> ArrayFile:
-    """Map the arrays of a file whose header was read.
-
-    Raises:
-        Damaged: it cannot be mapped.
-    """
-    try:
-        whole = np.memmap(path, dtype=np.uint8, mode="r")
-    except (OSError, ValueError) as error:
-        raise Damaged(f"it cannot be mapped ({error})") from error
-    arrays = {
-        name: np.asarray(whole[place.offset : place.offset + place.size])
-        .view(place.dtype)
-        .reshape(place.shape)
-        for name, place in header.places.items()
-    }
-    return ArrayFile(header.facts, arrays)
-
-
-def read_header(path: Path, key: str, check_up_to: int) -> Header:
-    """Header of a file that is whole.
+def read_arrays(path: Path, key: str, check_up_to: int) -> ArrayFile:
+    """A file that is whole; reads its header, and its arrays only to check them.
 
     Args:
         path: the file.
         key: what its arrays must have been made from.
-        check_up_to: largest file in bytes whose arrays are read and held against their CRC-32;
+        check_up_to: largest file in bytes whose arrays are read and compared with their CRC-32;
             of a larger one only header and size are checked.
 
     Raises:
@@ -146,63 +107,57 @@ def read_header(path: Path, key: str, check_up_to: int) -> Header:
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            header = _read_header(file, key)
-            expected = _aligned(max(place.offset + place.size for place in header.places.values()))
+            header, start = _read_header(file, size)
+            metadata = header.pop("__metadata__")
+            if metadata["key"] != key:
+                raise Damaged("it was made from something else")
+            expected = start + max(entry["data_offsets"][1] for entry in header.values())
             if size != expected:
                 raise Damaged(f"it has {size} bytes, its header asks for {expected}")
-            if size <= check_up_to:
-                _check_arrays(file, header)
+            if size <= check_up_to and f"{_crc_of_rest(file):08x}" != metadata["crc"]:
+                raise Damaged("its arrays are damaged")
     except FileNotFoundError:
         raise Damaged("it does not exist") from None
     except OSError as error:
         raise Damaged(f"it cannot be read ({error})") from error
-    return header
-
-
-def _read_header(file: IO[bytes], key: str) -> Header:
-    start = file.read(_START.size)
-    if len(start) < _START.size or start[: len(_MAGIC)] != _MAGIC:
-        raise Damaged("it has no header")
-    _, length, crc = _START.unpack(start)
-    header = file.read(min(length, _MAX_HEADER))
-    if zlib.crc32(header) != crc:
-        raise Damaged("its header is damaged")
-    content = json.loads(header)
-    if content["key"] != key:
-        raise Damaged("it was made from something else")
-    places = {
-        name: Place(np.dtype(entry["dtype"]), tuple(entry["shape"]), entry["offset"], entry["crc"])
-        for name, entry in content["arrays"].items()
+    table = {
+        name: (
+            np.dtype(_DTYPES[entry["dtype"]]),
+            tuple(entry["shape"]),
+            start + entry["data_offsets"][0],
+        )
+        for name, entry in header.items()
     }
-    return Header(content["facts"], places)
+    return ArrayFile(path, json.loads(metadata["facts"]), table)
 
 
-def _check_arrays(file: IO[bytes], header: Header) -> None:
-    for name, place in header.places.items():
-        file.seek(place.offset)
-        crc, left = 0, place.size
-        while left and (data := file.read(min(left, _READ))):
-            crc = zlib.crc32(data, crc)
-            left -= len(data)
-        if f"{crc:08x}" != place.crc:
-            raise Damaged(f"its array {name} is damaged")
+def _read_header(file: IO[bytes], size: int) -> tuple[dict[str, Any], int]:
+    """The sound header of a file of `size` bytes, and where the arrays begin."""
+    start = file.read(_LENGTH.size)
+    length = _LENGTH.unpack(start)[0] if len(start) == _LENGTH.size else size
+    if _LENGTH.size + length > size:
+        raise Damaged("it has no whole header")
+    try:
+        header: dict[str, Any] = json.loads(file.read(length))
+        crc = header["__metadata__"]["header_crc"]
+        header["__metadata__"]["header_crc"] = _NO_CRC
+        sound = f"{zlib.crc32(_packed(header)):08x}" == crc
+    except (ValueError, KeyError, TypeError):
+        sound = False
+    if not sound:
+        raise Damaged("its header is damaged")
+    return header, _LENGTH.size + length
 
 
-def _raw(array: npt.NDArray[Any]) -> memoryview:
-    """The bytes of a contiguous array, not copied."""
-    return array.reshape(-1).view(np.uint8).data
+def _crc_of_rest(file: IO[bytes]) -> int:
+    crc = 0
+    while data := file.read(_READ):
+        crc = zlib.crc32(data, crc)
+    return crc
 
 
-def _header_bytes(key: str, facts: Facts, table: Mapping[str, Any]) -> bytes:
-    return json.dumps({"key": key, "facts": dict(facts), "arrays": table}).encode("ascii")
-
-
-def _bytes(dtype: np.dtype[Any], shape: Iterable[int]) -> int:
-    size = dtype.itemsize
-    for length in shape:
-        size *= length
-    return size
-
-
-def _aligned(offset: int) -> int:
-    return -(-offset // _ALIGN) * _ALIGN
+def _packed(header: Mapping[str, Any]) -> bytes:
+    """Length and JSON of a header, which ends at a multiple of 8 bytes."""
+    text = json.dumps(header).encode("ascii")
+    text += b" " * (-len(text) % 8)
+    return _LENGTH.pack(len(text)) + text

@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron.data.file_pool import FilePool
+from megatron.data.megatron_order.array_file import read_arrays
 from megatron.data.megatron_order.build_once import (
     CHECKED_AT_START,
     CacheFile,
     Log,
     build_missing,
-    opened,
 )
 from megatron.data.megatron_order.order import CorpusOrder, MegatronDataset
 from megatron.data.megatron_order.recipes import blend_recipe, corpus_recipe, file_recipe
@@ -24,6 +23,7 @@ from megatron.data.megatron_order.settings import (
     plan_splits,
 )
 from megatron.data.megatron_order.split import NAMES
+from megatron.data.samples import FilePool
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,10 @@ def build_megatron_datasets(
                     corpus.name,
                     corpus.files,
                     tuple(recipes.files.get(file) for file in corpus.files),
-                    opened(recipe, log) if recipe else None,
+                    recipe.open(log).arrays if recipe else None,
                 )
             )
-        datasets[name] = MegatronDataset(plan, orders, opened(blends[name], log), log, pool)
+        datasets[name] = MegatronDataset(plan, orders, blends[name].open(log).arrays, log, pool)
     train = datasets["train"]
     assert train is not None
     return MegatronSplits(
@@ -122,7 +122,7 @@ class _Recipes:
 
     def _samples(self, file: FilePlan) -> int:
         recipe = self.files.get(file)
-        return recipe.header(0).facts["samples"] if recipe else 0
+        return read_arrays(recipe.path, recipe.key, 0).facts["samples"] if recipe else 0
 
 
 def _is_read(file: FilePlan, corpus: CorpusPlan, settings: OrderSettings) -> bool:

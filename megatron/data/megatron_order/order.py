@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron.config.errors import DataError
-from megatron.data.dataset import Location, Sample
-from megatron.data.file_pool import FilePool
-from megatron.data.indexed import file_dtype
+from megatron.data.dataset import Sample, SampleLocation
+from megatron.data.indexed import DocumentPart, file_dtype
 from megatron.data.indexed_header import HEADER
-from megatron.data.megatron_order.array_file import ArrayFile, Header
-from megatron.data.megatron_order.build_once import CacheFile, Log, checked, opened
+from megatron.data.megatron_order.array_file import ArrayFile
+from megatron.data.megatron_order.build_once import CacheFile, Log
 from megatron.data.megatron_order.settings import FilePlan, SplitPlan
-from megatron.data.samples import Tokens
+from megatron.data.samples import FilePool, Tokens
+
+Arrays = Mapping[str, npt.NDArray[Any]]  # of a cached file, by name
 
 _POINTER, _TWO_POINTERS = struct.Struct("<q"), struct.Struct("<2q")
-
-
-class Piece(NamedTuple):
-    """Tokens of one document that are part of a sample."""
-
-    document: int  # of the file
-    offset: int  # of the first of them in the document
-    length: int
 
 
 class FileReader:
@@ -40,42 +33,41 @@ class FileReader:
     would need more descriptors than a process has.
     """
 
-    def __init__(self, plan: FilePlan, path: Path, index: Header, pool: FilePool) -> None:
-        """Read by the cached index at `path`, whose header is `index`."""
+    def __init__(self, plan: FilePlan, index: ArrayFile, pool: FilePool) -> None:
+        """Read by the cached `index`."""
         self._plan = plan
-        self._path = str(path)
-        self._places = index.places
+        self._index = index
         self._pool = pool
         self._dtype = file_dtype(plan.header.dtype)
 
     def locate(self, number: int) -> tuple[int, int]:
         """Pass over the documents, and row of the sample index, of sample `number`."""
         row = self._row(number)
-        place = int(self._rows("samples", row, row + 1)[0, 0])
-        return place // len(self._plan.documents), row
+        position = int(self._rows("samples", row, row + 1)[0, 0])
+        return position // len(self._plan.documents), row
 
-    def pieces(self, number: int) -> list[Piece]:
-        """Where the tokens of sample `number` lie, in order."""
-        return [piece for piece, _ in self._spans(number)]
+    def parts(self, number: int) -> list[DocumentPart]:
+        """Where the tokens of sample `number` lie, in order; some parts may be empty."""
+        return [part for part, _ in self._spans(number)]
 
     def read(self, number: int) -> Tokens:
         """Tokens of sample `number`, int64 of shape (S + 1,)."""
         size = self._dtype.itemsize
         parts = [
-            self._pool.read(f"{self._plan.prefix}.bin", token * size, piece.length * size)
-            for piece, token in self._spans(number)
-            if piece.length
+            self._pool.read(f"{self._plan.prefix}.bin", token * size, part.length * size)
+            for part, token in self._spans(number)
+            if part.length
         ]
         return np.frombuffer(b"".join(parts), dtype=self._dtype).astype(np.int64)
 
-    def _spans(self, number: int) -> list[tuple[Piece, int]]:
-        """The pieces of sample `number`, each with its first token's place in the file."""
+    def _spans(self, number: int) -> list[tuple[DocumentPart, int]]:
+        """The parts of sample `number`, each with its first token's place in the file."""
         row = self._row(number)
         (first, begin), (last, end) = self._rows("samples", row, row + 2).tolist()
         spans = []
         for document in self._rows("documents", first, last + 1).tolist():
             start, stop = self._extent(document)
-            spans.append((Piece(document, begin, stop - start - begin), start + begin))
+            spans.append((DocumentPart(document, begin, stop - start - begin), start + begin))
             begin = 0
         # The last token of a sample is also the first of the next.
         final, token = spans.pop()
@@ -86,9 +78,10 @@ class FileReader:
 
     def _rows(self, name: str, first: int, stop: int) -> npt.NDArray[Any]:
         """Rows [first, stop) of an array of the index."""
-        place = self._places[name]
-        data = self._pool.read(self._path, *place.rows(first, stop))
-        return np.frombuffer(data, dtype=place.dtype).reshape(-1, *place.shape[1:])
+        dtype, shape, offset = self._index.table[name]
+        row = dtype.itemsize * math.prod(shape[1:])
+        data = self._pool.read(str(self._index.path), offset + first * row, (stop - first) * row)
+        return np.frombuffer(data, dtype).reshape(-1, *shape[1:])
 
     def _extent(self, document: int) -> tuple[int, int]:
         """First token of a document in `.bin`, and the first after it: where the next begins."""
@@ -115,8 +108,7 @@ class _Readers:
         with self._lock:
             reader = self._readers.get(index.key)
             if reader is None:
-                header = checked(index, self._log)
-                reader = FileReader(plan, index.path, header, self._pool)
+                reader = FileReader(plan, index.open(self._log), self._pool)
                 self._readers[index.key] = reader
             return reader
 
@@ -128,7 +120,7 @@ class CorpusOrder:
     name: str
     files: tuple[FilePlan, ...]
     indices: tuple[CacheFile | None, ...]
-    order: ArrayFile | None  # None for a corpus without samples
+    order: Arrays | None  # None for a corpus without samples
 
 
 class MegatronDataset:
@@ -138,7 +130,7 @@ class MegatronDataset:
         self,
         plan: SplitPlan,
         corpora: Sequence[CorpusOrder],
-        blend: ArrayFile,
+        blend: Arrays,
         log: Log,
         pool: FilePool,
     ) -> None:
@@ -163,10 +155,10 @@ class MegatronDataset:
         epoch, row = reader.locate(number)
         return Sample(file.corpus, file.prefix, epoch, row, tokens=reader.read(number))
 
-    def locate(self, k: int) -> Location:
+    def locate(self, k: int) -> SampleLocation:
         """Where sample `k` comes from; `index` is its row in the file's sample index."""
         file, reader, number = self.find(k)
-        return Location(file.corpus, file.prefix, *reader.locate(number))
+        return SampleLocation(file.corpus, file.prefix, *reader.locate(number))
 
     def uses(self, prefix: str, document: int) -> list[int]:
         """The samples, ascending, that hold tokens of a document (a sequence) of a file."""
@@ -175,8 +167,8 @@ class MegatronDataset:
             for place, (file, index) in enumerate(zip(corpus.files, corpus.indices, strict=True)):
                 if index is None or corpus.order is None or file.prefix != prefix:
                     continue
-                numbers = _samples_with(opened(index, self._log), document)
-                order, blend = corpus.order.arrays, self.blend.arrays
+                numbers = _samples_with(index.open(self._log).arrays, document)
+                order, blend = corpus.order, self.blend
                 own = np.flatnonzero(
                     (order["sources"] == place) & np.isin(order["numbers"], numbers)
                 )
@@ -192,22 +184,22 @@ class MegatronDataset:
                 f"{self.plan.name} sample {k} is asked for, but DATA_ORDER=megatron was planned "
                 f"for {len(self)} samples; raise TRAIN_ITERS (which changes the order)"
             )
-        corpus = self.corpora[int(self.blend.arrays["sources"][k])]
-        own = int(self.blend.arrays["numbers"][k])
+        corpus = self.corpora[int(self.blend["sources"][k])]
+        own = int(self.blend["numbers"][k])
         assert corpus.order is not None
-        place = int(corpus.order.arrays["sources"][own])
+        place = int(corpus.order["sources"][own])
         file, index = corpus.files[place], corpus.indices[place]
         assert index is not None, f"{file.prefix} has no samples"
-        return file, self._readers.get(file, index), int(corpus.order.arrays["numbers"][own])
+        return file, self._readers.get(file, index), int(corpus.order["numbers"][own])
 
 
-def _samples_with(index: ArrayFile, document: int) -> npt.NDArray[Any]:
+def _samples_with(index: Arrays, document: int) -> npt.NDArray[Any]:
     """Numbers, in a file's order, of its samples with tokens of a document that has any."""
-    places = index.arrays["samples"][:, 0]  # of each sample's first token, and of the last end
+    places = index["samples"][:, 0]  # of each sample's first token, and of the last end
     rows = [np.empty(0, dtype=np.int64)]
-    for place in np.flatnonzero(index.arrays["documents"] == document):
+    for place in np.flatnonzero(index["documents"] == document):
         # A sample reaches from its first token to that of the next one, which it holds too.
         first = np.searchsorted(places[1:], place, side="left")
         stop = np.searchsorted(places[:-1], place, side="right")
         rows.append(np.arange(first, stop))
-    return np.flatnonzero(np.isin(index.arrays["shuffle"], np.concatenate(rows)))
+    return np.flatnonzero(np.isin(index["shuffle"], np.concatenate(rows)))

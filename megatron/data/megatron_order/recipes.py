@@ -40,7 +40,7 @@ from megatron.data.megatron_order.settings import (
     file_stamp,
 )
 
-_FORMAT = 1  # part of every key: raise it when what is written changes
+_FORMAT = 2  # part of every key: raise it when what is written changes
 
 
 def file_recipe(folder: Path, file: FilePlan, settings: OrderSettings) -> CacheFile:

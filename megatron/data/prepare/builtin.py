@@ -8,7 +8,6 @@ or not at all.
 from __future__ import annotations
 
 import ast
-import fcntl
 import hashlib
 import os
 import platform
@@ -19,18 +18,18 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
 from megatron.config.errors import ConfigError, DataError
 from megatron.data.data_list import DataSource
+from megatron.data.file_lock import locked
 from megatron.data.indexed import IndexedWriter, token_dtype
 from megatron.data.indexed_header import read_header
 from megatron.data.prepare.fingerprint import write_note
 from megatron.data.prepare.tokenizer import SentencePieceTokenizer, Tokenizer, build_tokenizer
-from megatron.data.vocabulary import BUILTIN_VOCAB_SIZE
+from megatron.data.vocabulary_size import BUILTIN_VOCAB_SIZE
 
 Log = Callable[[str], None]
 
@@ -203,8 +202,8 @@ def _training_lines(documents: Sequence[Sequence[str]]) -> Iterator[str]:
 
 def _make_once(folder: Path, tokenizer: Tokenizer | None, log: Log, max_characters: int) -> None:
     """Make the corpus unless another process does so or has done so."""
-    with _lock(folder.with_name(f".{folder.name}.lock")) as locked:
-        if locked:  # nobody else is at work: what lies about was left by a process that died
+    with locked(folder.with_name(f".{folder.name}.lock"), wait=True) as held:
+        if held:  # nobody else is at work: what lies about was left by a process that died
             for leftover in folder.parent.glob(f".{folder.name}.partial-*"):
                 shutil.rmtree(leftover, ignore_errors=True)
         if not folder.is_dir():
@@ -273,15 +272,3 @@ def _opened(folder: Path, tokenizer: Tokenizer | None) -> BuiltinCorpus:
     if tokenizer is not None:
         return BuiltinCorpus(entries, tokenizer, None)
     return BuiltinCorpus(entries, SentencePieceTokenizer(str(model)), model)
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[bool]:
-    """Hold a lock file; False where the file system has no locks: then work may be done twice."""
-    with open(path, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)  # freed by the system when its holder dies
-            locked = True
-        except OSError:
-            locked = False
-        yield locked

@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 
 from megatron.config.errors import DataError
 from megatron.data.dataset import Dataset
-from megatron.data.indexed import IndexedDataset
+from megatron.data.indexed import DocumentPart, IndexedDataset
 
 
-class Part(NamedTuple):
-    """Tokens of one document that are part of a sample."""
-
-    document: int  # of the file
-    offset: int  # of the first of them in the document
-    length: int
-
-
-def parts_of(dataset: IndexedDataset, start: int, count: int) -> list[Part]:
+def parts_of(dataset: IndexedDataset, start: int, count: int) -> list[DocumentPart]:
     """The documents that `count` tokens from token `start` of a file belong to, in order."""
     parts = []
     document = _document_at(dataset, start)
@@ -28,7 +19,7 @@ def parts_of(dataset: IndexedDataset, start: int, count: int) -> list[Part]:
         first, stop = document_range(dataset, document)
         length = min(stop - start, count)
         if length > 0:
-            parts.append(Part(document, start - first, length))
+            parts.append(DocumentPart(document, start - first, length))
             start, count = start + length, count - length
         document += 1
     return parts
@@ -66,7 +57,9 @@ def samples_with(
         for place, file in enumerate(about.files):
             if file.prefix != prefix:
                 continue
-            epochs = range(file.drawn // len(file), -(-drawn[file.identity] // len(file)))
+            epochs = range(
+                file.drawn // len(file.share), -(-drawn[file.identity] // len(file.share))
+            )
             for epoch in epochs:
                 for index in numbers:
                     if index not in file.share:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from megatron.data.indexed import token_dtype
 from megatron.data.prepare import text_input
-from megatron.data.prepare.shards import ShardedWriter
+from megatron.data.prepare.sharded_writer import ShardedWriter
 from megatron.data.prepare.text_input import Bad, Unit
 from megatron.data.prepare.tokenizer import HFTokenizer, LoadedTokenizer, Tokenizer, build_tokenizer
 from megatron.data.prepare.words import WordEncoder

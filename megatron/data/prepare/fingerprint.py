@@ -12,6 +12,7 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megatron.config.atomic import write_atomically
 from megatron.config.errors import DataError
 from megatron.data.prepare.tokenizer import Tokenizer
 
@@ -36,24 +37,14 @@ def note_path(prefix: str) -> Path:
 
 def write_note(prefix: str, tokenizer: Tokenizer, append_eod: bool) -> None:
     """Write the note of a finished pair."""
-    save_note(
-        prefix,
-        Note(
-            tokenizer.fingerprint(),
-            tokenizer.vocab_size,
-            tokenizer.eod,
-            append_eod,
-            data_digest(prefix),
-        ),
-    )
+    maker = tokenizer.fingerprint(), tokenizer.vocab_size, tokenizer.eod
+    save_note(prefix, Note(*maker, append_eod, data_digest(prefix)))
 
 
 def save_note(prefix: str, note: Note) -> None:
     """Write a note beside a pair."""
-    path = note_path(prefix)
-    temporary = path.with_name(f".{path.name}-{os.getpid()}.partial")
-    temporary.write_text(json.dumps(asdict(note), indent=1) + "\n", encoding="ascii")
-    os.replace(temporary, path)
+    content = json.dumps(asdict(note), indent=1) + "\n"
+    write_atomically(note_path(prefix), content, durable=False)
 
 
 def read_note(prefix: str) -> Note | None:

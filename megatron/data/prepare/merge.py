@@ -8,9 +8,10 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 from megatron.config.errors import DataError
-from megatron.data.indexed import IndexedDataset, commit_pair, write_index
+from megatron.data.indexed import IndexedDataset, commit_pair
 from megatron.data.prepare.fingerprint import data_digest, note_path, read_note, save_note
 
 _BLOCK = 1 << 20  # entries of a table copied at a time
@@ -45,20 +46,20 @@ def merge_pairs(prefixes: Sequence[str], output: str) -> tuple[int, int]:
             )
     target = Path(output)
     target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        _copy_tokens(prefixes, work / "bin")
-        _join_tables(datasets, work)
-        for name in ("bin", "idx"):
-            _flush(work / name)
+    with (
+        tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as work,
+        tempfile.TemporaryFile(dir=work) as lengths,
+        tempfile.TemporaryFile(dir=work) as documents,
+    ):
+        data = Path(work) / "bin"
+        _copy_tokens(prefixes, data)
+        _join_tables(datasets, lengths, documents)
         note_path(output).unlink(missing_ok=True)  # of what lay there before
-        commit_pair(work / "bin", work / "idx", output)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        commit_pair(data, output, first.dtype, lengths, documents)
     if all(prefix in notes for prefix in prefixes):
         save_note(output, replace(notes[prefixes[0]], data=data_digest(output)))
-    documents = sum(max(dataset.header.document_boundaries - 1, 0) for dataset in datasets)
-    return documents, sum(dataset.header.tokens for dataset in datasets)
+    count = sum(max(dataset.header.document_boundaries - 1, 0) for dataset in datasets)
+    return count, sum(dataset.header.tokens for dataset in datasets)
 
 
 def _copy_tokens(prefixes: Sequence[str], target: Path) -> None:
@@ -66,28 +67,19 @@ def _copy_tokens(prefixes: Sequence[str], target: Path) -> None:
         for prefix in prefixes:
             with open(f"{prefix}.bin", "rb") as source:
                 shutil.copyfileobj(source, file, _COPY_BYTES)
-
-
-def _join_tables(datasets: Sequence[IndexedDataset], work: Path) -> None:
-    with (
-        tempfile.TemporaryFile(dir=work) as lengths,
-        tempfile.TemporaryFile(dir=work) as documents,
-        open(work / "idx", "wb") as index,
-    ):
-        documents.write(bytes(8))
-        before = 0
-        for dataset in datasets:
-            for start in range(0, len(dataset), _BLOCK):
-                lengths.write(dataset.lengths[start : start + _BLOCK].tobytes())
-            table = dataset.documents
-            for start in range(1, len(table), _BLOCK):
-                documents.write((table[start : start + _BLOCK] + before).astype("<i8").tobytes())
-            before += len(dataset)
-        lengths.flush()
-        documents.flush()
-        write_index(index, datasets[0].dtype, lengths, documents)
-
-
-def _flush(path: Path) -> None:
-    with open(path, "rb") as file:
+        file.flush()
         os.fsync(file.fileno())
+
+
+def _join_tables(
+    datasets: Sequence[IndexedDataset], lengths: IO[bytes], documents: IO[bytes]
+) -> None:
+    documents.write(bytes(8))
+    before = 0
+    for dataset in datasets:
+        for start in range(0, len(dataset), _BLOCK):
+            lengths.write(dataset.lengths[start : start + _BLOCK].tobytes())
+        table = dataset.documents
+        for start in range(1, len(table), _BLOCK):
+            documents.write((table[start : start + _BLOCK] + before).astype("<i8").tobytes())
+        before += len(dataset)

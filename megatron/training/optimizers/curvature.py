@@ -51,5 +51,5 @@ class Curvature:
             for number, (tokens, _) in enumerate(micro_batches)
         ]
         tokens_per_step = plan.global_batch_size * self.seq_length
-        with hessian_step(engine.optimizer, engine.zero_optimizer, tokens_per_step):
+        with engine.unclipped(), hessian_step(engine.optimizer, tokens_per_step):
             engine.train_batch(drawn)

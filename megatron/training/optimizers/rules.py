@@ -29,9 +29,6 @@ from megatron.training.optimizers.whole_matrix import WholeMatrixOptimizer
 Groups = list[dict[str, Any]]
 Constructor = Callable[[Groups, OptimizerConfig], Optimizer]
 
-# Numbers that schedule-free rules keep in their parameter groups instead of their states.
-_COUNTERS = ("k", "weight_sum", "lr_max", "scheduled_lr")
-
 
 def make_optimizer(
     settings: OptimizerConfig, named_parameters: Iterable[tuple[str, nn.Parameter]]
@@ -51,18 +48,6 @@ def make_optimizer(
     groups = parameter_groups(named_parameters, settings.learning_rate, settings.weight_decay)
     make = RULES[settings.optimizer].make or OPTIMIZERS[settings.optimizer]
     return make(groups, settings)
-
-
-def counters(optimizer: Optimizer) -> dict[str, float]:
-    """Numbers that belong to the whole optimizer; a checkpoint keeps them beside the states."""
-    group = optimizer.param_groups[0]  # every group is stepped alike
-    return {key: group[key] for key in _COUNTERS if key in group}
-
-
-def load_counters(optimizer: Optimizer, values: Mapping[str, float]) -> None:
-    """Takes back what `counters` gave."""
-    for group in optimizer.param_groups:
-        group.update(values)
 
 
 def _adamw(groups: Groups, settings: OptimizerConfig) -> Optimizer:

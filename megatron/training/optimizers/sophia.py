@@ -79,23 +79,19 @@ def _update_weight(group: dict[str, Any], parameter: Tensor, state: dict[str, Te
 
 
 @contextmanager
-def hessian_step(optimizer: SophiaG, zero_optimizer: Any, tokens: int) -> Iterator[None]:
+def hessian_step(optimizer: SophiaG, tokens: int) -> Iterator[None]:
     """Inside it, a step of the engine updates the diagonal and leaves weights and momentum alone.
 
-    The gradient must be that of a loss against sampled labels, and is not clipped.
+    The gradient must be that of a loss against sampled labels, and is not to be clipped.
 
     Args:
         optimizer: the rule.
-        zero_optimizer: DeepSpeed's optimizer around it.
         tokens: over which the loss of the global batch is averaged.
     """
-    clip = zero_optimizer.clip_grad
-    zero_optimizer.clip_grad = 0.0
     optimizer.hessian_tokens = tokens
     try:
         yield
     finally:
-        zero_optimizer.clip_grad = clip
         optimizer.hessian_tokens = 0
 
 

@@ -7,7 +7,7 @@ owner applies the rule to the whole matrix, and the new weight goes back into th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from megatron.engine.shards import Span, spans
+from megatron.checkpoint.tensors import TensorReader
+from megatron.engine import Span
 from megatron.parallel.groups import Axis
+from megatron.parallel.piece import WHOLE, Piece
 from megatron.training.optimizers.parameter_groups import VOCABULARY
 
 # (whole matrix, its group) -> rule
@@ -100,7 +102,7 @@ class WholeMatrixOptimizer(Optimizer):
         named_parameters: Iterable[tuple[str, nn.Parameter]],
         dp: Axis,
         tp: Axis,
-        zero_optimizer: Any,
+        spans: Iterable[Span],
         vocabulary_size: int,
     ) -> None:
         """Says where the pieces of each matrix lie; called once, after deepspeed.initialize.
@@ -109,11 +111,11 @@ class WholeMatrixOptimizer(Optimizer):
             named_parameters: of the local part of the model.
             dp: data-parallel axis, over which ZeRO cut the flat buffers.
             tp: tensor-parallel axis.
-            zero_optimizer: DeepSpeed's optimizer around this one.
+            spans: the runs of parameters that this rank steps on.
             vocabulary_size: rows of embedding and head that are no padding.
         """
         names = {id(parameter): name for name, parameter in named_parameters}
-        located = {id(span.parameter): span for span in spans(zero_optimizer)}
+        located = {id(span.parameter): span for span in spans}
         owners = _Owners(dp.size, tp.size)
         self._dp, self._tp = dp, tp
         self._matrices = {}
@@ -190,6 +192,18 @@ class WholeMatrixOptimizer(Optimizer):
                     contents["param_groups"][0][key.removeprefix(_COUNTER)] = value
             matrix.rule.load_state_dict(contents)
 
+    def pieces(self) -> Iterator[Piece]:
+        """State of the matrices that this rank owns, as a checkpoint holds it."""
+        for name, states in self.whole_state().items():
+            for key, value in states.items():
+                tensor = torch.as_tensor(value)
+                shape = tuple(tensor.shape)
+                yield Piece(name, shape, None, 0, 1, 0, {WHOLE + key: tensor.reshape(-1)})
+
+    def load_pieces(self, reader: TensorReader) -> None:
+        """Takes back what the ranks' `pieces` gave, in this or any other layout."""
+        self.load_whole_state({name: _whole_state(reader, name) for name in self.owned_names()})
+
     def _owned(self) -> list[_Matrix]:
         assert self._matrices is not None, "bind() was not called"
         return [m for matrices in self._matrices.values() for m in matrices if m.rule is not None]
@@ -252,6 +266,16 @@ class WholeMatrixOptimizer(Optimizer):
         if matrix.span is not None:
             run = shard.view(-1).narrow(0, matrix.span.start, matrix.span.length)
             matrix.span.view(flat).copy_(run)
+
+
+def _whole_state(reader: TensorReader, name: str) -> dict[str, Tensor | float]:
+    """A matrix' state from a checkpoint, by key."""
+    state: dict[str, Tensor | float] = {}
+    for stored in reader.states(name):
+        if stored.startswith(WHOLE):
+            key, value = stored.removeprefix(WHOLE), reader.whole(name, stored)
+            state[key] = value.item() if key.startswith(_COUNTER) else value
+    return state
 
 
 class _Owners:

@@ -14,7 +14,7 @@ from megatron.data.prepare.builtin import builtin_corpus, default_cache, prose_d
 from megatron.data.prepare.checks import check_files
 
 SMALL = 1_000_000  # characters of each corpus in these tests
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 MAKE = f"""
 import sys

@@ -16,13 +16,13 @@ from megatron.data.prepare import encode, text_input
 from megatron.data.prepare.builtin import train_sentencepiece
 from megatron.data.prepare.fingerprint import read_note
 from megatron.data.prepare.plain_tokenizers import ByteTokenizer
-from megatron.data.prepare.shards import ShardedWriter
+from megatron.data.prepare.sharded_writer import ShardedWriter
 from megatron.data.prepare.tokenizer import LoadedTokenizer, build_tokenizer
 from megatron.data.prepare.words import WordEncoder
 from tests.data.prepare.bpe import write_tokenizer
 from tools import preprocess_data
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TEXTS = ["abc", "de", "f\u00e4gh\n"]
 
 

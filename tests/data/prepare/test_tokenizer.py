@@ -9,7 +9,7 @@ from megatron.config.schema import TOKENIZER_TYPES
 from megatron.data.prepare.builtin import train_sentencepiece
 from megatron.data.prepare.plain_tokenizers import END_OF_TEXT, CharTokenizer
 from megatron.data.prepare.tokenizer import TOKENIZERS, build_tokenizer
-from megatron.data.vocabulary import vocabulary_size
+from megatron.data.vocabulary_size import vocabulary_size
 
 LINES = [f"def f{i}(x, y):  return x * {i} + y  # the quick brown fox {i % 7}" for i in range(400)]
 TEXTS = ["def f1(x):\n    return x\n", "", "na\u00efve \u4f60\u597d", "  two  spaces  "]

@@ -4,33 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from megatron.checkpoint.state import RunState
-from megatron.config import formulas
-from megatron.config.shape import ModelShape
-from megatron.training.metrics import Meter, Workload
+from megatron.config import formulas, schema
+from megatron.training.meter import Meter
+from tests.training.run_config import tiny_run
 
+TINY = tiny_run(Path("runs/tiny"))  # 4 samples of 8 tokens
+SMALL = dataclasses.replace(TINY, parallel=schema.ParallelConfig(tensor_parallel=1, world_size=2))
 # A 3-layer 7B shape on 24 devices, every block recomputed: the run of the published log lines.
-SHAPE = ModelShape(
-    num_layers=3, hidden_size=4096, num_attention_heads=32, num_key_value_heads=8,
-    ffn_hidden_size=11008, seq_length=4096, vocab_size=32000,
+LOG_RUN = dataclasses.replace(
+    TINY,
+    model=dataclasses.replace(
+        TINY.model, num_layers=3, hidden_size=4096, num_attention_heads=32, num_key_value_heads=8,
+        ffn_hidden_size=11008, seq_length=4096, vocab_size=32000,
+    ),
+    parallel=schema.ParallelConfig(tensor_parallel=1, world_size=24),
+    train=dataclasses.replace(
+        TINY.train, train_iters=635782, global_batch_size=768, activation_checkpointing="1"
+    ),
 )  # fmt: skip
-LOG_RUN = Workload(
-    train_iters=635782,
-    global_batch_size=768,
-    seq_length=4096,
-    world_size=24,
-    data_parallel=24,
-    flops_per_token_lm=formulas.flops_per_token_lm(SHAPE),
-    flops_per_token_ds=formulas.flops_per_token_ds(SHAPE, "1"),
-    flops_per_token_causal=formulas.flops_per_token_causal(SHAPE),
-    peak_tflops=298.2,
-)
-SMALL = Workload(100, 4, 8, 2, 2, 1e9, 2e9, 0.5e9)
 STATE = RunState(5, 20, 160)
 
 
@@ -49,8 +48,35 @@ def clock() -> Clock:
     return Clock()
 
 
-def make(clock: Clock, workload: Workload = SMALL, **changes: Any) -> Meter:
-    return Meter(workload, lambda: 1.5, clock=clock, wall_clock=lambda: 7.0, **changes)
+class FakeDevice:
+    """As much of a device as a meter asks."""
+
+    def __init__(self, peak: float | None, synchronize: Callable[[], None]) -> None:
+        self.peak_tflops = peak
+        self.synchronize = synchronize
+
+    def memory_max_gib(self) -> float:
+        return 1.5
+
+
+def make(
+    clock: Clock,
+    run: schema.RunConfig = SMALL,
+    peak: float | None = None,
+    synchronize: Callable[[], None] = lambda: None,
+    **changes: Any,
+) -> Meter:
+    device: Any = FakeDevice(peak, synchronize)
+    return Meter(run, device, clock=clock, wall_clock=lambda: 7.0, **changes)
+
+
+def rates(run: schema.RunConfig, seconds: float, peak: float | None = None) -> dict[str, Any]:
+    """The record of a step of so many seconds."""
+    clock = Clock()
+    meter = make(clock, run, peak)
+    clock.now += seconds
+    meter.step(1.0, 1.0)
+    return meter.record(STATE, 1e-3)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +92,7 @@ def test_rates_are_those_of_the_published_log(
     milliseconds: float, tgs: float, samples: float, lm: float, ds: float
 ) -> None:
     """The log rounds the time to 0.1 ms: figures agree to 1e-5, TFLOPS to their last digit."""
-    found = LOG_RUN.rates(milliseconds / 1000)
+    found = rates(LOG_RUN, milliseconds / 1000, peak=298.2)
     assert found["tokens_per_gpu_per_s"] == pytest.approx(tgs, rel=1e-5)
     assert found["samples_per_s"] == pytest.approx(samples, rel=1e-4)
     assert found["tflops_lm"] == pytest.approx(lm, abs=0.011)
@@ -76,11 +102,11 @@ def test_rates_are_those_of_the_published_log(
 
 
 def test_per_device_rates_are_the_global_ones_divided() -> None:
-    found = SMALL.rates(0.5)
+    found = rates(SMALL, 0.5)
     assert found["samples_per_s"] == 8
     assert found["tokens_per_s"] == 64
     assert found["tokens_per_gpu_per_s"] == 32
-    assert found["tflops_lm"] == pytest.approx(32 * 1e9 / 1e12)
+    assert found["tflops_lm"] == pytest.approx(32 * formulas.flops_per_token_lm(SMALL.model) / 1e12)
     assert found["mfu"] is None
 
 
@@ -107,7 +133,14 @@ def test_a_step_record_has_the_contracted_fields(clock: Clock) -> None:
         "loss": 2.5,
         "grad_norm": 1.25,
         "loss_scale": 4.0,
-        **SMALL.rates(0.5),
+        "elapsed_s": 0.5,
+        "samples_per_s": 8.0,
+        "tokens_per_s": 64.0,
+        "tokens_per_gpu_per_s": 32.0,
+        "tflops_lm": 32 * formulas.flops_per_token_lm(SMALL.model) / 1e12,
+        "tflops_ds": 32 * formulas.flops_per_token_ds(SMALL.model) / 1e12,
+        "tflops_causal": 32 * formulas.flops_per_token_causal(SMALL.model) / 1e12,
+        "mfu": None,
         "memory_max_gib": 1.5,
         "corpus_loss": {"code": 2.0},
     }
@@ -229,9 +262,9 @@ def test_the_device_is_waited_for_before_the_clock_is_read(clock: Clock) -> None
 
 
 def test_more_devices_at_equal_speed_halve_the_per_device_rate() -> None:
-    double = dataclasses.replace(SMALL, world_size=4)
-    assert double.rates(1.0)["tokens_per_s"] == SMALL.rates(1.0)["tokens_per_s"]
-    assert double.rates(1.0)["tflops_lm"] == SMALL.rates(1.0)["tflops_lm"] / 2
+    double = dataclasses.replace(SMALL, parallel=dataclasses.replace(SMALL.parallel, world_size=4))
+    assert rates(double, 1.0)["tokens_per_s"] == rates(SMALL, 1.0)["tokens_per_s"]
+    assert rates(double, 1.0)["tflops_lm"] == rates(SMALL, 1.0)["tflops_lm"] / 2
 
 
 def test_what_the_engine_measures_is_asked_for_by_every_record(clock: Clock) -> None:

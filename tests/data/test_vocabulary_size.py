@@ -5,7 +5,7 @@ import json
 import pytest
 
 from megatron.config.errors import ConfigError
-from megatron.data.vocabulary import sentencepiece_size, vocabulary_size
+from megatron.data.vocabulary_size import sentencepiece_size, vocabulary_size
 
 
 @pytest.mark.parametrize(

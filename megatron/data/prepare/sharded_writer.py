@@ -6,19 +6,21 @@ what an interrupted writer left beyond that is cut off. `commit` gives the pair 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from megatron.config.atomic import write_atomically
 from megatron.config.errors import ConfigError, DataError
-from megatron.data.indexed import commit_pair, write_index
+from megatron.data.file_lock import locked
+from megatron.data.indexed import commit_pair
 
 _JOURNAL = "journal.json"
 _LENGTH_LIMIT = 2**31
@@ -51,16 +53,12 @@ class ShardedWriter:
         self._dtype = np.dtype(dtype)
         self._task = json.loads(json.dumps(task))
         folder.mkdir(parents=True, exist_ok=True)
-        self._lock = open(folder / "lock", "w")  # noqa: SIM115 (held while this lives)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        self._open = ExitStack()  # the lock and the files, while this lives
+        if self._open.enter_context(locked(folder / "lock", wait=False)) is False:
             raise ConfigError(
                 f"{folder}: another process writes this output; wait for it, or give another "
                 "--output-prefix"
-            ) from error
-        except OSError:
-            pass  # a file system without locks
+            )
         journal = self._read_journal()
         self.progress: dict[str, Any] = journal.get("progress", {})
         self._complete = bool(journal.get("complete", False))
@@ -68,10 +66,10 @@ class ShardedWriter:
         self._open_length: list[int] = journal.get("open", [0] * len(self.prefixes))
         self._data: list[IO[bytes]] = []
         self._lengths: list[IO[bytes]] = []
-        if not self._complete:
-            for number, (tokens, lengths) in enumerate(self._sizes):
-                self._data.append(_opened_at(self._path(number, "bin"), tokens))
-                self._lengths.append(_opened_at(self._path(number, "lengths"), lengths))
+        for number, (tokens, lengths) in enumerate(self._sizes):
+            self._lengths.append(self._opened_at(number, "lengths", lengths))
+            if not self._complete:  # else it may have its name already
+                self._data.append(self._opened_at(number, "bin", tokens))
 
     @property
     def tokens(self) -> int:
@@ -126,20 +124,13 @@ class ShardedWriter:
         """Write the indices and give all pairs their names; done again after an interruption."""
         assert not any(self._open_length), "the last document was not ended"
         if not self._complete:
-            for number in range(len(self.prefixes)):
-                with open(self._path(number, "idx"), "wb") as index:
-                    write_index(index, self._dtype, self._lengths[number])
-                    index.flush()
-                    os.fsync(index.fileno())
             self.save(self.progress)
             self._write_journal(complete=True)
         for number, prefix in enumerate(self.prefixes):
-            index_path = self._path(number, "idx")
-            if index_path.exists():
-                if self._path(number, "bin").exists():
-                    commit_pair(self._path(number, "bin"), index_path, prefix)
-                else:
-                    os.replace(index_path, f"{prefix}.idx")
+            data = self._path(number, "bin")
+            if not data.exists():  # it was renamed before an interruption
+                data = Path(f"{prefix}.bin")
+            commit_pair(data, prefix, self._dtype, self._lengths[number])
 
     def abandon(self) -> None:
         """Remove everything in the work folder, and the folder."""
@@ -148,18 +139,15 @@ class ShardedWriter:
 
     def close(self) -> None:
         """Leave the work as it is, for a later start."""
-        for file in [*self._data, *self._lengths]:
-            file.close()
-        self._lock.close()
+        self._open.close()
 
     def _path(self, number: int, suffix: str) -> Path:
         return self.folder / f"pair-{number}.{suffix}"
 
     def _read_journal(self) -> dict[str, Any]:
         """The journal of the same task; whatever else lies here is removed."""
-        journal: dict[str, Any] = {}
         try:
-            journal = json.loads((self.folder / _JOURNAL).read_text())
+            journal: dict[str, Any] = json.loads((self.folder / _JOURNAL).read_text())
         except (OSError, ValueError):
             journal = {}
         if journal.get("task") != self._task:
@@ -171,30 +159,23 @@ class ShardedWriter:
         return journal
 
     def _write_journal(self, complete: bool) -> None:
-        text = json.dumps(
-            {
-                "task": self._task,
-                "sizes": self._sizes,
-                "open": self._open_length,
-                "progress": self.progress,
-                "complete": complete,
-            }
-        )
-        draft = self.folder / f"{_JOURNAL}.new"
-        with open(draft, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, self.folder / _JOURNAL)
+        journal = {
+            "task": self._task,
+            "sizes": self._sizes,
+            "open": self._open_length,
+            "progress": self.progress,
+            "complete": complete,
+        }
+        write_atomically(self.folder / _JOURNAL, json.dumps(journal))
 
-
-def _opened_at(path: Path, size: int) -> IO[bytes]:
-    """A file cut to the size that is known to be good, open at its end."""
-    path.touch()
-    file = open(path, "r+b")  # noqa: SIM115 (the writer's, which closes it)
-    file.truncate(size)
-    file.seek(size)
-    return file
+    def _opened_at(self, number: int, suffix: str, size: int) -> IO[bytes]:
+        """A work file truncated to the size that is known to be good, open at its end."""
+        path = self._path(number, suffix)
+        path.touch()
+        file = self._open.enter_context(path.open("r+b"))
+        file.truncate(size)
+        file.seek(size)
+        return file
 
 
 def _copy(source: Path, target: IO[bytes]) -> int:

@@ -1,72 +1,34 @@
-"""A run's checkpoints: what is saved, what a resume takes back, and what it refuses to take."""
+"""Resuming a run: what is taken from its newest sound checkpoint, and what is refused."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from megatron.checkpoint import store
 from megatron.checkpoint.state import RunState
-from megatron.checkpoint.tensors import TensorReader, write_pieces
+from megatron.checkpoint.tensors import TensorReader
 from megatron.config.errors import ConfigError
 from megatron.config.schema import RunConfig
 from megatron.config.skip import merge, ranges_text
-from megatron.data.data_record import Record
+from megatron.data.data_record import DataRecord
 from megatron.engine import Engine
-from megatron.engine.shards import ZeroState
-from megatron.parallel.piece import WHOLE, Piece
 from megatron.training.data import continue_data
-from megatron.training.optimizers.rules import counters, load_counters
 from megatron.training.optimizers.whole_matrix import WholeMatrixOptimizer
 
 log = logging.getLogger(__name__)
 
-SHAPE_FIELDS = (
-    "num_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "ffn_hidden_size",
-    "vocab_size", "tie_embeddings", "nope_interval", "rope_theta", "rope_scaling", "rms_norm_eps",
-)  # fmt: skip
-"""What must be the same for weights to fit and mean the same."""
-
 FREE_FIELDS = ("learning_rate", "min_learning_rate", "lr_decay_style", "weight_decay", "clip_grad")
-"""What may change on a resume, and is said."""
+"""What may change on a resume, and is logged."""
 
 
 class MissingCheckpoint(RuntimeError):
     """No usable checkpoint where one was required (exit status 4)."""
 
 
-def save(run: RunConfig, engine: Engine, state: RunState) -> tuple[Path, int]:
-    """Commits a checkpoint; called by all ranks.
-
-    Returns:
-        Its folder and its bytes.
-
-    Raises:
-        SaveError: it could not be written; older ones are untouched.
-    """
-    path = store.save(
-        run.checkpoint_folder,
-        state.iteration,
-        lambda file: write_pieces(file, _pieces(engine)),
-        {
-            "state": state.to_dict(),
-            "model": {name: getattr(run.model, name) for name in SHAPE_FIELDS},
-            "optimizer": run.optimizer.optimizer,
-            "counters": counters(engine.optimizer),
-            "loss_scaler": engine.loss_scaler_state(),
-            "layout": str(engine.groups.layout),
-            "run": run.to_dict(),
-        },
-    )
-    return path, sum(file.stat().st_size for file in path.iterdir())
-
-
-def resume(run: RunConfig, engine: Engine, data: Record | None = None) -> RunState:
+def resume(run: RunConfig, engine: Engine, data: DataRecord | None = None) -> RunState:
     """Takes back the newest sound checkpoint, whatever layout wrote it; called by all ranks.
 
     Args:
@@ -96,58 +58,28 @@ def resume(run: RunConfig, engine: Engine, data: Record | None = None) -> RunSta
     with_optimizer = manifest["optimizer"] is not None
     if with_optimizer:
         _check_optimizer(run, manifest["optimizer"], checkpoint.folder)
-    _zero_state(engine).load(reader.for_piece, load_optimizer=with_optimizer)
+    engine.shards().load(reader.for_piece, load_optimizer=with_optimizer)
     if with_optimizer:
-        load_counters(engine.optimizer, manifest["counters"])
-        engine.load_loss_scaler_state(manifest["loss_scaler"])
+        engine.shards().load_counters(manifest["counters"])
+        engine.load_scaler_state(manifest["loss_scaler"])
         if isinstance(engine.optimizer, WholeMatrixOptimizer):
-            names = engine.optimizer.owned_names()
-            engine.optimizer.load_whole_state({name: _whole(reader, name) for name in names})
+            engine.optimizer.load_pieces(reader)
     log.info(f"resumed from {checkpoint.folder} (written as {manifest['layout']})")
-    _say_changes(run, manifest["run"])
+    _log_changes(run, manifest["run"])
     return _with_ranges(run, state)
 
 
-def _with_data(run: RunConfig, state: RunState, data: Record | None, where: Path) -> RunState:
+def _with_data(run: RunConfig, state: RunState, data: DataRecord | None, where: Path) -> RunState:
     if data is None:
         return state
     return continue_data(state, data, run.data.allow_data_change, str(where))
 
 
-def _zero_state(engine: Engine) -> ZeroState:
-    tp = engine.groups.tp
-    return ZeroState(
-        engine.module, engine.zero_optimizer, engine.optimizer, tp.rank, tp.size, engine.replica
-    )
-
-
-def _pieces(engine: Engine) -> Iterator[Piece]:
-    yield from _zero_state(engine).pieces()
-    if not isinstance(engine.optimizer, WholeMatrixOptimizer):
-        return
-    for name, states in engine.optimizer.whole_state().items():
-        for key, value in states.items():
-            tensor = torch.as_tensor(value)
-            shape = tuple(tensor.shape)
-            yield Piece(name, shape, None, 0, 1, 0, {WHOLE + key: tensor.reshape(-1)})
-
-
-def _whole(reader: TensorReader, name: str) -> dict[str, Tensor | float]:
-    values = {
-        state.removeprefix(WHOLE): reader.whole(name, state)
-        for state in reader.states(name)
-        if state.startswith(WHOLE)
-    }
-    return {
-        key: value.item() if key.startswith("group.") else value for key, value in values.items()
-    }
-
-
 def _refuse_where_required(run: RunConfig, root: Path) -> None:
     if store.committed(root):
         raise MissingCheckpoint(
-            f"every checkpoint in {root} is damaged (see above); mend or move them, or start anew"
-            " with another RUN_NAME"
+            f"every checkpoint in {root} is damaged (see above); repair or move them, or start a"
+            " new run with another RUN_NAME"
         )
     if run.checkpoint.exit_on_missing_checkpoint:
         raise MissingCheckpoint(f"--exit-on-missing-checkpoint: {root} holds no checkpoint")
@@ -156,11 +88,7 @@ def _refuse_where_required(run: RunConfig, root: Path) -> None:
 
 
 def _check_model(run: RunConfig, stored: Mapping[str, Any], folder: Path) -> None:
-    changed = [
-        f"{name} {stored[name]} -> {getattr(run.model, name)}"
-        for name in SHAPE_FIELDS
-        if stored[name] != getattr(run.model, name)
-    ]
+    changed = run.model.changes_since(stored)
     if changed:
         raise ConfigError(
             f"{folder} is of another model: {', '.join(changed)}; set these as they were, or start"
@@ -176,7 +104,7 @@ def _check_optimizer(run: RunConfig, stored: str, folder: Path) -> None:
         )
 
 
-def _say_changes(run: RunConfig, stored: Mapping[str, Any]) -> None:
+def _log_changes(run: RunConfig, stored: Mapping[str, Any]) -> None:
     now = run.to_dict()["optimizer"]
     for name in FREE_FIELDS:
         before = stored.get("optimizer", {}).get(name, now[name])

@@ -1,0 +1,98 @@
+"""The engine as training sees it; `ZeroEngine` and `PipelineEngine` have it, a test may fake it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from megatron.engine.shards import Shards
+from megatron.parallel.groups import Groups
+
+LossFunction = Callable[[Tensor, Tensor], Tensor]  # (output of the last layer, labels) -> scalar
+MicroBatches = Iterable[tuple[Tensor, Tensor]]  # (tokens, labels), each (B, S)
+MakeOptimizer = Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
+
+
+class Engine(Protocol):
+    """One step, one evaluation, one learning rate: all that the training loop asks for.
+
+    Attributes:
+        module: the local part of the model (the whole of it at PP = 1).
+        optimizer: the optimizer made by `make_optimizer`, with DeepSpeed's flat parameters in it.
+        groups: of this rank.
+        device: where the model lives.
+    """
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    groups: Groups
+    device: torch.device
+
+    def train_batch(self, micro_batches: MicroBatches) -> Tensor:
+        """One optimizer step over `gradient_accumulation_steps` micro-batches.
+
+        Returns:
+            The mean loss of the global batch, a scalar on the device, equal on all ranks.
+        """
+
+    def eval_batch(self, micro_batches: MicroBatches) -> Tensor:
+        """The mean loss of one global batch without a step; as many micro-batches as a step has."""
+
+    def logits(self, tokens: Tensor) -> Tensor | None:
+        """Logits of the last layer, for sampling; a collective over one replica of the model.
+
+        Args:
+            tokens: (B, S) int64, equal on all ranks.
+
+        Returns:
+            (B, S, V/tp) on the rank of the last stage (`last_stage`), None on the others.
+        """
+
+    def set_learning_rate(self, rate: float) -> None:
+        """Sets the rate of the next step in every parameter group."""
+
+    def gradient_norm(self) -> Tensor | float:
+        """Norm of the last step's gradient over all ranks before clipping; inf on overflow.
+
+        A tensor on the device where DeepSpeed has one, so that asking does not wait for the step.
+        """
+
+    @property
+    def step_applied(self) -> bool:
+        """Whether the last step changed the weights; a non-finite gradient leaves them alone."""
+
+    @property
+    def loss_scale(self) -> float:
+        """Factor on the fp16 loss; 1 in bf16 and fp32."""
+
+    def scaler_state(self) -> dict[str, float]:
+        """The numbers of fp16's loss scaler, for a checkpoint; empty in bf16 and fp32."""
+
+    def load_scaler_state(self, values: dict[str, float]) -> None:
+        """Takes back what `scaler_state` gave; does nothing where the precision has changed."""
+
+    def unclipped(self) -> AbstractContextManager[None]:
+        """Inside it, a step does not clip the gradient."""
+
+    def refresh_weights(self) -> None:
+        """Rebuilds the model's weights from the optimizer's fp32 ones; a collective."""
+
+    def shards(self) -> Shards:
+        """The weights and optimizer states that this rank owns."""
+
+    @property
+    def last_stage(self) -> int:
+        """Place on the pipeline axis of the rank that has the last stage, and so the logits."""
+
+    def pipeline_bubble(self) -> float | None:
+        """Share of the steps since the last call in which a stage computed nothing.
+
+        A collective over the stages; None without a pipeline, or without a step.
+        """
+
+    def close(self) -> None:
+        """Removes DeepSpeed's hooks and frees its buffers; the process groups stay."""

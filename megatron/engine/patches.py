@@ -1,0 +1,258 @@
+"""Every change to DeepSpeed's own behaviour: what, why, and how to see that it can be dropped.
+
+`PATCHES` is the list; the small ones are written out below it. What a patch calls `ours` replaces
+or goes around what it calls `theirs`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+OLDEST, NEWEST = (0, 19, 3), (0, 19, 8)
+"""Versions of DeepSpeed whose insides these patches know."""
+
+
+class Patch(NamedTuple):
+    """One change.
+
+    Attributes:
+        theirs: DeepSpeed's function or variable.
+        ours: what takes its place.
+        why: what goes wrong without.
+        drop_when: what passes without the patch once it is not needed.
+    """
+
+    theirs: str
+    ours: str
+    why: str
+    drop_when: str
+
+
+PATCHES = (
+    Patch(
+        "deepspeed.comm.new_group",
+        "megatron.engine.patches.patch_new_group",
+        "DeepSpeed makes every group of the world on every rank: a start-up that grows with it",
+        "tests/startup/test_startup.py",
+    ),
+    Patch(
+        "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer"
+        ".initialize_gradient_partitioning_data_structures",
+        "megatron.engine.patches.patch_partition_tables",
+        "it looks at every parameter for every data-parallel rank: seconds on thousands of ranks",
+        "tests/startup/test_startup.py; tests/engine/test_patches.py compares the tables",
+    ),
+    Patch(
+        "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer.scaled_global_norm",
+        "megatron.engine.patches.patch_global_grad_norm",
+        "it sums each parameter group's norm over all stages in turn; a stage without embedding or"
+        " head has a group fewer, and the run deadlocks",
+        "tests/equivalence/test_pipeline_schedules.py with fp32 and PP 4",
+    ),
+    Patch(
+        "deepspeed.runtime.pipe.engine.PipelineEngine._exec_reduce_tied_grads",
+        "megatron.engine.patches.reduce_tied_gradients",
+        "it looks for gradients in `grad`; bf16 with the optimizer on the host accumulates them in"
+        " `grad_accum`, where they would stay those of one stage",
+        "tests/equivalence/test_zero_layouts.py: tied weights with the optimizer on the host",
+    ),
+    Patch(
+        "deepspeed.runtime.pipe.engine.PipelineEngine._INSTRUCTION_MAP",
+        "megatron.engine.pipeline.PipelineEngine",
+        "DeepSpeed does not measure the pipeline bubble; forward and backward passes are timed",
+        "DeepSpeed reports the time of a stage's passes",
+    ),
+    Patch(
+        "deepspeed.runtime.pipe.topology.PipelineParallelGrid.__init__",
+        "megatron.engine.pipeline_module.Grid",
+        "it makes every group of the world, and lists all ranks at every send",
+        "tests/startup/test_startup.py",
+    ),
+    Patch(
+        "deepspeed.runtime.pipe.topology.ProcessTopology.get_coord",
+        "megatron.engine.pipeline_module.Topology",
+        "it searches a table of all ranks",
+        "tests/startup/test_startup.py",
+    ),
+    Patch(
+        "deepspeed.runtime.pipe.module.PipelineModule._partition_layers",
+        "megatron.engine.pipeline_module.Stages",
+        "its search for stage bounds builds every layer on every rank; ours are given",
+        "PipelineModule takes bounds",
+    ),
+    Patch(
+        "deepspeed.runtime.pipe.module.PipelineModule._index_tied_modules",
+        "megatron.engine.pipeline_module.Stages",
+        "it makes the groups of the tied weights of all ranks",
+        "tests/startup/test_startup.py",
+    ),
+    Patch(
+        "deepspeed.utils.groups._ZERO_PARAM_INTRA_PARALLEL_GROUP",
+        "megatron.engine.zero3.make_secondary_group",
+        "hpZ takes neighbours in the world, which under TP hold different shards of a matrix",
+        "tests/equivalence/test_zero_layouts.py with hpz-tp2",
+    ),
+    Patch(
+        "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3.step",
+        "megatron.engine.zero3.average_over_replicas",
+        "DeepSpeed removed MiCS in 0.19.7; gradients are averaged over its replicas before a step",
+        "DeepSpeed has MiCS again, and tests/equivalence/test_zero_layouts.py passes with it",
+    ),
+    Patch(
+        "deepspeed.accelerator.cpu_accelerator.CPU_Accelerator.is_fp16_supported",
+        "megatron.engine.patches.patch_cpu_accelerator",
+        "DeepSpeed wants fp16 instructions; torch computes fp16 on every CPU, if slowly",
+        "a run with DTYPE=fp16 starts on a CPU without them",
+    ),
+    Patch(
+        "deepspeed.ops.__compatible_ops__",
+        "megatron.engine.patches.patch_cpu_accelerator",
+        "on a CPU DeepSpeed compiles a C++ all-reduce that only its inference uses: half a minute,"
+        " and a compiler",
+        "init_distributed starts without a compiler",
+    ),
+    Patch(
+        "deepspeed.initialize",
+        "megatron.engine.make_engine",
+        "rescanning imported objects for garbage dominated DeepSpeed's table construction: they are"
+        " frozen first",
+        "tests/startup/test_startup.py",
+    ),
+)
+
+
+def check_version(version: str = deepspeed.__version__) -> None:
+    """Logs a warning for a DeepSpeed that the patches have not been tried with."""
+    numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdecimal())
+    if not OLDEST <= numbers <= NEWEST:
+        oldest, newest = (".".join(map(str, known)) for known in (OLDEST, NEWEST))
+        log.warning(
+            f"DeepSpeed {version} is not one that megatron/engine/patches.py was written for"
+            f" ({oldest} to {newest}): compare losses with a run of a known version"
+        )
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Inside, a name of a module or class of DeepSpeed's means something else."""
+    original = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def patch_cpu_accelerator() -> None:
+    """Lets a host without accelerator start in fp16, and without a compiler."""
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    accelerator = deepspeed.get_accelerator()
+    if accelerator.device_name() == "cpu":
+        accelerator.is_fp16_supported = lambda: True
+
+
+def patch_new_group() -> contextlib.AbstractContextManager[None]:
+    """Inside, DeepSpeed's own requests for groups are met by `members_group`."""
+    return replaced(deepspeed.comm, "new_group", members_group)
+
+
+def members_group(ranks: Iterable[int]) -> Any:
+    """A group made by its members only; for all of the world the world's own.
+
+    Returns:
+        The group, or GroupMember.NON_GROUP_MEMBER on a rank that is not in it.
+    """
+    ranks = list(ranks)
+    if len(ranks) == dist.get_world_size():
+        return dist.group.WORLD
+    if dist.get_rank() not in ranks:
+        return dist.GroupMember.NON_GROUP_MEMBER
+    return dist.new_group(ranks, use_local_synchronization=True)
+
+
+def patch_global_grad_norm(zero: Any, device: torch.device) -> None:
+    """Gives DeepSpeed's optimizer a norm of one all-reduce over a replica of the model.
+
+    Args:
+        zero: changed in place; an optimizer that sums once already is left alone.
+        device: whose collectives the run uses; the optimizer's own may be the host.
+    """
+    if type(zero).__name__ != "DeepSpeedZeroOptimizer":
+        return
+    own_norm = zero.scaled_global_norm
+
+    def scaled_global_norm(norm_type: int = 2) -> Tensor:
+        over_stages = zero._model_parallel_all_reduce
+        zero._model_parallel_all_reduce = lambda tensor, op: None
+        try:
+            own = torch.as_tensor(own_norm(norm_type), device=device).float()
+        finally:
+            zero._model_parallel_all_reduce = over_stages
+        square = own**2  # inf where DeepSpeed found a gradient that is not finite
+        over_stages(tensor=square, op=dist.ReduceOp.SUM)
+        return square.sqrt()
+
+    zero.scaled_global_norm = scaled_global_norm
+
+
+def reduce_tied_gradients(engine: Any) -> None:
+    """Sums the gradients of tied weights over the stages that use them, before all reductions."""
+    if not getattr(engine.optimizer, "use_grad_accum_attribute", False):
+        engine._exec_reduce_tied_grads()
+        return
+    for weight, group in engine.module.get_tied_weights_and_groups():
+        dist.all_reduce(weight.grad_accum, group=group)
+
+
+def patch_partition_tables() -> contextlib.AbstractContextManager[None]:
+    """Inside, DeepSpeed's optimizers for ZeRO 1 and 2 make their tables with `fill_tables`."""
+    name = "initialize_gradient_partitioning_data_structures"
+    return replaced(DeepSpeedZeroOptimizer, name, fill_tables)
+
+
+def fill_tables(zero: Any) -> None:
+    """For each group of parameters, flattened and split into equal partitions, one per rank:
+
+    - the partitions of a parameter, and the number of parameters in a partition;
+    - where in the partition a parameter goes, and from where of the parameter;
+    - the first parameter of a partition, None where there is padding only.
+    """
+    for group, parameters in enumerate(zero.round_robin_bit16_groups):
+        ranks = range(dist.get_world_size(group=zero.real_dp_process_group[group]))
+        size = zero.partition_size[group]
+        ids: dict[int, list[int]] = {}
+        count = dict.fromkeys(ranks, 0)
+        first: dict[int, int | None] = dict.fromkeys(ranks)
+        into: dict[int, dict[int, int]] = {rank: {} for rank in ranks}
+        source: dict[int, dict[int, int]] = {rank: {} for rank in ranks}
+        begin = 0
+        padding = zero.round_robin_bit16_padding[group]
+        for index, (parameter, padded) in enumerate(zip(parameters, padding, strict=True)):
+            key, end = zero.get_param_id(parameter), begin + parameter.numel()
+            ids[key] = list(range(begin // size, (end - 1) // size + 1))
+            for rank in ids[key]:
+                into[rank][key] = max(begin - rank * size, 0)
+                source[rank][key] = max(rank * size - begin, 0)
+                count[rank] += 1
+                if first[rank] is None:
+                    first[rank] = index
+            begin = end + padded
+        zero.param_to_partition_ids[group] = ids
+        zero.total_grads_in_partition[group] = count
+        zero.remaining_grads_in_partition[group] = {}
+        zero.is_partition_reduced[group] = dict.fromkeys(ranks, False)
+        zero.is_grad_computed[group] = {rank: dict.fromkeys(into[rank], False) for rank in ranks}
+        zero.grad_partition_insertion_offset[group] = into
+        zero.grad_start_offset[group] = source
+        zero.first_param_index_in_partition[group] = first

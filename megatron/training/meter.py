@@ -1,0 +1,126 @@
+"""Meter: collects the steps since the last log line and closes them to a record of metrics.jsonl.
+
+Rates count only the steps that did work and only their time: evaluation, saving and skipped steps
+are off the clock.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import SupportsFloat
+
+from megatron.checkpoint.state import RunState
+from megatron.config.schema import RunConfig
+from megatron.training.device import Device
+from megatron.training.metrics import METRICS, Interval
+from megatron.training.metrics_file import MetricsRecord
+
+
+class Meter:
+    """Collects steps; `record` closes the interval and starts the next.
+
+    Losses and gradient norms may be device tensors: they are kept as they are and fetched by
+    `record` only, so that no step waits for the device. Nobody may write to them afterwards.
+
+    Args:
+        run: the configuration.
+        device: waited for before every reading of the clock that ends an interval or a pause.
+        measured: what only the engine knows, such as the pipeline's bubble; asked for by every
+            `record` on all ranks, so it may be a collective.
+        clock: seconds, monotonic.
+        wall_clock: seconds since the epoch, for the records' `time`.
+    """
+
+    def __init__(
+        self,
+        run: RunConfig,
+        device: Device,
+        measured: Callable[[], Mapping[str, float]] = dict,
+        clock: Callable[[], float] = time.perf_counter,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._run = run
+        self._device = device
+        self._measured = measured
+        self._clock = clock
+        self._wall_clock = wall_clock
+        self.start()
+
+    def start(self) -> None:
+        """Forgets everything and starts the clock: call it right before the first step."""
+        self._losses: list[SupportsFloat] = []
+        self._grad_norm: SupportsFloat | None = None
+        self._loss_scale: float | None = None
+        self._skipped = 0
+        self._paused = 0.0
+        self._since = self._clock()
+
+    def step(
+        self,
+        loss: SupportsFloat,
+        grad_norm: SupportsFloat | None,
+        loss_scale: float | None = 1.0,
+        *,
+        updated: bool = True,
+    ) -> None:
+        """One step that did work.
+
+        Args:
+            loss: mean loss of the global batch, nats per token.
+            grad_norm: norm before clipping; None where the engine has none.
+            loss_scale: fp16's scale, 1 elsewhere.
+            updated: False where the work was done but the weights were not changed (fp16 overflow):
+                the step counts as skipped in the counter and as work in the rates.
+        """
+        self._losses.append(loss)
+        self._grad_norm = grad_norm
+        self._loss_scale = loss_scale
+        self._skipped += int(not updated)
+
+    def skip(self) -> None:
+        """One step that was skipped; its time belongs inside `off_the_clock`."""
+        self._skipped += 1
+
+    @contextmanager
+    def off_the_clock(self) -> Iterator[None]:
+        """What happens inside is no step's time; work queued before it is waited for and counts."""
+        self._device.synchronize()
+        start = self._clock()
+        try:
+            yield
+        finally:
+            self._device.synchronize()
+            self._paused += self._clock() - start
+
+    def record(
+        self, state: RunState, learning_rate: float, corpus_loss: Mapping[str, float] | None = None
+    ) -> MetricsRecord:
+        """The record of the interval that ends with `state`, and the start of the next interval.
+
+        Returns:
+            METRICS by key: event "step", or "skip" where no step since the last record did work.
+            `loss` is the mean over the steps that did, not finite where one was not; `grad_norm`
+            and `loss_scale` are the last step's; `elapsed_s` is seconds per step;
+            `skipped_iterations` and `nan_iterations` count since the last record.
+        """
+        self._device.synchronize()
+        interval = Interval(
+            run=self._run,
+            device=self._device,
+            state=state,
+            seconds=self._clock() - self._since - self._paused,
+            ended=self._wall_clock(),
+            learning_rate=learning_rate,
+            losses=[float(loss) for loss in self._losses],
+            grad_norm=None if self._grad_norm is None else float(self._grad_norm),
+            loss_scale=self._loss_scale,
+            skipped=self._skipped,
+            measured=self._measured(),
+            corpus_loss=corpus_loss,
+        )
+        self.start()
+        known = [metric for metric in METRICS if metric.always or interval.losses]
+        values = [(metric, metric.value(interval)) for metric in known]
+        return {m.key: value for m, value in values if value is not None or not m.optional}

@@ -1,0 +1,271 @@
+"""The loop around an engine that only adds up what it is fed."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megatron.checkpoint import store
+from megatron.config.schema import RunConfig
+from megatron.data.dataset import Sample
+from megatron.parallel.groups import SERIAL
+from megatron.parallel.piece import WEIGHT, Piece
+from megatron.training.device import Device
+from megatron.training.metrics_file import decode, encode
+from megatron.training.resume import resume
+from megatron.training.stop import StopRequest
+from megatron.training.trainer import Outcome, Trainer
+from tests.training.run_config import tiny_run
+
+CPU = Device("cpu", 0, "processor", "gloo", None)
+
+
+class Numbers:
+    """Sample k is full of the number k."""
+
+    def sample(self, k: int) -> Sample:
+        return Sample("corpus", "file", 0, k, tokens=np.full(9, k, dtype=np.int64))
+
+
+class Shards:
+    """The engine's sum as a checkpoint's only parameter."""
+
+    def __init__(self, engine: Adder) -> None:
+        self._engine = engine
+
+    def pieces(self) -> list[Piece]:
+        return [Piece("sum", (1,), None, 0, 1, 0, {WEIGHT: self._engine.total.clone()})]
+
+    def load(self, read: Callable[[Piece], Any], load_optimizer: bool = True) -> None:
+        tensors, _ = read(self.pieces()[0])
+        self._engine.total = tensors[WEIGHT].clone()
+
+    def counters(self) -> dict[str, float]:
+        return {}
+
+    def load_counters(self, values: dict[str, float]) -> None:
+        assert values == {}
+
+
+class Adder:
+    """An engine whose weight is the sum of all samples it was trained on.
+
+    `at` maps the number of a call of train_batch to what happens in it.
+    """
+
+    def __init__(self, at: dict[int, Callable[[], None]] | None = None) -> None:
+        self.groups = SimpleNamespace(pp=SERIAL, dp=SERIAL, tp=SERIAL, sp=SERIAL)
+        self.optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        self.device = torch.device("cpu")
+        self.total = torch.zeros(1, dtype=torch.float64)
+        self.trained: list[int] = []  # samples, in order
+        self.evaluated: list[list[int]] = []
+        self.rates: list[float] = []
+        self.losses: dict[int, float] = {}  # call -> what it returns instead of its number
+        self.step_applied, self.loss_scale = True, 1.0
+        self._at = at or {}
+        self._calls = 0
+
+    def train_batch(self, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+        self._calls += 1
+        for tokens, _ in batches:
+            numbers = tokens[:, 0].tolist()
+            self.trained += numbers
+            self.total += sum(numbers)
+        self._at.get(self._calls, lambda: None)()
+        return torch.tensor(self.losses.get(self._calls, float(self._calls)))
+
+    def eval_batch(self, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+        self.evaluated.append([n for tokens, _ in batches for n in tokens[:, 0].tolist()])
+        return torch.tensor(2.0)
+
+    def set_learning_rate(self, rate: float) -> None:
+        self.rates.append(rate)
+
+    def gradient_norm(self) -> float:
+        return 0.5
+
+    def scaler_state(self) -> dict[str, float]:
+        return {}
+
+    def load_scaler_state(self, values: dict[str, float]) -> None:
+        assert values == {}
+
+    def refresh_weights(self) -> None:
+        pass
+
+    def pipeline_bubble(self) -> None:
+        return None
+
+    def shards(self) -> Shards:
+        return Shards(self)
+
+
+class Records(list):
+    """A tracker that keeps everything."""
+
+    def log(self, record: dict[str, Any]) -> None:
+        self.append(decode(encode(record)))
+
+    def close(self) -> None:
+        pass
+
+    def of(self, event: str) -> list[dict[str, Any]]:
+        return [record for record in self if record["event"] == event]
+
+
+def config(
+    folder: Path, steps: int, *, save: int = 0, skip: str | None = None, **log: Any
+) -> RunConfig:
+    """`steps` steps of four samples each, in two micro-batches."""
+    run = tiny_run(folder, **{"eval_interval": 0, **log})
+    return dataclasses.replace(
+        run,
+        train=dataclasses.replace(run.train, train_iters=steps),
+        checkpoint=dataclasses.replace(run.checkpoint, save_interval=save),
+        data=dataclasses.replace(run.data, train_range_to_skip=skip),
+    )
+
+
+def trained(run: RunConfig, engine: Any) -> tuple[Outcome, Records]:
+    """A start of the run: resumes where there is a checkpoint, and trains."""
+    numbers = Numbers()
+    splits = SimpleNamespace(train=numbers, valid=numbers, test=None)
+    data: Any = SimpleNamespace(splits=splits, corpus_losses=None, record=None)
+    records = Records()
+    with StopRequest(torch.device("cpu")) as stop:
+        state = resume(run, engine, None)
+        return Trainer(run, engine, data, CPU, records, stop, state).train(), records
+
+
+def interrupt() -> None:
+    """A signal to this process, as a scheduler sends it."""
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_record_covers_the_steps_of_its_interval(tmp_path: Path) -> None:
+    engine = Adder()
+    engine.losses = {3: float("nan")}
+    outcome, records = trained(config(tmp_path, 12, log_interval=5), engine)
+    steps = records.of("step")
+    assert [record["iteration"] for record in steps] == [5, 10, 12]
+    assert [record["steps"] for record in steps] == [5, 5, 2]
+    assert [record["loss"] for record in steps[1:]] == [8.0, 11.5]  # means of 6..10 and 11, 12
+    assert [record["nan_iterations"] for record in steps] == [1, 0, 0]
+    assert outcome.state.nan_iterations == 1
+    assert outcome.state.consumed_samples == 48 and outcome.state.consumed_tokens == 48 * 8
+    assert engine.trained == [*range(48)]
+    assert len(engine.rates) == 12 and steps[-1]["learning_rate"] == engine.rates[-1]
+    assert records[-1]["event"] == "stop" and records[-1]["reason"] == "finished"
+
+
+def test_a_step_that_changed_no_weight_counts_as_skipped(tmp_path: Path) -> None:
+    engine = Adder()
+    engine.step_applied = False
+    outcome, records = trained(config(tmp_path, 4, log_interval=2), engine)
+    assert [record["skipped_iterations"] for record in records.of("step")] == [2, 2]
+    assert outcome.state.skipped_iterations == 4 and len(engine.trained) == 16
+
+
+def test_a_failed_save_is_logged_and_the_run_continues(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    blocked = tmp_path / "checkpoints"
+    blocked.write_text("a file where the folder belongs")
+    run = config(tmp_path, 6, save=2)
+    outcome, records = trained(run, Adder({5: blocked.unlink}))
+    assert [record["iteration"] for record in records.of("save")] == [6]
+    assert outcome.saved and outcome.state.iteration == 6
+    failures = [r.message for r in caplog.records if r.levelname == "ERROR"]
+    assert len(failures) == 2 and "step 2 was not saved" in failures[0]
+
+
+def test_a_failed_last_save_is_not_taken_for_saved(tmp_path: Path) -> None:
+    run = config(tmp_path, 4, save=2)
+
+    def block() -> None:
+        for folder in (tmp_path / "checkpoints").iterdir():
+            if folder.is_dir():
+                folder.rename(tmp_path / folder.name)
+        for file in (tmp_path / "checkpoints").iterdir():
+            file.unlink()
+        (tmp_path / "checkpoints").rmdir()
+        (tmp_path / "checkpoints").write_text("a file")
+
+    outcome, records = trained(run, Adder({4: block}))
+    assert [record["iteration"] for record in records.of("save")] == [2]
+    assert outcome.state.iteration == 4 and not outcome.saved
+
+
+@settings(
+    deadline=None,
+    max_examples=25,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(st.integers(1, 9), st.integers(1, 4), st.integers(0, 3))
+def test_a_signal_at_any_step_ends_in_a_checkpoint_that_resumes(
+    tmp_path_factory: pytest.TempPathFactory, at: int, log_interval: int, save: int
+) -> None:
+    run = config(tmp_path_factory.mktemp("run"), 9, save=save, log_interval=log_interval)
+    first = Adder({at: interrupt})
+    outcome, records = trained(run, first)
+    seen = min(9, -(-at // log_interval) * log_interval)  # ranks agree at log steps
+    assert outcome.signal == signal.SIGTERM and outcome.saved
+    assert outcome.state.iteration == seen == records.of("save")[-1]["iteration"]
+    assert records[-1]["event"] == "stop" and records[-1]["reason"] == "signal SIGTERM"
+    assert store.committed(run.checkpoint_folder)[0].iteration == seen
+    if seen == 9:
+        return
+    second = Adder()
+    outcome, _ = trained(run, second)
+    assert outcome.state.iteration == 9 and outcome.signal == 0
+    assert first.trained + second.trained == [*range(36)]
+    assert second.total == sum(range(36))
+
+
+def test_skipped_steps_read_nothing_and_every_other_step_sees_its_own_samples(
+    tmp_path: Path,
+) -> None:
+    engine = Adder()
+    outcome, records = trained(config(tmp_path, 6, skip="2-3,6"), engine)
+    assert engine.trained == [*range(4), *range(12, 20)]
+    assert [record["iteration"] for record in records.of("skip")] == [2, 3, 6]
+    assert all("loss" not in record for record in records.of("skip"))
+    assert outcome.state.consumed_samples == 24 and outcome.state.skipped_iterations == 3
+    assert outcome.saved
+
+
+@pytest.mark.parametrize("at", [2, 3, 4])
+def test_a_range_to_skip_holds_over_a_resume(tmp_path: Path, at: int) -> None:
+    """A signal before and after it: calls 2, 3 and 4 of train_batch are steps 2, 3 and 7."""
+    run = config(tmp_path, 8, skip="4-6")
+    first, second = Adder({at: interrupt}), Adder()
+    trained(run, first)
+    without = config(tmp_path, 8)  # what was skipped stays in the checkpoint
+    outcome, _ = trained(without, second)
+    assert first.trained + second.trained == [*range(12), *range(24, 32)]
+    assert outcome.state.skipped_iterations == 3
+    assert outcome.state.skip_ranges == ((4, 6),)
+
+
+def test_evaluations_read_the_same_samples_and_leave_the_run_alone(tmp_path: Path) -> None:
+    engine = Adder()
+    outcome, records = trained(config(tmp_path, 4, eval_interval=2, eval_iters=3), engine)
+    evaluations = records.of("eval")
+    assert [record["iteration"] for record in evaluations] == [2, 4]
+    assert engine.evaluated[:3] == engine.evaluated[3:] == [
+        [0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11],
+    ]  # fmt: skip
+    assert all(record["samples"] == 12 and record["loss"] == 2.0 for record in evaluations)
+    assert engine.trained == [*range(16)] and outcome.state.consumed_samples == 16
