@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 _APEX = "apex is not a dependency; torch's own kernel does the same update"
 _IPEX = "Intel's extension for PyTorch is no longer released; torch runs on Intel GPUs without it"
@@ -11,16 +14,38 @@ _EIGHT_BIT = "needs bitsandbytes, which has CUDA kernels only"
 _GALORE = "projects each gradient matrix, which ZeRO's flat partitions do not keep"
 _CLIP = "rescales attention logits inside the optimizer, which the model does not expose"
 
-# name -> None where accepted, else (reason, nearest accepted name)
-OPTIMIZERS: dict[str, tuple[str, str] | None] = {
-    "adamw": None,
-    "adam": None,
-    "sgd": None,
-    "muon": None,
-    "lamb": None,
-    "adafactor": None,
-    "adamwschedulefree": None,
-    "sophiag": None,
+
+@dataclass(frozen=True)
+class Rule:
+    """An update rule that can be trained with.
+
+    Attributes:
+        states: numbers per weight that it keeps beside the fp32 weight.
+        whole_matrix: computes norms, factors or orthogonal bases of whole matrices.
+        on_the_host: steps on the flat partitions wherever they lie, as torch's own rules do.
+        make: (parameter groups, the section `optimizer`) -> optimizer; None: the function of its
+            name in training/optimizers/rules.py.
+    """
+
+    states: int = 2
+    whole_matrix: bool = False
+    on_the_host: bool = False
+    make: Callable[..., Any] | None = None
+
+
+RULES: dict[str, Rule] = {
+    "adamw": Rule(on_the_host=True),
+    "adam": Rule(on_the_host=True),
+    "sgd": Rule(states=1, on_the_host=True),
+    "muon": Rule(states=1, whole_matrix=True),
+    "lamb": Rule(whole_matrix=True),
+    "adafactor": Rule(states=0, whole_matrix=True),
+    "adamwschedulefree": Rule(),
+    "sophiag": Rule(),
+}
+
+# name -> (reason, nearest accepted name)
+REFUSED: dict[str, tuple[str, str]] = {
     "apex.adam": (_APEX, "adamw"),
     "apex.sgd": (_APEX, "sgd"),
     "ds.adamw": ("DeepSpeed would compile FusedAdam; torch's fused AdamW does the same", "adamw"),
@@ -43,24 +68,18 @@ OPTIMIZERS: dict[str, tuple[str, str] | None] = {
     "lion": ("is not in torch; its sign update is close to sophiag's clipped one", "sophiag"),
 }  # fmt: skip
 
-# These compute norms, factors or orthogonal bases of a whole matrix.
-WHOLE_MATRIX = ("muon", "lamb", "adafactor")
-# torch's rules step on the flat partitions wherever they lie.
-ON_THE_HOST = ("adamw", "adam", "sgd")
-
 
 def accepted() -> tuple[str, ...]:
     """Names that can be trained with."""
-    return tuple(name for name, refusal in OPTIMIZERS.items() if refusal is None)
+    return tuple(RULES)
 
 
 def problem(value: str, name: str = "OPT") -> str | None:
     """Why `value` cannot be used, with the nearest name that can; None where it can."""
-    if value in OPTIMIZERS:
-        refusal = OPTIMIZERS[value]
-        if refusal is None:
-            return None
-        reason, nearest = refusal
+    if value in RULES:
+        return None
+    if value in REFUSED:
+        reason, nearest = REFUSED[value]
         return f"{name}={value} is not offered: {reason}. Nearest: {name}={nearest}."
     close = difflib.get_close_matches(value.lower(), accepted(), n=1, cutoff=0.5)
     nearest_text = f" Did you mean {close[0]}?" if close else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +42,7 @@ class Option:
     env: tuple[str, ...]
     flags: tuple[str, ...]
     help: str
-    choices: tuple[str, ...]
+    choices: Collection[str]
     limits: dict[str, float | None]
 
     @property
@@ -88,7 +88,7 @@ def option(
     env: str,
     flag: str,
     help: str,
-    choices: tuple[str, ...] = (),
+    choices: Collection[str] = (),
     *,
     least: float = 0,
     above: float | None = None,
@@ -104,7 +104,7 @@ def option(
         env: environment variables separated by spaces, the canonical name first; may be empty.
         flag: command-line flags separated by spaces, the canonical spelling first.
         help: one line for `--help` and the README.
-        choices: permitted values of a string option; empty for any.
+        choices: permitted values of a string option, such as a table by name; empty for any.
         least: smallest permitted number.
         above: numbers must exceed this.
         most: largest permitted number.

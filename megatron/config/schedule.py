@@ -10,8 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from megatron.config.schema import OptimizerConfig
+if TYPE_CHECKING:
+    from megatron.config.schema import OptimizerConfig
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,9 @@ from megatron.config.errors import ConfigError
 from megatron.config.layout import Layout
 from megatron.config.option import Option, option
 from megatron.config.pipeline_stages import balanced_blocks, num_stages_per_rank, parse_cuts
+from megatron.config.schedule import STYLES
 from megatron.config.shape import ModelShape
 
-LR_DECAY_STYLES = (
-    "constant", "linear", "cosine", "inverse-square-root",
-    "infinite-cosine", "infinite-inv-square-root", "warmup-stable-decay",
-)  # fmt: skip
 TOKENIZER_TYPES = (
     "HFTokenizer", "SentencePieceTokenizer", "GPT2BPETokenizer", "Llama2Tokenizer",
     "ByteTokenizer", "CharTokenizer", "NullTokenizer", "BuiltinTokenizer",
@@ -81,7 +78,7 @@ class OptimizerConfig:
     optimizer: str = option("adamw", "OPT OPTIMIZER OPTIM", "--optimizer", "optimizer: " + ", ".join(optimizers.accepted()))
     learning_rate: float = option(2e-4, "LR", "--lr", "peak learning rate", above=0)
     min_learning_rate: float = option(0.0, "MIN_LR", "--min-lr", "minimum learning rate, reached at the end of the decay")
-    lr_decay_style: str = option("cosine", "LR_DECAY_STYLE", "--lr-decay-style", "learning rate schedule after warm-up", LR_DECAY_STYLES)
+    lr_decay_style: str = option("cosine", "LR_DECAY_STYLE", "--lr-decay-style", "learning rate schedule after warm-up", STYLES)
     lr_warmup_fraction: float = option(0.05, "LR_WARMUP_FRAC LR_WARMUP_FRACTION", "--lr-warmup-fraction", "fraction of LR_DECAY_ITERS spent in linear warm-up", below=1)
     lr_decay_iters: int = option(None, "LR_DECAY_ITERS", "--lr-decay-iters", "steps until the decay ends, warm-up included; default TRAIN_ITERS", least=1)
     lr_cooldown_fraction: float = option(0.65, "LR_COOLDOWN_FRACTION", "--lr-cooldown-fraction", "infinite-*: fraction of LR_DECAY_ITERS for the cooldown from LR to LR_CONSTANT; for warmup-stable-decay use LR_DECAY_FRACTION", most=1)

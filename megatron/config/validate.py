@@ -260,7 +260,7 @@ def check_optimizer(draft: Draft) -> Iterator[str]:
     if problem:
         yield problem
         return
-    if rule in optimizers.WHOLE_MATRIX and draft.get(ZERO) > 1:
+    if optimizers.RULES[rule].whole_matrix and draft.get(ZERO) > 1:
         yield (
             f"{draft.show(key)} needs whole matrices, which {draft.show(ZERO)} "
             f"partitions. Set {draft.name(ZERO)}=1 or {name}=adamw"
@@ -270,7 +270,7 @@ def check_optimizer(draft: Draft) -> Iterator[str]:
             f"{draft.show(key)} counts steps and swaps weights per parameter group, which "
             f"{draft.show(ZERO)} partitions. Set {draft.name(ZERO)}=2 or {name}=adamw"
         )
-    on_host = optimizers.ON_THE_HOST
+    on_host = [name for name, known in optimizers.RULES.items() if known.on_the_host]
     if draft.get("parallel.cpu_optimizer") and rule not in on_host:
         yield (
             f"{draft.show(key)} does not run on the host: {draft.name('parallel.cpu_optimizer')} "

@@ -125,7 +125,7 @@ FRONTIER_ENVIRONMENT = {
 
 XNAME = r"c\d+s\d+b\d+n\d+"  # cabinet x1234, chassis, slot, board, node of an HPE Cray EX
 
-MACHINES: tuple[Machine, ...] = (
+MACHINES: list[Machine] = [
     Machine(
         name="sirius",
         scheduler="pbs",
@@ -210,7 +210,7 @@ MACHINES: tuple[Machine, ...] = (
         ),
         environment=FRONTIER_ENVIRONMENT,
     ),
-)
+]
 
 # For hosts that no entry knows, by scheduler.
 GENERIC: dict[str, Machine] = {

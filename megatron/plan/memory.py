@@ -9,13 +9,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from megatron.config.formulas import layer_parameters
+from megatron.config.optimizers import RULES
 from megatron.config.pipeline_stages import num_stages_per_rank
 from megatron.config.schema import RunConfig
 
-# Numbers kept per parameter beside the fp32 master weight. Source: the update rules themselves.
-OPTIMIZER_STATES = {"sgd": 1, "muon": 1, "adafactor": 0}
 LOSS_BLOCK = 1 << 24  # logits that the cross entropy turns into fp32 at once
-
 
 class MemoryEstimate(NamedTuple):
     """Bytes on the device of the fullest rank."""
@@ -103,7 +101,7 @@ def _optimizer(count: int, table: int, run: RunConfig) -> int:
     """fp32 master weights and the states of the update rule; `table` of `count` are vocabulary."""
     if run.parallel.cpu_optimizer:
         return 0
-    numbers = (1 + OPTIMIZER_STATES.get(run.optimizer.optimizer, 2)) * count
+    numbers = (1 + RULES[run.optimizer.optimizer].states) * count
     if run.optimizer.optimizer == "muon":  # embedding and head are AdamW's
         numbers += table
     return _shard(4 * numbers, run, from_stage=1)

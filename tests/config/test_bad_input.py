@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron.config.errors import ConfigError, DataError
-from megatron.config.optimizers import OPTIMIZERS, accepted
+from megatron.config.optimizers import REFUSED, accepted
 from megatron.config.resolve import Site, resolve
 from tests.config.helpers import refusal, resolved
 
@@ -156,9 +156,9 @@ def test_a_flag_is_named_as_the_flag():
     assert "--tensor-model-parallel-size=3" in refusal("--tensor-model-parallel-size", "3")
 
 
-@pytest.mark.parametrize("name", [name for name, refused in OPTIMIZERS.items() if refused])
+@pytest.mark.parametrize("name", REFUSED)
 def test_refused_optimizers_name_an_accepted_one(name):
-    reason, nearest = OPTIMIZERS[name]
+    reason, nearest = REFUSED[name]
     message = refusal(OPT=name)
     assert nearest in accepted() and reason in message and f"OPT={nearest}" in message
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron.config.schedule import STYLES, Schedule, learning_rate, schedule
-from megatron.config.schema import LR_DECAY_STYLES, OptimizerConfig
+from megatron.config.schema import OptimizerConfig, by_key
 
 BASE = Schedule(
     style="cosine",
@@ -57,13 +57,13 @@ def expected(style: str) -> np.ndarray:
     return body if style == "constant" else np.where(i >= 200, 3e-4, body)
 
 
-@pytest.mark.parametrize("style", LR_DECAY_STYLES)
+@pytest.mark.parametrize("style", STYLES)
 def test_every_style_is_its_closed_form(style: str) -> None:
     np.testing.assert_allclose(rates(style), expected(style), rtol=1e-12)
 
 
 def test_the_table_holds_every_configured_style() -> None:
-    assert set(STYLES) == set(LR_DECAY_STYLES)
+    assert set(STYLES) == set(by_key()["optimizer.lr_decay_style"].choices)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_without_warm_up_the_first_rate_is_near_the_highest() -> None:
     assert rates("inverse-square-root", warmup_fraction=0.0)[0] == 3e-3
 
 
-@pytest.mark.parametrize("style", LR_DECAY_STYLES)
+@pytest.mark.parametrize("style", STYLES)
 def test_less_than_a_step_of_warm_up(style: str) -> None:
     found = rates(style, warmup_fraction=0.001)
     assert 0.9 * 3e-3 < found[0] <= 3e-3
@@ -101,7 +101,7 @@ def test_the_run_length_is_the_default_decay_length() -> None:
 
 
 @given(
-    style=st.sampled_from(LR_DECAY_STYLES),
+    style=st.sampled_from([*STYLES]),
     decay_iters=st.integers(1, 500),
     warmup=st.floats(0, 0.5),
     decay=st.floats(0, 0.5),

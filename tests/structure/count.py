@@ -219,18 +219,19 @@ def _setting_moments() -> dict[str, set[str]]:
 def _trace() -> dict[str, dict[str, int]]:
     """Runs RUN in this process: the launcher's half, then the only rank's."""
     from megatron.launch import start
-    from megatron.launch.run_folder import RUN_FILE
 
     calls = {name: _Calls() for name, journey in JOURNEYS.items() if journey.entry}
     entries = {name: _replace(JOURNEYS[name].entry, noted.watched) for name, noted in calls.items()}
     threading.setprofile(calls["step"].note)  # the thread that reads ahead
     moments = _setting_moments()
-    start.execute = lambda planned, screen: 0  # the rank is this process
+    folder = Path(os.environ["RUN_DIR"])
+    start.PROGRAM = folder.with_name("nothing.py")  # the rank is this process
+    start.PROGRAM.write_text("")
     assert start.main([], os.environ) == 0
     assert set(moments) == {"parsed", "read"}, sorted(moments)
     del moments["read"]  # for the copy in the run's folder
     program = importlib.import_module("pretrain_gpt_alcf")
-    assert program.main(["--config", str(Path(os.environ["RUN_DIR"]) / RUN_FILE)]) == 0
+    assert program.main(["--config", str(folder / "run.json")]) == 0
     assert set(moments) == {"parsed", "read", "given"}, sorted(moments)
 
     found = {}

@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from megatron.config.errors import ConfigError
+from megatron.config.optimizers import RULES
 from megatron.config.schema import OptimizerConfig
 from megatron.training.optimizers.parameter_groups import (
     HIDDEN,
@@ -45,7 +46,8 @@ def make_optimizer(
         ConfigError: the rule's library is not installed.
     """
     groups = parameter_groups(named_parameters, settings.learning_rate, settings.weight_decay)
-    return OPTIMIZERS[settings.optimizer](groups, settings)
+    make = RULES[settings.optimizer].make or OPTIMIZERS[settings.optimizer]
+    return make(groups, settings)
 
 
 def _adamw(groups: Groups, settings: OptimizerConfig) -> Optimizer:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megatron.config import optimizers as names_of_config
+from megatron.config.optimizers import RULES
 from megatron.config.schema import OptimizerConfig
 from megatron.parallel.groups import SERIAL
 from megatron.training.optimizers import rules as table
@@ -146,8 +146,8 @@ def _difference(a: Weights, b: Weights) -> float:
 
 
 def test_the_table_has_the_names_that_the_configuration_accepts() -> None:
-    assert set(NAMES) == set(names_of_config.accepted())
-    assert set(WHOLE_MATRIX) == set(names_of_config.WHOLE_MATRIX)
+    assert set(NAMES) == set(RULES)
+    assert set(WHOLE_MATRIX) == {name for name, rule in RULES.items() if rule.whole_matrix}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
