@@ -12,6 +12,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,7 @@ def start(ready: Ready, argv: Sequence[str], environ: Mapping[str, str]) -> int:
     write_run(ready.resolved, origin)
     if ready.planned.hostfile:
         write_atomically(*ready.planned.hostfile)
-    with Screen(ready.resolved.run.run_folder / OUTPUT_FILE) as screen:
+    with closing(Screen(ready.resolved.run.run_folder / OUTPUT_FILE)) as screen:
         for line in _headlines(ready.resolved, ready.planned):
             screen.print(line)
         return execute(ready.planned, screen)

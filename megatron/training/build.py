@@ -12,7 +12,6 @@ from megatron.checkpoint.state import RunState
 from megatron.config import formulas
 from megatron.config.deepspeed import deepspeed_config
 from megatron.config.pipeline_stages import modelled_bubble, stage_bounds
-from megatron.config.schedule import schedule
 from megatron.config.schema import RunConfig
 from megatron.config.skip import is_skipped
 from megatron.data.dataset import SampleSource
@@ -145,7 +144,7 @@ def build_job(
     return Job(
         engine=engine,
         intervals=intervals,
-        schedule=schedule(run.optimizer, run.train.train_iters),
+        schedule=run.optimizer,
         steps=partial(_read_ahead, train if reads else None, plan, intervals, losses),
         peek=partial(_peek, train, plan),
         evaluations=evaluations,

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from megatron.checkpoint.state import RunState
 from megatron.checkpoint.store import SaveError
-from megatron.config.schedule import Schedule, learning_rate
+from megatron.config.schedule import learning_rate
+from megatron.config.schema import OptimizerConfig
 from megatron.config.skip import is_skipped
 from megatron.engine import Engine, MicroBatches
 from megatron.training.dump import dump_tokens
@@ -79,7 +80,7 @@ class Job:
 
     engine: Engine
     intervals: Intervals
-    schedule: Schedule
+    schedule: OptimizerConfig
     steps: Callable[[RunState], AbstractContextManager[Steps]]
     peek: Callable[[RunState], MicroBatches]
     evaluations: dict[str, Callable[[], Iterator[MicroBatches]]]
