@@ -38,15 +38,11 @@ def _constant(iteration: int, o: OptimizerConfig) -> float:
 
 
 def _linear(iteration: int, o: OptimizerConfig) -> float:
-    return o.learning_rate + (o.min_learning_rate - o.learning_rate) * _share(
-        iteration, _warmup(o), o.lr_decay_iters
-    )
+    return o.learning_rate + (o.min_learning_rate - o.learning_rate) * _decayed(iteration, o)
 
 
 def _cosine(iteration: int, o: OptimizerConfig) -> float:
-    return _half_cosine(
-        o.learning_rate, o.min_learning_rate, _share(iteration, _warmup(o), o.lr_decay_iters)
-    )
+    return _half_cosine(o.learning_rate, o.min_learning_rate, _decayed(iteration, o))
 
 
 def _inverse_square_root(iteration: int, o: OptimizerConfig) -> float:
@@ -54,9 +50,10 @@ def _inverse_square_root(iteration: int, o: OptimizerConfig) -> float:
 
 
 def _infinite_cosine(iteration: int, o: OptimizerConfig) -> float:
-    return _infinite(
-        iteration, o, lambda share: _half_cosine(o.learning_rate, o.lr_constant, share)
-    )
+    def fall(share: float) -> float:
+        return _half_cosine(o.learning_rate, o.lr_constant, share)
+
+    return _infinite(iteration, o, fall)
 
 
 def _infinite_inverse_square_root(iteration: int, o: OptimizerConfig) -> float:
