@@ -47,8 +47,8 @@ class Journey:
 
 
 JOURNEYS = {
-    "step": Journey("one training step", "megatron.training.loop:_one_step", True, 22, 2800),
-    "save": Journey("one save", "megatron.training.checkpointing:save", True, 5, folders=2),
+    "step": Journey("one training step", "megatron.training.trainer:Trainer.step", True, 22, 2800),
+    "save": Journey("one save", "megatron.training.trainer:save_checkpoint", False, 5, folders=2),
     "setting": Journey(f"{VARIABLE} to DeepSpeed", "", True, 8),
 }
 
