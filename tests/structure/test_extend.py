@@ -19,7 +19,6 @@ import pytest
 from megatron.checkpoint.store import committed
 from megatron.checkpoint.tensors import TensorReader
 from megatron.config import schema
-from megatron.config.layout import Layout
 from megatron.config.option import option
 from megatron.config.presets import PRESETS, Preset
 from megatron.config.resolve import Site, resolve
@@ -280,11 +279,11 @@ def test_a_machine(
 ) -> None:
     assert find_machine("attic7", {}) is machine
     monkeypatch.setattr("socket.gethostname", lambda: "attic7")
-    shown = dry_run(capsys)
-    assert "attic" in shown
-    assert start.check([], {"DRY_RUN": "1"}).planned.environ["NCCL_ATTIC"] == "1"
-    assert "-n 2" in shown  # a rank per device
-    assert str(Layout(tp=2, pp=1, dp=1, sp=1)) in shown
+    ready = start.check([], {"DRY_RUN": "1"})
+    assert ready.resolved.run.machine == "attic"
+    assert ready.resolved.run.parallel.tensor_parallel == 2
+    assert ready.planned.environ["NCCL_ATTIC"] == "1"
+    assert "-m megatron.launch -n 2 -- " in dry_run(capsys)  # a rank per device
 
 
 @pytest.fixture
