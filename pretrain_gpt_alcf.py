@@ -20,10 +20,10 @@ from megatron.analysis import finish
 from megatron.config.deepspeed import deepspeed_config
 from megatron.config.errors import ConfigError, DataError
 from megatron.config.pipeline_stages import stage_bounds
-from megatron.config.schema import RunConfig
+from megatron.config.schema import RunConfig, read_run
 from megatron.engine import Engine, make_engine, start_distributed, stop_distributed
 from megatron.launch.ranks import Ranks, find_ranks, rendezvous
-from megatron.launch.start import prepare_run, read_run
+from megatron.launch.start import prepare_run
 from megatron.parallel.groups import Groups, make_groups
 from megatron.plan.report import architecture_box
 from megatron.training import log

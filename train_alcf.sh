@@ -40,7 +40,7 @@ status=0
 "$PYTHON" -m megatron.launch.start --check "$@" || status=$?
 case $status in
   0) ;;
-  100) exit 0 ;; # a dry run or --help: all is said
+  100) exit 0 ;; # a dry run or --help: all is printed
   *) exit "$status" ;;
 esac
 

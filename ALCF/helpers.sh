@@ -63,7 +63,7 @@ aws_plugin() {
   fi
 }
 
-# Interpreters to try, one a line, the user's own first.
+# Interpreters to try, one per line, the user's own first.
 python_candidates() {
   local name
   if [[ -n "${VIRTUAL_ENV:-}" ]]; then echo "$VIRTUAL_ENV/bin/python"; fi
@@ -117,7 +117,7 @@ setup_python() {
   for candidate in $(python_candidates); do
     if has_packages "$candidate" "${packages[@]}"; then
       PYTHON=$(recent_python "$candidate")
-      tell_missing "$candidate"
+      print_missing "$candidate"
       return 0
     fi
   done
@@ -125,8 +125,8 @@ setup_python() {
   PYTHON=$PWD/.venv/bin/python
 }
 
-# Says what an environment of the user's lacks, in case the run needs it.
-tell_missing() {
+# Prints what the user's environment lacks, in case the run needs it.
+print_missing() {
   local name missing=()
   for name in numpy safetensors sentencepiece transformers; do
     has_packages "$1" "$name" || missing+=("$name")
@@ -172,7 +172,7 @@ install_environment() {
   # No compiler is needed: DeepSpeed builds its operators only where they are used.
   DS_BUILD_OPS=0 PIP_DISABLE_PIP_VERSION_CHECK=1 \
     .venv/bin/python -m pip install "${arguments[@]}" >>"$log" 2>&1 || {
-    setup_failed "$log" "it needs the network or a mirror (PIP_INDEX_URL) and some GB of disk; run it again to go on"
+    setup_failed "$log" "it needs the network or a mirror (PIP_INDEX_URL) and some GB of disk; run it again to resume"
     return 1
   }
   {
@@ -191,7 +191,7 @@ setup_failed() {
   echo "error: the Python environment could not be made, see $1. Hint: $2" >&2
 }
 
-# One line a file, which changes with its contents.
+# One line per file, which changes with its contents.
 fingerprints() {
   "$PYTHON" - "$@" <<'PY'
 import hashlib
@@ -205,15 +205,15 @@ PY
 
 # One set-up at a time: a folder can be made only once. A lock whose owner is gone is taken over.
 lock_environment() {
-  local owner told=""
+  local owner printed=""
   until mkdir .venv.lock 2>/dev/null; do
     owner=$(cat .venv.lock/owner 2>/dev/null || true)
     if [[ -n "$owner" && "${owner%% *}" == "$(hostname)" ]] && ! kill -0 "${owner##* }" 2>/dev/null; then
       rm -rf .venv.lock
       continue
     fi
-    if [[ -z "$told" ]]; then echo "waiting for another set-up of .venv (${owner:-starting}; or remove .venv.lock)"; fi
-    told=1
+    if [[ -z "$printed" ]]; then echo "waiting for another set-up of .venv (${owner:-starting}; or remove .venv.lock)"; fi
+    printed=1
     sleep 1
   done
   echo "$(hostname) $$" >.venv.lock/owner

@@ -16,7 +16,7 @@ from typing import Any
 from megatron.checkpoint import store
 from megatron.checkpoint.state import DataStage, RunState
 from megatron.config.errors import ConfigError, DataError
-from megatron.config.schema import RunConfig
+from megatron.config.schema import RUN_FILE, RunConfig, read_run
 from megatron.data.data_list import BUILTIN, ListStage, parse_data_stages
 from megatron.data.data_record import stateless_order
 from megatron.data.dataset import SampleLocation, StagedDataset
@@ -28,7 +28,6 @@ from megatron.data.prepare.documents import document_range, parts_of, samples_wi
 from megatron.data.prepare.tokenizer import Tokenizer, build_tokenizer
 from megatron.data.samples import Tokens
 from megatron.data.splits import Origin
-from megatron.launch.run_folder import RUN_FILE, read_run
 from megatron.training import metrics_file as records
 from megatron.training.data import run_record
 from megatron.training.data_order import cache_folder, recorded_order

@@ -6,8 +6,8 @@ What the user set must agree; the rest is derived from it.
 
 from __future__ import annotations
 
-from megatron.config.draft import Draft
 from megatron.config.errors import ConfigError
+from megatron.config.option import Draft
 
 MICRO = "train.micro_batch_size"
 ACCUMULATION = "train.gradient_accumulation_steps"
@@ -18,7 +18,7 @@ TOKENS = "train.train_tokens"
 PRODUCTION_TOKENS = 4_673_780_159_710  # the AuroraGPT production run's first stage
 
 
-def fill_batch(draft: Draft, data_parallel: int) -> None:
+def resolve_batch(draft: Draft, data_parallel: int) -> None:
     """Make the three batch sizes agree.
 
     Raises:
@@ -93,7 +93,7 @@ def _nearest_multiple(number: int, step: int) -> int:
     return max(1, round(number / step)) * step
 
 
-def fill_length(draft: Draft) -> None:
+def resolve_train_iters(draft: Draft) -> None:
     """Make steps and tokens of the run agree; tokens that make no whole step are dropped.
 
     Raises:
@@ -101,7 +101,7 @@ def fill_length(draft: Draft) -> None:
     """
     per_step = draft.get(GLOBAL) * draft.get("model.seq_length")
     factors = f"GLOBAL_BATCH {draft.get(GLOBAL)} x SEQ {draft.get('model.seq_length')}"
-    arithmetic = f"{factors} = {per_step} tokens a step"
+    arithmetic = f"{factors} = {per_step} tokens per step"
     if ITERS in draft.given and TOKENS in draft.given:
         steps = draft.get(TOKENS) // per_step
         if steps != draft.get(ITERS):

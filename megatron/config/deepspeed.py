@@ -19,8 +19,8 @@ def deepspeed_config(run: RunConfig) -> dict[str, Any]:
     micro_batch = run.train.micro_batch_size
     accumulation = run.train.gradient_accumulation_steps
     config: dict[str, Any] = {
-        # Of the ranks that share states: those of one sequence count pieces of it as samples, and
-        # with MiCS DeepSpeed sees one shard group.
+        # DeepSpeed counts the ranks that ZeRO shards over: with sequence parallelism each part of
+        # a sample is a sample to it, and with MiCS it sees one shard group.
         "train_batch_size": run.zero_ranks * micro_batch * accumulation,
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
@@ -32,12 +32,13 @@ def deepspeed_config(run: RunConfig) -> dict[str, Any]:
     }
     config.update(_precision(run))
     if run.parallel.cpu_optimizer:
-        # The optimizer is built by us and given to DeepSpeed, which else insists on building it.
+        # The optimizer is built by us; without this DeepSpeed insists on building its own.
         config["zero_force_ds_cpu_optimizer"] = False
-    cut = run.parallel
-    if cut.pipeline_parallel > 1 and (cut.megatron_sequence_parallel or _dualpipev(run)):
-        # TP ranks else send a share each of what all of them have: Megatron's sequence parallelism
-        # leaves them different values, and DualPipeV sends whole ones only.
+    parallel = run.parallel
+    dualpipev = num_stages_per_rank(parallel.pipeline_schedule) == 2
+    if parallel.pipeline_parallel > 1 and (parallel.megatron_sequence_parallel or dualpipev):
+        # By default each TP rank sends 1/TP of what all of them hold. Megatron's sequence
+        # parallelism leaves them different values, and DualPipeV sends whole tensors only.
         config["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
     return config
 
@@ -49,10 +50,6 @@ def engine_zero_stage(run: RunConfig) -> int:
     pipeline its gradient norm, and so clipping, counts tied weights twice and drops unmarked ones.
     """
     return max(run.parallel.zero_stage, 1)
-
-
-def _dualpipev(run: RunConfig) -> bool:
-    return num_stages_per_rank(run.parallel.pipeline_schedule) == 2
 
 
 def _precision(run: RunConfig) -> dict[str, Any]:
@@ -80,7 +77,7 @@ def _precision(run: RunConfig) -> dict[str, Any]:
 
 
 def _zero(run: RunConfig) -> dict[str, Any]:
-    """What the data-parallel ranks share out."""
+    """What ZeRO shards, and how it communicates."""
     stage = engine_zero_stage(run)
     bucket = min(LARGEST_BUCKET, -(-run.parameters // run.parallel.tensor_parallel))
     zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": bucket}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from megatron.config import schema
 from megatron.config.errors import ConfigError
-from megatron.config.option import Option
 
 # Flags without a value that stand for a value of one option.
 SHORTHANDS: dict[str, tuple[str, str]] = {
@@ -102,88 +102,76 @@ class CommandLine:
     settings: list[tuple[str, str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-    wants_help: bool = False
-
-
-class _Words:
-    """The words of a command line, read from left to right."""
-
-    def __init__(self, argv: Sequence[str]) -> None:
-        self._left = list(reversed(argv))
-        self._attached: str | None = None
-
-    def next_flag(self) -> str | None:
-        """The next word without its `=value`; None at the end."""
-        if not self._left:
-            return None
-        word, equals, value = self._left.pop().partition("=")
-        self._attached = value if equals else None
-        return word
-
-    @property
-    def has_attached(self) -> bool:
-        """Whether the current flag was written as flag=value."""
-        return self._attached is not None
-
-    def values(self, count: int | None = None) -> list[str]:
-        """Up to `count` values of the current flag (None: all); `-1` and `-1e-3` are values."""
-        if self._attached is not None:
-            return [self._attached]
-        values: list[str] = []
-        while self._left and len(values) != count:
-            if self._left[-1].startswith("--") or self._left[-1] == "-h":
-                break
-            values.append(self._left.pop())
-        return values
 
 
 def read_command_line(argv: Sequence[str]) -> CommandLine:
     """Read `--flag value`, `--flag=value` and bare flags; problems are gathered, not raised."""
-    line = CommandLine()
-    words = _Words(argv)
-    while (flag := words.next_flag()) is not None:
+    line, left = CommandLine(), list(argv)
+    while left:
+        flag, equals, attached = left.pop(0).partition("=")
+        most = 0 if equals else _most_values(flag)
+        values = list(itertools.takewhile(_is_value, left[:most]))
+        del left[: len(values)]
         try:
-            _read_flag(line, flag, words)
+            _read_flag(line, flag, [attached] if equals else values)
         except ConfigError as error:
             line.problems.append(str(error))
     return line
 
 
-def _read_flag(line: CommandLine, flag: str, words: _Words) -> None:
+def _is_value(word: str) -> bool:
+    """Whether a word can be a flag's value; `-1` and `-1e-3` can."""
+    return not word.startswith("--") and word != "-h"
+
+
+def _most_values(flag: str) -> int | None:
+    """Words after a flag that are its values: none after a bare one; None: up to the next flag."""
+    option = schema.by_flag().get(flag)
+    if flag in SHORTHANDS or flag in ALWAYS or not flag.startswith("--"):
+        return 0
+    if option is not None and flag not in MANY:
+        return int(option.kind != "bool")
+    return 1 if flag in ONLY or flag == "--split" else None
+
+
+def _read_flag(line: CommandLine, flag: str, values: Sequence[str]) -> None:
     """Enter one flag with its values into `line`."""
     option = schema.by_flag().get(flag)
-    if option is not None:
-        line.settings.append((option.key, _value_of(option, flag, words), flag))
-    elif flag in ("-h", "--help"):
-        line.wants_help = True
-    elif flag in SHORTHANDS:
-        _no_value(flag, words)
-        key, text = SHORTHANDS[flag]
-        line.settings.append((key, text, flag))
-    elif flag in ALWAYS:
-        _no_value(flag, words)
-        line.notes.append(f"{flag} changes nothing: {ALWAYS[flag]}")
-    elif flag == "--split":
-        _read_split(line, _one(flag, words))
-    elif flag in ONLY:
-        value = _one(flag, words)
-        if value not in ONLY[flag]:
-            raise ConfigError(
-                f"{flag} {value} is not offered: only {flag} {ONLY[flag][0]} is built"
-            )
-        line.notes.append(f"{flag} {value} changes nothing: it is always so")
-    elif flag in REFUSED:
-        words.values()
+    if flag in ("-h", "--help"):
+        return  # start.py has printed it
+    if flag in REFUSED:
         raise ConfigError(f"{flag} is not offered: {REFUSED[flag]}")
+    if flag in SHORTHANDS or flag in ALWAYS:
+        if values:
+            raise ConfigError(f"{flag} takes no value")
+        if flag in ALWAYS:
+            line.notes.append(f"{flag} changes nothing: {ALWAYS[flag]}")
+        else:
+            line.settings.append((*SHORTHANDS[flag], flag))
+    elif option is not None and option.kind == "bool":
+        line.settings.append((option.key, values[0] if values else "1", flag))
+    elif option is None and flag not in ONLY and flag != "--split":
+        raise ConfigError(_unknown(flag))
+    elif not values or not values[0].strip():
+        if flag in MANY:
+            raise ConfigError(f"{flag} needs values, e.g. {flag} 10 20 25 30")
+        raise ConfigError(f"{flag} needs a value: {flag} VALUE or {flag}=VALUE")
+    elif option is not None:
+        line.settings.append((option.key, " ".join(values), flag))
+    elif flag == "--split":
+        line.settings += _split_shares(values[0])
+    elif values[0] in ONLY[flag]:
+        line.notes.append(f"{flag} {values[0]} changes nothing: it is always so")
     else:
-        raise ConfigError(_unknown(flag, words))
+        raise ConfigError(
+            f"{flag} {values[0]} is not offered: only {flag} {ONLY[flag][0]} is built"
+        )
 
 
-def _unknown(flag: str, words: _Words) -> str:
-    """What to say of a word that is no flag of ours; its values are passed over."""
+def _unknown(flag: str) -> str:
+    """The message for a word that is no flag of ours."""
     if not flag.startswith("--"):
         return f"{flag!r} is not a flag: flags start with --, variables go before the command"
-    words.values()
     known = [*schema.by_flag(), *SHORTHANDS, *ALWAYS, *ONLY, *REFUSED, "--split"]
     close = difflib.get_close_matches(flag, known, n=1)
     return f"{flag} is not a flag of this command. " + (
@@ -191,31 +179,7 @@ def _unknown(flag: str, words: _Words) -> str:
     )
 
 
-def _value_of(option: Option, flag: str, words: _Words) -> str:
-    """Text of an option's flag: bare booleans are true, ranges take many values, others one."""
-    if option.kind == "bool":
-        return words.values(1)[0] if words.has_attached else "1"
-    if flag in MANY:
-        values = words.values()
-        if not values or not values[0]:
-            raise ConfigError(f"{flag} needs values, e.g. {flag} 10 20 25 30")
-        return " ".join(values)
-    return _one(flag, words)
-
-
-def _one(flag: str, words: _Words) -> str:
-    values = words.values(1)
-    if not values or not values[0].strip():
-        raise ConfigError(f"{flag} needs a value: {flag} VALUE or {flag}=VALUE")
-    return values[0]
-
-
-def _no_value(flag: str, words: _Words) -> None:
-    if words.has_attached:
-        raise ConfigError(f"{flag} takes no value")
-
-
-def _read_split(line: CommandLine, text: str) -> None:
+def _split_shares(text: str) -> list[tuple[str, str, str]]:
     """`--split 990,10,0`: shares for training, validation and testing."""
     parts = text.replace("/", ",").split(",")
     if len(parts) != 3:
@@ -223,4 +187,4 @@ def _read_split(line: CommandLine, text: str) -> None:
             f"--split {text}: needs three shares, train,valid,test, e.g. --split 990,10,0"
         )
     keys = ("data.train_split", "data.valid_split", "data.test_split")
-    line.settings += [(key, part, "--split") for key, part in zip(keys, parts, strict=True)]
+    return [(key, part, "--split") for key, part in zip(keys, parts, strict=True)]

@@ -1,4 +1,4 @@
-"""Where a rank stands: pure arithmetic between a rank and its coordinates on the four axes.
+"""The layout of the ranks: arithmetic between a rank and its coordinates on the four axes.
 
 rank = ((pp_rank * dp + dp_rank) * sp + sp_rank) * tp + tp_rank: tensor-parallel neighbours are
 adjacent (the fastest links), then the ranks of a sequence, pipeline stages furthest apart. With the
@@ -23,19 +23,19 @@ class Coordinates(NamedTuple):
 
 
 class LayoutAxis(NamedTuple):
-    """One way in which ranks are neighbours.
+    """One axis of parallelism.
 
     Attributes:
         name: as the user sets it.
         size: ranks of a group.
         stride: from one rank of a group to the next.
-        shares: what the ranks of a group have in common, or cut between them.
+        divides: what is divided over the ranks of a group.
     """
 
     name: str
     size: int
     stride: int
-    shares: str
+    divides: str
 
     def ranks(self, rank: int) -> tuple[int, ...]:
         """Ranks of the group that `rank` is in, in order."""
@@ -48,10 +48,10 @@ class Layout:
     """Sizes of the four axes.
 
     Attributes:
-        tp: ranks that share each matrix.
+        tp: tensor-parallel ranks, which shard each matrix.
         pp: pipeline stages.
-        dp: ranks that read different samples.
-        sp: ranks that share each sample, a piece of the sequence each.
+        dp: data-parallel ranks, which read different samples.
+        sp: sequence-parallel ranks (Ulysses), which hold a part of each sample.
     """
 
     tp: int = 1
@@ -72,8 +72,7 @@ class Layout:
     def without_sequence(self) -> Layout:
         """The same ranks in the same order, the sequence axis counted as data.
 
-        To whatever shares out weights and averages gradients, the ranks of a sequence are ranks
-        with other tokens.
+        For ZeRO and gradient averaging, sequence-parallel ranks are data-parallel ranks.
         """
         return Layout(tp=self.tp, pp=self.pp, dp=self.dp * self.sp)
 
@@ -84,7 +83,7 @@ class Layout:
         return ((pp_rank * self.dp + dp_rank) * self.sp + sp_rank) * self.tp + tp_rank
 
     def coordinates(self, rank: int) -> Coordinates:
-        """Where a rank stands."""
+        """The coordinates of a rank."""
         assert 0 <= rank < self.world
         rest, tp_rank = divmod(rank, self.tp)
         rest, sp_rank = divmod(rest, self.sp)
@@ -100,7 +99,7 @@ class Layout:
         return self.axis("SP").ranks(rank)
 
     def dp_ranks(self, rank: int) -> tuple[int, ...]:
-        """Ranks with this one's weights and place in the sequence, itself too, in data order."""
+        """Ranks with this one's weights and part of the sequence, itself too, in data order."""
         return self.axis("DP").ranks(rank)
 
     def pp_ranks(self, rank: int) -> tuple[int, ...]:
@@ -113,7 +112,7 @@ class Layout:
         tp, sp, dp = self.tp, self.sp, self.dp
         return (
             LayoutAxis("TP", tp, 1, "each matrix"),
-            LayoutAxis("SP", sp, tp, "each sample, a piece of the sequence each"),
+            LayoutAxis("SP", sp, tp, "the sequence of each sample"),
             LayoutAxis("DP", dp, tp * sp, "each step's samples"),
             LayoutAxis("PP", self.pp, tp * sp * dp, "the layers"),
         )
@@ -122,7 +121,7 @@ class Layout:
         """The axis called TP, SP, DP or PP."""
         return next(axis for axis in self.axes if axis.name == name)
 
-    def hosts_of_a_group(self, axis: LayoutAxis, ranks_per_host: int) -> int:
+    def hosts_per_group(self, axis: LayoutAxis, ranks_per_host: int) -> int:
         """Hosts that the group of an axis is on, at most."""
         return max(
             len({member // ranks_per_host for member in axis.ranks(rank)})
@@ -131,7 +130,7 @@ class Layout:
         )
 
     def drawing(self, ranks_per_host: int) -> list[str]:
-        """A line a host: ranks of a TP group in (), those of an SP group in [], stages named."""
+        """One line per host: a TP group in (), an SP group in [], stages named."""
         hosts = -(-self.world // ranks_per_host)
         shown = [*range(hosts)]
         if hosts > SHOWN_HOSTS + 1:
@@ -149,11 +148,11 @@ class Layout:
     def _drawn(self, rank: int, begins_host: bool) -> str:
         """A rank with the brackets that open or close at it."""
         text = str(rank)
-        for size, (left, right), cut in (
+        for size, (left, right), axis in (
             (self.tp, "()", self.tp),
             (self.tp * self.sp, "[]", self.sp),
         ):
-            if cut > 1:
+            if axis > 1:
                 text = left * (rank % size == 0) + text + right * (rank % size == size - 1)
         stage, place = divmod(rank, self.tp * self.sp * self.dp)
         named = self.pp > 1 and (begins_host or place == 0)
@@ -165,9 +164,9 @@ class Layout:
 
 
 def crossing_warning(layout: Layout, ranks_per_host: int) -> str | None:
-    """What is slow about tensor-parallel groups that lie on several hosts; None where none does."""
+    """The warning about tensor-parallel groups that span hosts; None where none does."""
     tp, per_host = layout.tp, ranks_per_host
-    if layout.hosts_of_a_group(layout.axis("TP"), per_host) == 1:
+    if layout.hosts_per_group(layout.axis("TP"), per_host) == 1:
         return None
     fitting = max(size for size in range(1, tp + 1) if tp % size == 0 and per_host % size == 0)
     return (

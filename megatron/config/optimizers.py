@@ -1,4 +1,4 @@
-"""OPT: the accepted update rules, and why other names of the field are refused."""
+"""OPT: the accepted optimizers, and why other well-known ones are refused."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ REFUSED: dict[str, tuple[str, str]] = {
     "galore_adamw": (_GALORE, "adamw"),
     "galore_adamw8bit": (_GALORE, "adamw"),
     "galore_adafactor": (_GALORE, "adafactor"),
-    "dshampooadamw": ("distributed Shampoo is not on PyPI and cuts matrices its own way", "muon"),
-    "shampoo": ("keeps Kronecker factors of whole matrices that ZeRO would cut", "muon"),
+    "dshampooadamw": ("distributed Shampoo is not on PyPI and does its own partitioning", "muon"),
+    "shampoo": ("keeps Kronecker factors of whole matrices, which ZeRO would partition", "muon"),
     "sgdschedulefree": ("schedule-free averaging is offered for AdamW only", "adamwschedulefree"),
     "adopt": ("is not in torch; AdamW with a higher beta2 is close", "adamw"),
     "muonclip": (_CLIP, "muon"),

@@ -1,10 +1,10 @@
-"""One option of the configuration: how a field declares it, and how its value is read from text."""
+"""One option: how a field declares it, how text becomes its value, and values being resolved."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,6 +118,58 @@ def option(
         "limits": {"least": least, "above": above, "most": most, "below": below},
     }
     return dataclasses.field(default=default, metadata=metadata)
+
+
+class Draft:
+    """The configuration while it is resolved: values by option key, with where each came from.
+
+    The first to fill a key wins, so fill in order of precedence.
+    """
+
+    def __init__(self, options: Mapping[str, Option]) -> None:
+        """Start empty; `options` are those of the schema, by key."""
+        self.options = options
+        self.values: dict[str, Any] = {}
+        self.sources: dict[str, str] = {}
+        self.given: dict[str, str] = {}  # key -> the variable or flag that the user set
+
+    def give(self, key: str, value: Any, name: str) -> None:
+        """A value that the user set under `name`; an earlier one stays."""
+        if key not in self.values:
+            self.given[key] = name
+            self.fill(key, value, name)
+
+    def fill(self, key: str, value: Any, source: str) -> None:
+        """A value from elsewhere, unless there is one."""
+        if value is not None and key not in self.values:
+            self.values[key] = value
+            self.sources[key] = source
+
+    def replace(self, key: str, value: Any, source: str) -> None:
+        """A value derived from what the user set, in the place of a default."""
+        self.values[key] = value
+        self.sources[key] = source
+
+    def replace_zero(self, key: str, value: Any, source: str) -> None:
+        """A value in the place of none or 0."""
+        if not self.values.get(key):
+            self.replace(key, value, source)
+
+    def rewrite(self, key: str, value: Any) -> None:
+        """Another spelling of the value that is there."""
+        self.values[key] = value
+
+    def get(self, key: str) -> Any:
+        """The value, or None."""
+        return self.values.get(key)
+
+    def name(self, key: str) -> str:
+        """The name under which the user set it, else its canonical one."""
+        return self.given.get(key, self.options[key].name)
+
+    def show(self, key: str) -> str:
+        """`NAME=value` for messages."""
+        return f"{self.name(key)}={self.values.get(key)}"
 
 
 def _boolean(text: str, name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Environment and command line -> one frozen RunConfig, or an error that says what to change.
+"""Environment and command line -> one frozen RunConfig, or an error that names what to change.
 
 Precedence: flag > variable > MODEL_ARCH preset > machine default > default.
 An empty variable is unset.
@@ -15,16 +15,15 @@ from typing import Any
 from megatron.config import (
     batch,
     flags,
-    near_misses,
+    hints,
     presets,
     rope_scaling,
     schema,
     skip,
     validate,
 )
-from megatron.config.draft import Draft
 from megatron.config.errors import ConfigError
-from megatron.config.layout import crossing_warning
+from megatron.config.option import Draft
 from megatron.config.schema import SECTIONS, RunConfig
 from megatron.data import data_list
 from megatron.data import survey as data_survey
@@ -43,7 +42,7 @@ class Site:
         machine: name of the machine.
         is_hpc: a known HPC machine: its defaults are those of production runs.
         num_hosts: hosts of the job.
-        devices_per_host: accelerators of a host; 0: none.
+        devices_per_host: accelerators per host; 0: none.
         defaults: variable -> value that this machine prefers.
     """
 
@@ -87,21 +86,20 @@ def resolve(environ: Mapping[str, str], argv: Sequence[str], site: Site) -> Reso
     _fill_world(draft, site)
     _fill_tokenizer(draft, environ)
     validate.require(draft, validate.LAYOUT_CHECKS)
-    copy = math.prod(draft.get(key) for key in (validate.TP, validate.PP, validate.SP))
-    batch.fill_batch(draft, draft.get(validate.WORLD) // copy)
-    batch.fill_length(draft)
+    batch.resolve_batch(draft, draft.get(validate.WORLD) // validate.model_parallel_size(draft))
+    batch.resolve_train_iters(draft)
     _fill_derived(draft)
     validate.require(draft, validate.FINAL_CHECKS)
     run = _build(draft, site)
     if not run.log.dry_run:
         _require_ready(run, draft, site)
-    warnings = near_misses.near_misses(environ) + _warnings(run)
-    return Resolved(run, draft.sources, warnings, notes + _notes(run))
+    warnings = hints.misspelt_variables(environ) + hints.warnings(run)
+    return Resolved(run, draft.sources, warnings, notes + hints.notes(run))
 
 
 def _given(environ: Mapping[str, str], argv: Sequence[str]) -> tuple[Draft, list[str]]:
     """What the user set, flags before variables, and the command line's notes."""
-    draft, problems = Draft(), []
+    draft, problems = Draft(schema.by_key()), []
     line = flags.read_command_line(argv)
     problems += line.problems
     problems += _give_all(draft, line.settings)
@@ -162,7 +160,7 @@ def _fill_defaults(draft: Draft, site: Site) -> None:
 
 
 def _fill_world(draft: Draft, site: Site) -> None:
-    """Hosts, ranks a host, and ranks in all."""
+    """Hosts, ranks per host, and the total number of ranks."""
     hosts, ranks = "launch.num_hosts", "launch.devices_per_host"
     draft.fill(hosts, site.num_hosts, f"machine {site.machine}")
     if site.devices_per_host:
@@ -171,8 +169,7 @@ def _fill_world(draft: Draft, site: Site) -> None:
         total = draft.get(hosts) * draft.get(ranks)
         source = f"NHOSTS {draft.get(hosts)} x NGPU_PER_HOST {draft.get(ranks)}"
         draft.fill(validate.WORLD, total, source)
-    copy = math.prod(draft.get(key) for key in (validate.TP, validate.PP, validate.SP))
-    draft.fill(validate.WORLD, copy, "TP x PP x SP")
+    draft.fill(validate.WORLD, validate.model_parallel_size(draft), "TP x PP x SP")
     draft.replace_zero(
         ranks, -(-draft.get(validate.WORLD) // draft.get(hosts)), "WORLD_SIZE / NHOSTS"
     )
@@ -182,8 +179,8 @@ def _fill_tokenizer(draft: Draft, environ: Mapping[str, str]) -> None:
     """Tokenizer and vocabulary: the user's, the built-in corpus', the preset's or machine's."""
     chosen = KIND in draft.given or TOKENIZER in draft.given
     if not chosen and draft.get("data.data_file_list") == data_list.BUILTIN:
-        draft.replace(KIND, "BuiltinTokenizer", "the built-in corpus brings its own")
-        draft.replace(TOKENIZER, None, "the built-in corpus brings its own")
+        draft.replace(KIND, "BuiltinTokenizer", "the built-in corpus has its own")
+        draft.replace(TOKENIZER, None, "the built-in corpus has its own")
     elif (
         KIND in draft.given
         and TOKENIZER not in draft.given
@@ -231,11 +228,11 @@ def _build(draft: Draft, site: Site) -> RunConfig:
 
 
 def _require_ready(run: RunConfig, draft: Draft, site: Site) -> None:
-    """What only a real run needs: its ranks' devices and its data."""
+    """What only a real run needs: a device per rank, and data."""
     devices = run.launch.num_hosts * run.launch.devices_per_host
     if site.devices_per_host and run.parallel.world_size > devices:
         raise ConfigError(
-            f"{draft.show(validate.WORLD)} ranks need a device each, but "
+            f"{draft.show(validate.WORLD)} ranks need one device each, but "
             f"NHOSTS={run.launch.num_hosts} x NGPU_PER_HOST={run.launch.devices_per_host} = "
             f"{devices}. Set WORLD_SIZE={devices} or less"
         )
@@ -257,42 +254,8 @@ def survey_of(run: RunConfig, name: str = "DATA_FILE_LIST") -> data_survey.DataS
     if data.data_file_list == data_list.BUILTIN and data.tokenizer_type != "BuiltinTokenizer":
         problem = (
             f"TOKENIZER_TYPE={data.tokenizer_type} does not fit {name}={data_list.BUILTIN}, which "
-            "brings its own tokenizer: unset TOKENIZER_TYPE and TOKENIZER_MODEL, or give your own "
+            "has its own tokenizer: unset TOKENIZER_TYPE and TOKENIZER_MODEL, or give your own "
             f"{name}"
         )
         return survey._replace(problems=(*survey.problems, problem))
     return survey
-
-
-def _warnings(run: RunConfig) -> list[str]:
-    """Settings that have no effect, or a bad one."""
-    warnings = []
-    crossing = crossing_warning(run.layout, run.launch.devices_per_host)
-    if crossing:
-        warnings.append(crossing)
-    if run.parallel.megatron_sequence_parallel and run.parallel.tensor_parallel == 1:
-        warnings.append("SEQUENCE_PARALLEL has no effect with TP=1: it cuts over the TP ranks")
-    layers, recompute = run.train.checkpoint_num_layers, run.train.activation_checkpointing
-    if layers > 1 and recompute != "1":
-        warnings.append(
-            f"ACT_CKPT_NUM_LAYERS={layers} has no effect with "
-            f"USE_ACTIVATION_CHECKPOINTING={recompute}: it groups whole layers, which 1 recomputes"
-        )
-    late = [pair for pair in run.skip_ranges if pair[1] > run.train.train_iters]
-    if late:
-        warnings.append(
-            f"TRAIN_RANGE_TO_SKIP: {skip.ranges_text(tuple(late))} goes past the last step, "
-            f"{run.train.train_iters}"
-        )
-    return warnings
-
-
-def _notes(run: RunConfig) -> list[str]:
-    """What is done otherwise than a reader of the settings may expect."""
-    notes = []
-    if run.parallel.zero_stage == 0:
-        notes.append(
-            "ZERO_STAGE=0 is given to DeepSpeed as stage 1 with fp32 gradient accumulation: the "
-            "same update, with right clipping under PP and less memory"
-        )
-    return notes

@@ -6,6 +6,7 @@ import textwrap
 from pathlib import Path
 
 from megatron.config import schema
+from megatron.config.atomic import write_atomically
 from megatron.config.option import Option
 
 USAGE = """usage: [VAR=value ...] bash train_alcf.sh [--flag value ...]
@@ -58,7 +59,7 @@ def help_text() -> str:
 def _meaning(option: Option) -> str:
     """The help line with the permitted values, unless it names them already."""
     unnamed = [choice for choice in option.choices if choice not in option.help]
-    return f"{option.help}: {', '.join(option.choices)}" if unnamed else option.help
+    return f"{option.help}; one of {', '.join(option.choices)}" if unnamed else option.help
 
 
 def with_table(page: str) -> str:
@@ -70,4 +71,4 @@ def with_table(page: str) -> str:
 
 if __name__ == "__main__":
     readme = Path(__file__).resolve().parents[2] / "README.md"
-    readme.write_text(with_table(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    write_atomically(readme, with_table(readme.read_text(encoding="utf-8")))

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from megatron.config import optimizers, rope_scaling
-from megatron.config.draft import Draft
 from megatron.config.errors import ConfigError
+from megatron.config.option import Draft
 from megatron.config.pipeline_stages import num_stages_per_rank, parse_cuts
 
 TP, PP, SP = "parallel.tensor_parallel", "parallel.pipeline_parallel", "parallel.sequence_parallel"
@@ -23,6 +23,11 @@ SCHEDULE, CUTS = "parallel.pipeline_schedule", "parallel.pipeline_cuts"
 HEADS, KV_HEADS = "model.num_attention_heads", "model.num_key_value_heads"
 HIDDEN, FFN, LAYERS = "model.hidden_size", "model.ffn_hidden_size", "model.num_layers"
 LENGTH = "model.seq_length"
+
+
+def model_parallel_size(draft: Draft) -> int:
+    """Ranks that hold one replica of the model: TP x PP x SP."""
+    return math.prod(draft.get(key) for key in (TP, PP, SP))
 
 
 def divides(draft: Draft, part: str, *wholes: str) -> Iterator[str]:
@@ -41,14 +46,14 @@ def divides(draft: Draft, part: str, *wholes: str) -> Iterator[str]:
 
 
 def check_shape(draft: Draft) -> Iterator[str]:
-    """Heads fill the width, and queries share keys evenly."""
+    """Heads divide the width, and key/value heads the query heads."""
     yield from divides(draft, HEADS, HIDDEN)
     yield from divides(draft, KV_HEADS, HEADS)
     width, odd = divmod(draft.get(HIDDEN), draft.get(HEADS))
     if odd == 0 and width % 2:
         yield (
-            f"{draft.show(HIDDEN)} / {draft.show(HEADS)} = {width} is odd, and rotary embeddings "
-            f"turn pairs: set {draft.name(HIDDEN)}={draft.get(HEADS) * (width + 1)}"
+            f"{draft.show(HIDDEN)} / {draft.show(HEADS)} = {width} is odd, but rotary "
+            f"embeddings rotate pairs: set {draft.name(HIDDEN)}={draft.get(HEADS) * (width + 1)}"
         )
     scaling = draft.get("model.rope_scaling")
     if scaling is not None:
@@ -59,26 +64,26 @@ def check_shape(draft: Draft) -> Iterator[str]:
 
 
 def check_tensor_parallel(draft: Draft) -> Iterator[str]:
-    """Every matrix is cut into equal parts."""
+    """Every matrix is sharded evenly."""
     yield from divides(draft, TP, HEADS, KV_HEADS, HIDDEN, FFN)
 
 
 def check_sequence_parallel(draft: Draft) -> Iterator[str]:
-    """Both kinds of sequence parallelism: equal pieces of the sequence, equal shares of heads."""
+    """Both kinds of sequence parallelism divide the sequence evenly, Ulysses the heads too."""
     tp, sp, heads, length = (draft.get(key) for key in (TP, SP, HEADS, LENGTH))
     if sp > 1 and heads % tp == 0 and heads % (tp * sp):
         fitting = next(size for size in range(sp, 0, -1) if heads // tp % size == 0)
         yield (
             f"{draft.show(TP)} x {draft.show(SP)} does not divide {draft.show(HEADS)}: {heads} / "
-            f"{tp * sp} leaves {heads % (tp * sp)}. Each rank of a sequence computes the attention "
-            f"of some heads: set {draft.name(SP)}={fitting}, or "
+            f"{tp * sp} leaves {heads % (tp * sp)}. Each rank computes "
+            f"the attention of some heads: set {draft.name(SP)}={fitting}, or "
             f"{draft.name(HEADS)}={-(-heads // (tp * sp)) * tp * sp}"
         )
-    cut = draft.get(MEGATRON_SP) and tp > 1
-    ranks = sp * tp if cut else sp
+    sharded = draft.get(MEGATRON_SP) and tp > 1
+    ranks = sp * tp if sharded else sp
     if length % ranks:
-        names = f"{draft.show(SP)} x {draft.show(TP)}" if cut else draft.show(SP)
-        why = f" ({draft.name(MEGATRON_SP)} cuts the sequence over the TP ranks too)" if cut else ""
+        names = f"{draft.show(SP)} x {draft.show(TP)}" if sharded else draft.show(SP)
+        why = f" ({draft.name(MEGATRON_SP)} also shards it over the TP ranks)" if sharded else ""
         yield (
             f"{names} does not divide {draft.show(LENGTH)}: {length} / {ranks} leaves "
             f"{length % ranks}{why}. Set {draft.name(LENGTH)}={-(-length // ranks) * ranks}"
@@ -86,18 +91,18 @@ def check_sequence_parallel(draft: Draft) -> Iterator[str]:
 
 
 def check_pipeline(draft: Draft) -> Iterator[str]:
-    """A layer or more a stage, and a ZeRO stage that the pipeline engine has."""
+    """At least one layer per stage, and a ZeRO stage that the pipeline engine supports."""
     stages, layers, zero = draft.get(PP), draft.get(LAYERS), draft.get(ZERO)
     if layers < stages:
         yield (
-            f"{draft.show(PP)} stages need a layer each, but {draft.show(LAYERS)}: {layers} < "
-            f"{stages}. Set {draft.name(PP)}={layers} or less, or {draft.name(LAYERS)}={stages} or "
-            "more"
+            f"{draft.show(PP)} stages need at least one layer each, but {draft.show(LAYERS)}: "
+            f"{layers} < {stages}. Set {draft.name(PP)}={layers} or less, or "
+            f"{draft.name(LAYERS)}={stages} or more"
         )
     if stages > 1 and zero > 1:
         yield (
-            f"{draft.show(ZERO)} does not work with {draft.show(PP)}: ZeRO 2 and 3 cut the "
-            "gradients after every micro-batch, a pipeline adds them up over the step. Set "
+            f"{draft.show(ZERO)} does not work with {draft.show(PP)}: ZeRO 2 and 3 shard "
+            "gradients after every micro-batch, a pipeline accumulates them over the step. Set "
             f"{draft.name(ZERO)}=1, or {draft.name(PP)}=1"
         )
     yield from _check_schedule(draft)
@@ -111,18 +116,18 @@ def check_pipeline(draft: Draft) -> Iterator[str]:
 
 
 def _check_schedule(draft: Draft) -> Iterator[str]:
-    """DualPipeV has two stages to a rank."""
+    """DualPipeV has two stages per rank."""
     stages, layers = draft.get(PP), draft.get(LAYERS)
     if num_stages_per_rank(draft.get(SCHEDULE)) == 1:
         return
     if stages == 1:
         yield (
-            f"{draft.show(SCHEDULE)} is an order of pipeline passes, but {draft.show(PP)}. Set "
+            f"{draft.show(SCHEDULE)} is a pipeline schedule, but {draft.show(PP)}. Set "
             f"{draft.name(PP)}=2 or more, or unset {draft.name(SCHEDULE)}"
         )
     if layers < 2 * stages:
         yield (
-            f"{draft.show(SCHEDULE)} cuts the model into 2 x {draft.show(PP)} = {2 * stages} "
+            f"{draft.show(SCHEDULE)} splits the model into 2 x {draft.show(PP)} = {2 * stages} "
             f"stages, but {draft.show(LAYERS)}. Set {draft.name(PP)}={max(1, layers // 2)} or less"
         )
 
@@ -132,14 +137,14 @@ def check_accumulation(draft: Draft) -> Iterator[str]:
     least, accumulation = 2 * draft.get(PP), "train.gradient_accumulation_steps"
     if num_stages_per_rank(draft.get(SCHEDULE)) == 2 and draft.get(accumulation) < least:
         yield (
-            f"{draft.show(SCHEDULE)} needs 2 x {draft.show(PP)} = {least} micro-batches a step, "
+            f"{draft.show(SCHEDULE)} needs 2 x {draft.show(PP)} = {least} micro-batches per step, "
             f"but {draft.show(accumulation)}. Set {draft.name(accumulation)}={least} or more, or "
             f"unset {draft.name(SCHEDULE)}"
         )
 
 
 def _check_cuts(draft: Draft) -> Iterator[str]:
-    """A list of layers that is the model."""
+    """The layers per stage add up to the model."""
     text, layers = draft.get(CUTS), draft.get(LAYERS)
     if not text:
         return
@@ -162,17 +167,17 @@ def _check_cuts(draft: Draft) -> Iterator[str]:
             f"{draft.show(LAYERS)}. Change one of the numbers"
         )
     elif 0 in blocks[:-1]:
-        yield f"{draft.show(CUTS)}: every stage but the last, which has the head, needs a layer"
+        yield f"{draft.show(CUTS)}: all stages but the last, which holds the head, need a layer"
 
 
 def check_world(draft: Draft) -> Iterator[str]:
-    """The ranks make whole copies of the model."""
-    world, copy = draft.get(WORLD), draft.get(TP) * draft.get(PP) * draft.get(SP)
-    if world % copy:
+    """The world holds whole replicas of the model."""
+    world, size = draft.get(WORLD), model_parallel_size(draft)
+    if world % size:
         yield (
             f"{draft.name(WORLD)}={world} ({draft.sources[WORLD]}) is not a multiple of "
-            f"{draft.show(TP)} x {draft.show(PP)} x {draft.show(SP)} = {copy}: {world} / {copy} "
-            f"leaves {world % copy}. Set WORLD_SIZE={-(-world // copy) * copy} or a smaller TP, PP "
+            f"{draft.show(TP)} x {draft.show(PP)} x {draft.show(SP)} = {size}: {world} / {size} "
+            f"leaves {world % size}. Set WORLD_SIZE={-(-world // size) * size} or a smaller TP, PP "
             "or SP"
         )
     if HOSTS in draft.given and draft.get(HOSTS) > world:
@@ -184,32 +189,32 @@ def check_world(draft: Draft) -> Iterator[str]:
 
 
 def check_zero(draft: Draft) -> Iterator[str]:
-    """Options that only some ZeRO stages have."""
+    """Options that only some ZeRO stages support."""
     zero, hpz = draft.get(ZERO), "parallel.zero_hpz_partition_size"
     size = draft.get(hpz)
     if size > 1 and zero != 3:
         yield (
-            f"{draft.show(hpz)} is a second partition of ZeRO-3's weights, but {draft.show(ZERO)}. "
-            f"Set {draft.name(ZERO)}=3 or unset {draft.name(hpz)}"
+            f"{draft.show(hpz)} is a secondary partition of ZeRO-3's parameters, but "
+            f"{draft.show(ZERO)}. Set {draft.name(ZERO)}=3 or unset {draft.name(hpz)}"
         )
-    sharing = draft.get(WORLD) // (draft.get(TP) * draft.get(PP))
-    if size > 1 and sharing % size:
-        yield _uneven_shards(draft, hpz, sharing)
-    yield from _check_mics(draft, sharing)
+    zero_ranks = draft.get(WORLD) // (draft.get(TP) * draft.get(PP))
+    if size > 1 and zero_ranks % size:
+        yield _uneven_shards(draft, hpz, zero_ranks)
+    yield from _check_mics(draft, zero_ranks)
 
 
-def _uneven_shards(draft: Draft, key: str, sharing: int) -> str:
-    """Why groups of ranks cannot be made of those that share states, samples and sequences'."""
+def _uneven_shards(draft: Draft, key: str, zero_ranks: int) -> str:
+    """Why the ranks that ZeRO shards over do not make groups of the option's size."""
     size = draft.get(key)
     ranks = "DP" if draft.get(SP) == 1 else "DP x SP"
     return (
-        f"{draft.show(key)} does not divide {ranks}={sharing}: {sharing} / {size} leaves "
-        f"{sharing % size}. Set it to the ranks of a host"
+        f"{draft.show(key)} does not divide {ranks}={zero_ranks}: {zero_ranks} / {size} leaves "
+        f"{zero_ranks % size}. Set it to the number of ranks per host"
     )
 
 
-def _check_mics(draft: Draft, sharing: int) -> Iterator[str]:
-    """MiCS is ZeRO-3 inside equal groups of the ranks that share states."""
+def _check_mics(draft: Draft, zero_ranks: int) -> Iterator[str]:
+    """MiCS is ZeRO-3 within equal groups of the ranks that ZeRO shards over."""
     key, size = "parallel.mics_shard_size", draft.get("parallel.mics_shard_size")
     if size == 0:
         return
@@ -223,17 +228,17 @@ def _check_mics(draft: Draft, sharing: int) -> Iterator[str]:
             f"{draft.show(key)} shards nothing. Unset it and {draft.name(ZERO)}, or set "
             f"{draft.name(key)}=2 or more"
         )
-    if sharing % size:
-        yield _uneven_shards(draft, key, sharing)
+    if zero_ranks % size:
+        yield _uneven_shards(draft, key, zero_ranks)
     hpz, host = "parallel.zero_hpz_partition_size", "parallel.cpu_optimizer"
     if draft.get(hpz) > 1:
         yield (
-            f"{draft.show(key)} and {draft.show(hpz)} both keep weights inside a host: unset one"
+            f"{draft.show(key)} and {draft.show(hpz)} both keep parameters within a host: unset one"
         )
     if draft.get(host):
         yield (
-            f"{draft.show(key)} averages gradients on the device, which {draft.name(host)} takes "
-            "away before. Unset one of them"
+            f"{draft.show(key)} averages gradients on the device, but {draft.name(host)} "
+            "moves them to the host before that. Unset one of them"
         )
 
 
@@ -242,13 +247,13 @@ def check_reduction(draft: Draft) -> Iterator[str]:
     key, dtype = "train.grad_reduce_in_bf16", "train.dtype"
     if draft.get(key) and draft.get(dtype) != "bf16":
         yield (
-            f"{draft.name(key)} is about the gradients of bf16, but {draft.show(dtype)}. Unset "
+            f"{draft.name(key)} is an option for bf16 gradients, but {draft.show(dtype)}. Unset "
             f"{draft.name(key)}, or set {draft.name(dtype)}=bf16"
         )
 
 
 def check_optimizer(draft: Draft) -> Iterator[str]:
-    """A known update rule that the layout leaves correct."""
+    """A known optimizer that works with the layout."""
     key = "optimizer.optimizer"
     rule, name = draft.get(key), draft.name(key)
     problem = optimizers.problem(rule, name)
@@ -257,19 +262,19 @@ def check_optimizer(draft: Draft) -> Iterator[str]:
         return
     if optimizers.RULES[rule].whole_matrix and draft.get(ZERO) > 1:
         yield (
-            f"{draft.show(key)} needs whole matrices, which {draft.show(ZERO)} cuts into flat "
-            f"pieces. Set {draft.name(ZERO)}=1 or {name}=adamw"
+            f"{draft.show(key)} needs whole matrices, which {draft.show(ZERO)} "
+            f"partitions. Set {draft.name(ZERO)}=1 or {name}=adamw"
         )
     if rule == "adamwschedulefree" and draft.get(ZERO) == 3:
         yield (
-            f"{draft.show(key)} counts its steps and swaps its weights a parameter group at a "
-            f"time, which {draft.show(ZERO)} cuts up. Set {draft.name(ZERO)}=2 or {name}=adamw"
+            f"{draft.show(key)} counts steps and swaps weights per parameter group, which "
+            f"{draft.show(ZERO)} partitions. Set {draft.name(ZERO)}=2 or {name}=adamw"
         )
     on_host = [name for name, known in optimizers.RULES.items() if known.on_the_host]
     if draft.get("parallel.cpu_optimizer") and rule not in on_host:
         yield (
-            f"{draft.show(key)} does not run on the host, which has {', '.join(on_host)} with "
-            f"{draft.name('parallel.cpu_optimizer')}. Set {name}=adamw or unset "
+            f"{draft.show(key)} does not run on the host: {draft.name('parallel.cpu_optimizer')} "
+            f"supports {', '.join(on_host)}. Set {name}=adamw or unset "
             f"{draft.name('parallel.cpu_optimizer')}"
         )
 
@@ -305,13 +310,13 @@ def check_evaluation(draft: Draft) -> Iterator[str]:
     interval, share = "log.eval_interval", "data.valid_split"
     if draft.get(interval) > 0 and draft.get(share) == 0:
         yield (
-            f"{draft.show(share)} leaves nothing to evaluate on every {draft.show(interval)} "
+            f"{draft.show(share)} leaves no data for the evaluation every {draft.show(interval)} "
             f"steps. Set {draft.name(interval)}=0 or {draft.name(share)} above 0"
         )
 
 
 def check_data_order(draft: Draft) -> Iterator[str]:
-    """Options that only one sample order has."""
+    """Options that only one sample order supports."""
     order, seed = "data.order", "train.seed"
     if draft.get(order) == "megatron":
         if draft.get(seed) >= 2**32:
@@ -324,7 +329,7 @@ def check_data_order(draft: Draft) -> Iterator[str]:
     for key, usual in ((epochs, None), (shuffle, True)):
         if draft.get(key) != usual:
             yield (
-                f"{draft.show(key)} has no meaning with {draft.show(order)}. Unset it, or set "
+                f"{draft.show(key)} has no effect with {draft.show(order)}. Unset it, or set "
                 f"{draft.name(order)}=megatron"
             )
 
@@ -354,7 +359,7 @@ def _unwritable(folder: Path, name: str) -> Iterator[str]:
 
 
 Check = Callable[[Draft], Iterator[str]]
-# Before the batch arithmetic, which divides by the number of copies of the model.
+# Before the batch arithmetic, which divides by the model-parallel size.
 LAYOUT_CHECKS: tuple[Check, ...] = (
     check_shape,
     check_tensor_parallel,

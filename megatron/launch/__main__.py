@@ -10,13 +10,13 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from megatron.config.atomic import write_atomically
 from megatron.config.errors import ConfigError
-from megatron.launch import launch_plan as plan
-from megatron.launch import run_folder as record
+from megatron.launch import launch_plan
 from megatron.launch.command import LAUNCHERS
-from megatron.launch.screen import Screen
+from megatron.launch.launch_plan import LOCAL, LaunchPlan, LaunchRequest
+from megatron.launch.local import Screen, execute
 from megatron.launch.site import Location, locate
-from megatron.launch.start import execute
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -25,19 +25,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         prog="python -m megatron.launch",
         description="Runs a command as the ranks of this job; without a job, of this host.",
     )
-    parser.add_argument("-n", "-np", "--nproc", type=int, metavar="N", help="ranks in all")
-    parser.add_argument("-ppn", "--nproc-per-node", type=int, metavar="N", help="ranks a host")
+    parser.add_argument("-n", "-np", "--nproc", type=int, metavar="N", help="total number of ranks")
+    parser.add_argument("-ppn", "--nproc-per-node", type=int, metavar="N", help="ranks per host")
     parser.add_argument("-nh", "--nhosts", type=int, metavar="N", help="hosts")
-    parser.add_argument("--hostfile", metavar="FILE", help="file with a host a line")
+    parser.add_argument("--hostfile", metavar="FILE", help="file with one host per line")
     parser.add_argument("--cpu-bind", metavar="BINDING", help="as the launcher spells it")
-    parser.add_argument(
-        "--with", dest="launcher", choices=[plan.LOCAL, *LAUNCHERS], help="launcher"
-    )
+    parser.add_argument("--with", dest="launcher", choices=[LOCAL, *LAUNCHERS], help="launcher")
     parser.add_argument(
         "--timeout",
         type=float,
         metavar="S",
-        help="end with 124 after S seconds without a line of output",
+        help="stop with status 124 after S seconds without output",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the command, start nothing")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- command")
@@ -51,18 +49,18 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def topology(
     ranks: int | None, per_host: int | None, hosts: int | None, available: int, devices: int
 ) -> tuple[int, int, int]:
-    """Ranks, hosts and ranks a host, from any of the three.
+    """Ranks, hosts and ranks per host, from any of the three.
 
     Args:
         ranks, per_host, hosts: what the user gave.
         available: hosts of the job.
-        devices: accelerators of a host; 0: none.
+        devices: accelerators per host; 0: none.
 
     Raises:
         ConfigError: where they contradict each other.
     """
     if any(number is not None and number < 1 for number in (ranks, per_host, hosts)):
-        raise ConfigError("-n, -ppn and -nh count from 1")
+        raise ConfigError("-n, -ppn and -nh must be 1 or more")
     if ranks and per_host and hosts is None:
         hosts = -(-ranks // per_host)
     hosts = hosts or available
@@ -83,7 +81,7 @@ def topology(
 
 def plan_of(
     options: argparse.Namespace, environ: Mapping[str, str], location: Location
-) -> plan.Plan:
+) -> LaunchPlan:
     """How the command is started."""
     ranks, hosts, per_host = topology(
         options.nproc,
@@ -92,7 +90,7 @@ def plan_of(
         len(location.job.hosts),
         location.devices_per_host,
     )
-    wish = plan.Wish(
+    request = LaunchRequest(
         world_size=ranks,
         num_hosts=hosts,
         ranks_per_host=per_host,
@@ -100,7 +98,7 @@ def plan_of(
         cpu_bind=options.cpu_bind or environ.get("CPU_BIND") or None,
         folder=Path(tempfile.gettempdir()) / f"megatron-launch-{os.getpid()}",
     )
-    return plan.make_plan(wish, options.command, environ, location)
+    return launch_plan.make_plan(request, options.command, environ, location)
 
 
 def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
@@ -116,11 +114,11 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         if options.dry_run:
             print(planned.text)
             return 0
-        plan.require_startable(planned)
-        plan.require_launcher(planned, shutil.which)
+        launch_plan.require_startable(planned)
+        launch_plan.require_launcher(planned, shutil.which)
         if planned.hostfile:
             planned.hostfile[0].parent.mkdir(parents=True, exist_ok=True)
-            record.write_text(*planned.hostfile)
+            write_atomically(*planned.hostfile)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status

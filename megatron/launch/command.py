@@ -8,20 +8,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Launch:
-    """What a launcher is told.
+    """Numbers and options that a launcher command is made of.
 
     Attributes:
-        world_size: ranks in all.
+        world_size: total number of ranks.
         num_hosts: hosts that they run on.
-        ranks_per_host: ranks of a full host.
-        hostfile: file with a host a line; None: the launcher knows the hosts.
-        devices_per_host: accelerators of a host; 0: none.
+        ranks_per_host: ranks on a full host.
+        hostfile: file with one host per line; None: the launcher knows the hosts.
+        devices_per_host: accelerators per host; 0: none.
         cpu_bind: as the launcher spells it; None: its own.
-        cores_per_rank: for bindings by depth or by task; 0: not said.
+        cores_per_rank: for bindings by depth or by task; 0: not given.
         srun_options: further options of srun; `{devices}` stands for devices_per_host.
         exported: names of variables that Open MPI carries to other hosts.
         master: address and port of rank 0.
-        outer: launcher that starts torchrun once a host, where there are several.
+        outer: launcher that starts torchrun once per host, where there are several.
         python: interpreter that runs torchrun's and DeepSpeed's launchers.
     """
 
@@ -80,7 +80,7 @@ def srun(launch: Launch, program: Sequence[str]) -> list[str]:
 
 
 def torchrun(launch: Launch, program: Sequence[str]) -> list[str]:
-    """torchrun, started once a host by `launch.outer` where there are several."""
+    """torchrun, started once per host by `launch.outer` where there are several."""
     address, port = launch.master
     words = [launch.python, "-m", "torch.distributed.run", f"--nnodes={launch.num_hosts}"]
     words.append(f"--nproc-per-node={launch.ranks_per_host}")
@@ -118,7 +118,7 @@ def deepspeed(launch: Launch, program: Sequence[str]) -> list[str]:
 
 
 def _without_python(launch: Launch, program: Sequence[str], flag: str) -> list[str]:
-    """The launcher brings the interpreter itself; `flag` says that a program is not for it."""
+    """The launcher adds the interpreter itself; `flag` keeps it from doing so."""
     if program[0] == launch.python:
         return list(program[1:])
     return [flag, *program]

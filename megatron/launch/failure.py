@@ -1,4 +1,4 @@
-"""Which of several failing processes failed first, and what of its output says why.
+"""Which of several failing processes failed first, and which part of its output is the reason.
 
 One rank fails, and its peers fail after it because it is gone: the last errors are theirs, and
 not the reason.
@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 TRACEBACK = "Traceback (most recent call last):"
 SHOWN_LINES = 30
 
-# No peer's failure ends a process so. Its connections close as it dies, before its memory is
-# given back and its end can be seen: by then the tracebacks of its peers may have been printed.
+# A process ends with these by itself. Its connections close as it dies, before its memory is
+# freed and its end can be seen: by then the tracebacks of its peers may have been printed.
 _NO_CONSEQUENCE = {
     128 + int(number) for number in (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL)
 }
@@ -35,7 +35,7 @@ class Ended:
     Attributes:
         status: exit status; 128 + n where signal n killed it.
         at: when, seconds of a monotonic clock.
-        stopped: a signal of ours ended it, sent because of another or because we were told to.
+        stopped: a signal of ours ended it, sent because another failed or we were signalled.
         traceback_at: when it printed its last traceback; None: never.
         errors: its last lines on standard error, else on standard output.
     """
@@ -67,7 +67,7 @@ def _first_sign(end: Ended) -> tuple[float, float]:
 
 
 def reason(lines: Sequence[str]) -> list[str]:
-    """The lines that say why: the last traceback without what came after, else the last lines."""
+    """The reason among `lines`: the last traceback, else the last lines."""
     lines = [_RANK.sub("", line, count=1) for line in lines]
     starts = [index for index, line in enumerate(lines) if TRACEBACK in line]
     if not starts:

@@ -66,12 +66,12 @@ def read_hostfile(path: Path, name: str) -> tuple[str, ...]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"{name}={path} cannot be read ({error}): "
-            f"give a file with a host a line, or unset {name}"
+            f"give a file with one host per line, or unset {name}"
         ) from None
     words = (line.partition("#")[0].split() for line in lines)
     hosts = unique(word[0].partition(":")[0] for word in words if word)
     if not hosts:
-        raise ConfigError(f"{name}={path} names no host: write a host a line, or unset {name}")
+        raise ConfigError(f"{name}={path} names no host: write one host per line, or unset {name}")
     return hosts
 
 

@@ -28,13 +28,13 @@ EXPORTED = (
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What the user asks for.
+class LaunchRequest:
+    """What the user requests.
 
     Attributes:
-        world_size: ranks in all.
+        world_size: total number of ranks.
         num_hosts: hosts to use, the first ones of the job.
-        ranks_per_host: ranks of a full host.
+        ranks_per_host: ranks on a full host.
         launcher: a name of command.LAUNCHERS or "local"; None: the machine's.
         cpu_bind: None: the machine's.
         folder: where a host file is written if one is needed.
@@ -49,13 +49,13 @@ class Wish:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A start, ready to be done or printed.
+class LaunchPlan:
+    """A launch, ready to be executed or printed.
 
     Attributes:
         launcher: a name of command.LAUNCHERS or "local".
         command: what is executed: launcher, its options, the program; if local, the program.
-        ranks: ranks in all.
+        ranks: total number of ranks.
         environ: variables of the process that is executed.
         added: those of them that the machine's entry sets.
         hostfile: a file to write before, with its text; None: none.
@@ -81,12 +81,12 @@ class Plan:
 
 
 def make_plan(
-    wish: Wish, program: Sequence[str], environ: Mapping[str, str], location: Location
-) -> Plan:
+    request: LaunchRequest, program: Sequence[str], environ: Mapping[str, str], location: Location
+) -> LaunchPlan:
     """The start of `program` on this machine.
 
     Args:
-        wish: what the user asks for.
+        request: what the user requests.
         program: command of one rank.
         environ: the environment's variables; what is set in them is not overwritten.
         location: machine and job.
@@ -95,24 +95,24 @@ def make_plan(
         ConfigError: for a MASTER_PORT that is no port.
     """
     machine, job = location.machine, location.job
-    launcher = wish.launcher or usual_launcher(machine, job, wish.num_hosts)
-    hosts = job.hosts[: wish.num_hosts]
-    problem = _problem(wish, job, launcher)
+    launcher = request.launcher or usual_launcher(machine, job, request.num_hosts)
+    hosts = job.hosts[: request.num_hosts]
+    problem = _problem(request, job, launcher)
     child, added = _environment(machine, environ, launcher, location.devices_per_host)
-    child[ranks.EXPECTED] = str(wish.world_size)
+    child[ranks.EXPECTED] = str(request.world_size)
     if launcher == LOCAL:
-        return Plan(LOCAL, tuple(program), wish.world_size, child, added, None, problem)
-    key = f"{job.id} {wish.folder}"
+        return LaunchPlan(LOCAL, tuple(program), request.world_size, child, added, None, problem)
+    key = f"{job.id} {request.folder}"
     master = ranks.meeting_point(environ, hosts, machine.domain, key)
     child |= {"MASTER_ADDR": master[0], "MASTER_PORT": str(master[1])}
-    path, written = _hostfile(job, hosts, launcher, wish)
-    told = command.Launch(
-        world_size=wish.world_size,
-        num_hosts=wish.num_hosts,
-        ranks_per_host=wish.ranks_per_host,
+    path, written = _hostfile(job, hosts, launcher, request)
+    launch = command.Launch(
+        world_size=request.world_size,
+        num_hosts=request.num_hosts,
+        ranks_per_host=request.ranks_per_host,
         hostfile=path,
-        devices_per_host=min(location.devices_per_host, wish.ranks_per_host),
-        cpu_bind=wish.cpu_bind or (machine.cpu_bind if launcher == machine.launcher else None),
+        devices_per_host=min(location.devices_per_host, request.ranks_per_host),
+        cpu_bind=request.cpu_bind or (machine.cpu_bind if launcher == machine.launcher else None),
         cores_per_rank=machine.cores_per_rank,
         srun_options=machine.srun_options,
         exported=tuple(sorted(name for name in child if name.startswith(EXPORTED))),
@@ -120,8 +120,8 @@ def make_plan(
         outer=machine.launcher if machine.launcher in command.LAUNCHERS else "mpiexec",
         python=program[0] if Path(program[0]).name.startswith("python") else sys.executable,
     )
-    words = command.LAUNCHERS[launcher](told, program)
-    return Plan(launcher, tuple(words), wish.world_size, child, added, written, problem)
+    words = command.LAUNCHERS[launcher](launch, program)
+    return LaunchPlan(launcher, tuple(words), request.world_size, child, added, written, problem)
 
 
 def usual_launcher(machine: Machine, job: Job, num_hosts: int) -> str:
@@ -131,13 +131,13 @@ def usual_launcher(machine: Machine, job: Job, num_hosts: int) -> str:
     return LOCAL
 
 
-def require_startable(plan: Plan) -> None:
+def require_startable(plan: LaunchPlan) -> None:
     """Raise ConfigError where the ranks do not fit the hosts."""
     if plan.problem:
         raise ConfigError(plan.problem)
 
 
-def require_launcher(plan: Plan, find: Callable[[str], str | None]) -> None:
+def require_launcher(plan: LaunchPlan, find: Callable[[str], str | None]) -> None:
     """Raise ConfigError where the launcher is not installed.
 
     Args:
@@ -151,23 +151,23 @@ def require_launcher(plan: Plan, find: Callable[[str], str | None]) -> None:
         )
 
 
-def _problem(wish: Wish, job: Job, launcher: str) -> str | None:
+def _problem(request: LaunchRequest, job: Job, launcher: str) -> str | None:
     """Why the ranks do not fit the hosts, if so."""
-    if launcher == LOCAL and wish.num_hosts > 1:
+    if launcher == LOCAL and request.num_hosts > 1:
         return (
-            f"LAUNCH_WITH=local starts ranks on this host only, but NHOSTS={wish.num_hosts}. "
+            f"LAUNCH_WITH=local starts ranks on this host only, but NHOSTS={request.num_hosts}. "
             f"Set NHOSTS=1 or LAUNCH_WITH=mpiexec"
         )
-    if wish.num_hosts > len(job.hosts):
+    if request.num_hosts > len(job.hosts):
         return (
-            f"NHOSTS={wish.num_hosts}, but {job.source} is {len(job.hosts)}: start it in a job, "
+            f"NHOSTS={request.num_hosts}, but {job.source} is {len(job.hosts)}: start it in a job, "
             f"or name the hosts in a file with HOSTFILE"
         )
-    places = wish.num_hosts * wish.ranks_per_host
-    if wish.world_size > places:
+    places = request.num_hosts * request.ranks_per_host
+    if request.world_size > places:
         return (
-            f"WORLD_SIZE={wish.world_size} is more than NHOSTS={wish.num_hosts} x "
-            f"NGPU_PER_HOST={wish.ranks_per_host} = {places}. Set WORLD_SIZE={places} or less"
+            f"WORLD_SIZE={request.world_size} is more than NHOSTS={request.num_hosts} x "
+            f"NGPU_PER_HOST={request.ranks_per_host} = {places}. Set WORLD_SIZE={places} or less"
         )
     return None
 
@@ -188,15 +188,15 @@ def _environment(
 
 
 def _hostfile(
-    job: Job, hosts: Sequence[str], launcher: str, wish: Wish
+    job: Job, hosts: Sequence[str], launcher: str, request: LaunchRequest
 ) -> tuple[str | None, tuple[Path, str] | None]:
     """Path of the host file for the launcher, and what to write there first, if anything."""
     if launcher == "srun" or (launcher == "torchrun" and len(hosts) == 1):
         return None, None
-    slots = f" slots={wish.ranks_per_host}" if launcher in ("mpirun", "deepspeed") else ""
+    slots = f" slots={request.ranks_per_host}" if launcher in ("mpirun", "deepspeed") else ""
     if job.hostfile and len(hosts) == len(job.hosts) and not slots:
         return job.hostfile, None
     if job.scheduler == "none" and not job.hostfile:
         return None, None  # this host
-    path = wish.folder / "hostfile"
+    path = request.folder / "hostfile"
     return str(path), (path, "".join(f"{host}{slots}\n" for host in hosts))

@@ -1,4 +1,4 @@
-"""Starts the ranks of a run on this host: one command N times, each told its rank."""
+"""Starts the ranks and follows them to their end: what they print, and why the first one failed."""
 
 from __future__ import annotations
 
@@ -6,10 +6,52 @@ import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
 
-from megatron.launch import failure, ports, process
-from megatron.launch.ranks import EXPECTED
-from megatron.launch.screen import Screen
+from megatron.launch import failure, process
+from megatron.launch.launch_plan import LOCAL, LaunchPlan
+from megatron.launch.ranks import EXPECTED, free_port
+
+
+class Screen:
+    """Lines to the terminal and to a file; a terminal that is gone does not stop a run.
+
+    Args:
+        log: file to append to; None: none.
+    """
+
+    def __init__(self, log: Path | None = None) -> None:
+        self._log = log.open("ab") if log else None
+
+    def __enter__(self) -> Screen:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._log:
+            self._log.close()
+
+    def line(self, line: bytes, is_error: bool = False) -> None:
+        """One line with its end."""
+        if self._log:
+            self._log.write(line)
+            self._log.flush()
+        stream = sys.stderr if is_error else sys.stdout
+        try:
+            stream.buffer.write(line)
+            stream.flush()
+        except BrokenPipeError:
+            # Python would otherwise try once more at its own end, and change the exit status.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+    def print(self, text: str, is_error: bool = False) -> None:
+        """A text of our own."""
+        self.line(f"{text}\n".encode(), is_error)
 
 
 def usable_cores() -> int:
@@ -55,6 +97,26 @@ def rank_environment(
     )
 
 
+def execute(planned: LaunchPlan, screen: Screen, idle_timeout_s: float | None = None) -> int:
+    """Do what was planned; returns the status of the launcher or of the first rank that failed."""
+    if planned.launcher == LOCAL:
+        return run_local(
+            planned.command,
+            planned.ranks,
+            planned.environ,
+            screen,
+            idle_timeout_s=idle_timeout_s,
+        )
+    child = process.Child(planned.command, planned.environ)
+    watched = process.watch([child], screen.line, idle_timeout_s=idle_timeout_s)
+    if watched.hung:
+        screen.print(
+            f"no output for {idle_timeout_s:g} s: {planned.launcher} was ended", is_error=True
+        )
+        return process.HUNG
+    return print_failure(watched, screen)
+
+
 def run_local(
     command: Sequence[str],
     ranks: int,
@@ -70,19 +132,19 @@ def run_local(
         0 where all ended with 0; the status of the rank that failed first, whose error is then
         the last thing on the screen; 124 where they printed nothing for `idle_timeout_s` seconds.
     """
-    port, cores = ports.free_port(), usable_cores()
+    port, cores = free_port(), usable_cores()
     children = [
         process.Child(command, rank_environment(environ, rank, ranks, port, cores))
         for rank in range(ranks)
     ]
     watched = process.watch(children, screen.line, grace_s=grace_s, idle_timeout_s=idle_timeout_s)
     if watched.hung:
-        screen.say(f"no output for {idle_timeout_s:g} s: the ranks were ended", is_error=True)
+        screen.print(f"no output for {idle_timeout_s:g} s: the ranks were ended", is_error=True)
         return process.HUNG
-    return tell_failure(watched, screen)
+    return print_failure(watched, screen)
 
 
-def tell_failure(watched: process.Watched, screen: Screen) -> int:
+def print_failure(watched: process.Watched, screen: Screen) -> int:
     """Print why the first rank failed, unless it alone printed it just now; returns its status."""
     first = failure.first_failure(watched.ended)
     if first is None:
@@ -92,11 +154,11 @@ def tell_failure(watched: process.Watched, screen: Screen) -> int:
         end = min((other for other in watched.ended if other.status), key=lambda other: other.at)
     if end.status - 128 in watched.signals or watched.signals.count(signal.SIGINT) > 2:
         name = signal.Signals(end.status - 128).name
-        screen.say(f"rank {first} ended by {name}, which the run was sent", is_error=True)
+        screen.print(f"rank {first} ended by {name}, which the run was sent", is_error=True)
     elif len(watched.ended) > 1:
         lines = [f"rank {first} failed with {failure.status_text(end.status)}:"]
         lines += failure.reason(watched.ended[first].errors)
-        screen.say("\n".join(lines), is_error=True)
+        screen.print("\n".join(lines), is_error=True)
     elif end.status > 128:
-        screen.say(f"the process failed with {failure.status_text(end.status)}", is_error=True)
+        screen.print(f"the process failed with {failure.status_text(end.status)}", is_error=True)
     return end.status

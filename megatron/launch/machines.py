@@ -26,10 +26,10 @@ class Machine:
         scheduler: pbs, slurm or none.
         launcher: mpiexec (PALS, MPICH), mpirun (Open MPI), srun or local.
         hosts: patterns that a whole host name matches, in lower case.
-        site: variable -> value with which the machine names itself where host names do not tell.
+        site: variable -> value that identifies the machine where host names do not.
         devices_per_host: accelerators, which is ranks, of a compute host; 0: look.
         cpu_bind: as mpiexec or srun spells it; None: the launcher's own.
-        cores_per_rank: where cores are bound by depth (mpiexec) or by task (srun); 0: not said.
+        cores_per_rank: where cores are bound by depth (mpiexec) or by task (srun); 0: not given.
         srun_options: further options of srun.
         domain: appended to the short name of the first host to reach it over the fast network.
         environment: set unless the user has set it.
@@ -55,7 +55,7 @@ class Machine:
 
 
 def _aurora_defaults(num_hosts: int) -> dict[str, str]:
-    """Fewer micro-batches a step on more hosts: the global batch stays near a usual size."""
+    """Fewer micro-batches per step on more hosts: the global batch stays near a usual size."""
     steps = ((256, 1), (128, 2), (33, 4), (16, 8), (0, 16))  # from this many hosts on
     accumulation = next(count for least, count in steps if num_hosts >= least)
     return {
@@ -232,7 +232,7 @@ def find_machine(hostname: str, environ: Mapping[str, str], scheduler: str = "no
 
     Args:
         hostname: as the operating system gives it, short or full.
-        environ: tells where a site names itself in a variable.
+        environ: the environment's variables, in which some sites name themselves.
         scheduler: of the job this runs in; chooses the entry for unknown hosts.
     """
     name = hostname.lower()

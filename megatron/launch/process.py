@@ -1,6 +1,6 @@
 """Child processes, watched to their end: lines and signals are passed on, nothing stays behind.
 
-One that fails takes the others down: they get SIGTERM, some seconds, SIGKILL.
+One that fails takes the others down: they get SIGTERM, and some seconds later SIGKILL.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import IO, Any
 
 from megatron.launch.failure import TRACEBACK, Ended
 
-SETTLE_S = 1.0  # others that fail for the same reason get this long to say so
+SETTLE_S = 1.0  # others that fail for the same reason get this long to print it
 GRACE_S = 10.0
 TICK_S = 0.05
 DRAIN_S = 2.0
@@ -44,7 +44,7 @@ class Child:
 
 
 class _Stream:
-    """One pipe of a child, cut into lines."""
+    """One pipe of a child, split into lines."""
 
     def __init__(self, pipe: IO[bytes], is_error: bool, output: Output) -> None:
         self.pipe = pipe

@@ -1,4 +1,4 @@
-"""Which rank this process is, and where the ranks meet, from the variables of whatever started it.
+"""Which rank this process is, and where the ranks meet, from its launcher's variables.
 
 A rank's numbers come from ONE family of variables, never mixed: a job's shell has SLURM_* of one
 task and a run inside it PMI_* of many. Needs no mpi4py.
@@ -6,26 +6,30 @@ task and a run inside it PMI_* of many. Needs no mpi4py.
 
 from __future__ import annotations
 
+import random
 import re
 import socket
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron.config.errors import ConfigError
-from megatron.launch import hostlist, ports
+from megatron.launch import hostlist
 from megatron.launch.machines import find_machine
 from megatron.launch.scheduler import find_job
 
 EXPECTED = "MEGATRON_WORLD_SIZE"
-"""Set by our launcher: ranks that it started. PALS and PMIx do not tell their number."""
+"""Set by our launcher: ranks that it started. PALS and PMIx do not provide their number."""
 
 LARGEST_STEP = 0xFFFFFFF0
 """Slurm numbers what is no step of a user (a batch script, an interactive shell) from here on."""
 
+PORTS = range(20000, 30000)  # below those that operating systems hand out to outgoing connections
+
 
 @dataclass(frozen=True)
 class Family:
-    """Variables of one launcher; an empty name: it does not tell."""
+    """Variables of one launcher; an empty name: it has none."""
 
     name: str
     rank: str
@@ -59,8 +63,8 @@ class Ranks:
         rank: 0 .. world_size - 1.
         local_rank: 0 .. on its host.
         world_size: processes of the run.
-        local_world_size: processes of the run on this host; the world size where nothing tells.
-        family: the launcher whose variables told; "none": a single process.
+        local_world_size: processes of the run on this host; the world size where it is unknown.
+        family: the launcher whose variables were read; "none": a single process.
     """
 
     rank: int
@@ -74,7 +78,7 @@ def find_ranks(environ: Mapping[str, str]) -> Ranks:
     """The place of this process, from the first family of variables that is complete.
 
     Raises:
-        ConfigError: where the numbers contradict each other, or ranks exist and none can be told.
+        ConfigError: where the numbers contradict each other, or this rank has no number.
     """
     expected = _number(environ, EXPECTED) if environ.get(EXPECTED) else None
     for family in FAMILIES:
@@ -84,7 +88,7 @@ def find_ranks(environ: Mapping[str, str]) -> Ranks:
     _refuse_half_a_family(environ)
     if expected not in (None, 1):
         raise ConfigError(
-            f"{EXPECTED}={expected} ranks were started, but no variable tells which one this is: "
+            f"{EXPECTED}={expected} ranks were started, but no variable numbers this one: "
             f"{', '.join(family.rank for family in FAMILIES)}. Set LAUNCH_WITH=torchrun"
         )
     return Ranks(0, 0, 1, 1, "none")
@@ -100,7 +104,7 @@ def rendezvous(environ: Mapping[str, str]) -> str:
         ConfigError: for a MASTER_PORT that is no port, or hosts that cannot be read.
     """
     if find_ranks(environ).world_size == 1 and not environ.get("MASTER_PORT"):
-        return f"tcp://127.0.0.1:{ports.free_port()}"
+        return f"tcp://127.0.0.1:{free_port()}"
     hostname = socket.gethostname()
     job = find_job(environ, hostname, environ.get("HOSTFILE") or None)
     machine = find_machine(hostname, environ, job.scheduler)
@@ -130,14 +134,31 @@ def meeting_point(
         )
     text = environ.get("MASTER_PORT", "")
     if not text:
-        return address, ports.port_of(key)
+        return address, port_of(key)
     if not re.fullmatch(r"\d{1,5}", text) or not 0 < int(text) < 65536:
         raise ConfigError(f"MASTER_PORT={text} is not a port: give 1 .. 65535 or unset it")
     return address, int(text)
 
 
+def port_of(key: str) -> int:
+    """A port made from `key`: the same on every host, without asking."""
+    return PORTS[zlib.crc32(key.encode()) % len(PORTS)]
+
+
+def free_port() -> int:
+    """A port of this host on which nothing listens at the moment."""
+    for port in random.SystemRandom().sample(PORTS, k=100):
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
+            try:
+                listener.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise OSError(f"100 ports between {PORTS[0]} and {PORTS[-1]} were tried and all are in use")
+
+
 def _read(family: Family, environ: Mapping[str, str], expected: int | None) -> Ranks | None:
-    """What one family tells; None where it is not there or not complete."""
+    """The numbers of one family; None where it is not there or not complete."""
     if family.name == "Slurm" and not _in_step(environ):
         return None
     if not environ.get(family.rank) or not environ.get(family.local_rank):
@@ -172,7 +193,7 @@ def _checked(ranks: Ranks, expected: int | None) -> Ranks:
     """The same, or why it cannot be."""
     if ranks.rank >= ranks.world_size or ranks.local_rank >= ranks.local_world_size:
         raise ConfigError(
-            f"{ranks.family} says rank {ranks.rank} of {ranks.world_size}, "
+            f"{ranks.family} gives rank {ranks.rank} of {ranks.world_size}, "
             f"local rank {ranks.local_rank} of {ranks.local_world_size}: ranks count from 0. "
             f"Unset the variables of an earlier launch"
         )

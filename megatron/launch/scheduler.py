@@ -20,7 +20,7 @@ class Job:
         id: the scheduler's; empty without one.
         hosts: hosts to run on, the first one leads.
         hostfile: file that the hosts were read from; None where they were not.
-        source: what told the hosts.
+        source: where the hosts were read from.
     """
 
     scheduler: str
@@ -44,7 +44,7 @@ def find_job(
         hostname: this host, which is all there is without a job.
         hostfile: a host file that the user gave; wins over the scheduler's.
         name: the variable or flag that gave it, for messages.
-        node_files: folder where PBS keeps a host file a job.
+        node_files: folder where PBS keeps one host file per job.
 
     Raises:
         ConfigError: where a host file or a list of hosts cannot be read.

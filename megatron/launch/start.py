@@ -6,32 +6,34 @@ Makes the configuration, writes the run's folder, starts the ranks, ends with th
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron.config import table
+from megatron.config.atomic import write_atomically
+from megatron.config.deepspeed import deepspeed_config
 from megatron.config.errors import ConfigError, DataError
 from megatron.config.resolve import Resolved, resolve
-from megatron.config.schema import RunConfig
-from megatron.launch import launch_plan as plan
-from megatron.launch import local, process, provenance
-from megatron.launch import run_folder as record
+from megatron.config.schema import RUN_FILE, RunConfig
+from megatron.launch import launch_plan, provenance
+from megatron.launch.launch_plan import LaunchPlan, LaunchRequest
+from megatron.launch.local import Screen, execute
 from megatron.launch.ranks import find_ranks
-from megatron.launch.run_folder import read_run
-from megatron.launch.screen import Screen
 from megatron.launch.site import Location, find_location, site
 from megatron.plan import report
-
-__all__ = ["main", "prepare_run", "read_run"]
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ROOT / "pretrain_gpt_alcf.py"
 OUTPUT_FILE = "output.log"
-NOTHING_TO_START = 100  # `--check` ends so after a dry run or --help: all is said
+DEEPSPEED_FILE = "ds_config.json"
+NOTHING_TO_START = 100  # `--check` ends with it after a dry run or --help
 
 
 @dataclass(frozen=True)
@@ -40,22 +42,22 @@ class Ready:
 
     location: Location
     resolved: Resolved
-    planned: plan.Plan
+    planned: LaunchPlan
 
 
 def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """Check or start a run; returns the exit status."""
     only_check = argv[:1] == ["--check"]
     argv = argv[1:] if only_check else argv
-    said = NOTHING_TO_START if only_check else 0
+    printed = NOTHING_TO_START if only_check else 0
     if "--help" in argv or "-h" in argv:
         print(table.help_text(), end="")
-        return said
+        return printed
     try:
         ready = check(argv, environ)
         if ready.resolved.run.log.dry_run:
             print(report.dry_run_text(ready.resolved, _launch_text(ready.planned)), end="")
-            return said
+            return printed
         return 0 if only_check else start(ready, argv, environ)
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -75,9 +77,9 @@ def check(argv: Sequence[str], environ: Mapping[str, str]) -> Ready:
     planned = plan_of(resolved.run, environ, location)
     if not resolved.run.log.dry_run:
         _require_job(resolved, location)
-        plan.require_startable(planned)
-        record.require_writable(resolved.run.run_folder)
-        record.require_writable(resolved.run.checkpoint_folder)
+        launch_plan.require_startable(planned)
+        require_writable(resolved.run.run_folder)
+        require_writable(resolved.run.checkpoint_folder)
     return Ready(location, resolved, planned)
 
 
@@ -87,22 +89,22 @@ def start(ready: Ready, argv: Sequence[str], environ: Mapping[str, str]) -> int:
     Raises:
         ConfigError: where the launcher is missing or the folder cannot be written.
     """
-    plan.require_launcher(ready.planned, shutil.which)
+    launch_plan.require_launcher(ready.planned, shutil.which)
     origin = provenance.provenance(environ, argv, ready.location, ROOT)
-    record.write_run(ready.resolved, origin)
+    write_run(ready.resolved, origin)
     if ready.planned.hostfile:
-        record.write_text(*ready.planned.hostfile)
+        write_atomically(*ready.planned.hostfile)
     with Screen(ready.resolved.run.run_folder / OUTPUT_FILE) as screen:
         for line in _headlines(ready.resolved, ready.planned):
-            screen.say(line)
+            screen.print(line)
         return execute(ready.planned, screen)
 
 
-def plan_of(run: RunConfig, environ: Mapping[str, str], location: Location) -> plan.Plan:
+def plan_of(run: RunConfig, environ: Mapping[str, str], location: Location) -> LaunchPlan:
     """How the ranks of a run are started: on no more hosts than they fill."""
     world_size = run.parallel.world_size
     per_host = min(run.launch.devices_per_host, world_size)
-    wish = plan.Wish(
+    request = LaunchRequest(
         world_size=world_size,
         num_hosts=min(run.launch.num_hosts, -(-world_size // per_host)),
         ranks_per_host=per_host,
@@ -110,28 +112,8 @@ def plan_of(run: RunConfig, environ: Mapping[str, str], location: Location) -> p
         cpu_bind=run.launch.cpu_bind,
         folder=run.run_folder,
     )
-    program = (sys.executable, str(PROGRAM), "--config", str(run.run_folder / record.RUN_FILE))
-    return plan.make_plan(wish, program, environ, location)
-
-
-def execute(planned: plan.Plan, screen: Screen, idle_timeout_s: float | None = None) -> int:
-    """Do what was planned; returns the status of the launcher or of the first rank that failed."""
-    if planned.launcher == plan.LOCAL:
-        return local.run_local(
-            planned.command,
-            planned.ranks,
-            planned.environ,
-            screen,
-            idle_timeout_s=idle_timeout_s,
-        )
-    child = process.Child(planned.command, planned.environ)
-    watched = process.watch([child], screen.line, idle_timeout_s=idle_timeout_s)
-    if watched.hung:
-        screen.say(
-            f"no output for {idle_timeout_s:g} s: {planned.launcher} was ended", is_error=True
-        )
-        return process.HUNG
-    return local.tell_failure(watched, screen)
+    program = (sys.executable, str(PROGRAM), "--config", str(run.run_folder / RUN_FILE))
+    return launch_plan.make_plan(request, program, environ, location)
 
 
 def prepare_run(environ: Mapping[str, str], argv: Sequence[str]) -> RunConfig:
@@ -149,19 +131,71 @@ def prepare_run(environ: Mapping[str, str], argv: Sequence[str]) -> RunConfig:
     resolved = resolve(environ, argv, site(environ, argv, location))
     if ranks.rank == 0:
         print(report.messages_text(resolved), file=sys.stderr)
-        record.write_run(resolved, provenance.provenance(environ, argv, location, ROOT))
+        write_run(resolved, provenance.provenance(environ, argv, location, ROOT))
     return resolved.run
 
 
-def _launch_text(planned: plan.Plan) -> str:
-    """The launch command of a dry run, with what a real run would stop at."""
+def write_run(resolved: Resolved, origin: Mapping[str, Any]) -> Path:
+    """Make the run's folder and write what it was started with.
+
+    Args:
+        resolved: the configuration.
+        origin: its provenance.
+
+    Returns:
+        The path of run.json.
+
+    Raises:
+        ConfigError: where the folder cannot be written.
+    """
+    run = resolved.run
+    folder = run.run_folder
+    record = {
+        "config": run.to_dict(),
+        "sources": [f"{key}: {source}" for key, source in sorted(resolved.sources.items())],
+        "provenance": dict(origin),
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / DEEPSPEED_FILE, _json(deepspeed_config(run)))
+        write_atomically(folder / RUN_FILE, _json(record))
+    except OSError as error:
+        raise ConfigError(
+            f"the run's folder cannot be written: {error}. Set RUN_DIR to a folder that can be"
+        ) from None
+    return folder / RUN_FILE
+
+
+def require_writable(folder: Path) -> None:
+    """Try what a run will do: only the file system itself knows.
+
+    Raises:
+        ConfigError: where `folder` cannot be made or written; nothing is left behind.
+    """
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryDirectory(prefix=".probe-", dir=existing):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{folder} cannot be written ({error.strerror}: {existing}). "
+            f"Set RUN_DIR or CKPT_DIR to a folder that can be"
+        ) from None
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, indent=2) + "\n"
+
+
+def _launch_text(planned: LaunchPlan) -> str:
+    """The launch command of a dry run, with the reason why a real run would stop."""
     if planned.problem is None:
         return planned.text
     return f"{planned.text}\nWARNING: a real run would stop here with status 2: {planned.problem}"
 
 
-def _headlines(resolved: Resolved, planned: plan.Plan) -> list[str]:
-    """What is said before the ranks say anything."""
+def _headlines(resolved: Resolved, planned: LaunchPlan) -> list[str]:
+    """What is logged before the ranks start."""
     lines = [report.messages_text(resolved)]
     if planned.added:
         words = " ".join(f"{name}={value}" for name, value in planned.added.items())

@@ -1,7 +1,7 @@
 """Bytes that the fullest rank of a layout needs, by part: an estimate made of plain integers.
 
-Activations follow the shapes that an eager block keeps for its backward pass; the logits are those
-of a head that holds them whole. Allocator slack and communication buffers are not in it.
+Activations are the tensors that an eager block keeps for its backward pass, with the fused RMSNorm
+of a GPU. Allocator slack and communication buffers are not in it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from megatron.config.optimizers import RULES
 from megatron.config.pipeline_stages import num_stages_per_rank
 from megatron.config.schema import RunConfig
 
+LOSS_BLOCK = 1 << 24  # logits that the cross entropy turns into fp32 at once
 
 class MemoryEstimate(NamedTuple):
     """Bytes on the device of the fullest rank."""
@@ -73,10 +74,10 @@ def _value_bytes(run: RunConfig) -> int:
     return 4 if run.train.dtype == "fp32" else 2
 
 
-def _share(amount: int, run: RunConfig, from_stage: int) -> int:
-    """What a rank keeps of an amount that ZeRO shares out from a stage on; 0 runs as 1."""
-    shared = max(run.parallel.zero_stage, 1) >= from_stage
-    return -(-amount // run.zero_ranks) if shared else amount
+def _shard(amount: int, run: RunConfig, from_stage: int) -> int:
+    """What a rank keeps of an amount that ZeRO shards from a stage on; 0 runs as 1."""
+    sharded = max(run.parallel.zero_stage, 1) >= from_stage
+    return -(-amount // run.zero_ranks) if sharded else amount
 
 
 def _tokens(run: RunConfig) -> int:
@@ -87,13 +88,13 @@ def _tokens(run: RunConfig) -> int:
 def _weights(count: int, run: RunConfig) -> int:
     amount = count * _value_bytes(run)
     hpz = run.parallel.zero_hpz_partition_size
-    return _share(amount, run, from_stage=3) + (-(-amount // hpz) if hpz > 1 else 0)
+    return _shard(amount, run, from_stage=3) + (-(-amount // hpz) if hpz > 1 else 0)
 
 
 def _gradients(count: int, run: RunConfig) -> int:
     """Gradients as produced; bf16 below stage 2 also accumulates them in fp32."""
     accumulated = 4 * count if run.train.dtype == "bf16" and run.parallel.zero_stage <= 1 else 0
-    return _share(count * _value_bytes(run), run, from_stage=2) + accumulated
+    return _shard(count * _value_bytes(run), run, from_stage=2) + accumulated
 
 
 def _optimizer(count: int, table: int, run: RunConfig) -> int:
@@ -103,31 +104,43 @@ def _optimizer(count: int, table: int, run: RunConfig) -> int:
     numbers = (1 + RULES[run.optimizer.optimizer].states) * count
     if run.optimizer.optimizer == "muon":  # embedding and head are AdamW's
         numbers += table
-    return _share(4 * numbers, run, from_stage=1)
+    return _shard(4 * numbers, run, from_stage=1)
 
 
 def _activations(run: RunConfig, layers: int) -> int:
-    """What the blocks of one stage keep of one micro-batch."""
-    tokens = _tokens(run)
-    per_value = _value_bytes(run)
-    h, f, d = run.model.hidden_size, run.model.ffn_hidden_size, run.model.key_value_size
-    # In values a token: inputs and outputs of the two norms stay whole, unless Megatron's sequence
-    # parallelism cuts them; q, the attention's output and its projection, k and v, gate, up,
-    # activation and product are cut over TP ranks.
-    whole, cut = 4 * h, 3 * h + 2 * d + 4 * f
-    if run.train.activation_checkpointing == "selective":
-        whole, cut = 2 * h, 3 * h + 2 * d + 3 * f
-    norms = run.parallel.tensor_parallel if run.parallel.megatron_sequence_parallel else 1
-    block = tokens * per_value * (-(-whole // norms) + -(-cut // run.parallel.tensor_parallel))
-    if run.train.activation_checkpointing == "1":
+    """What the blocks of one stage keep of one micro-batch, and what is recomputed at once."""
+    plain, recompute = _block(run, "0"), run.train.activation_checkpointing
+    if recompute == "1":
         group = min(layers, run.train.checkpoint_num_layers)
-        kept = -(-layers // group) * tokens * per_value * -(-h // norms)
-        return kept + group * block
-    return layers * block
+        inputs = -(-layers // group) * _block(run, "1")
+        return inputs + group * plain - _block(run, "1")
+    kept = _block(run, recompute)
+    return layers * kept + plain - kept
+
+
+def _block(run: RunConfig, recompute: str) -> int:
+    """Bytes that one block keeps of one micro-batch for its backward pass.
+
+    In values per token. Inputs and outputs of the two norms are replicated over the TP ranks, or
+    sharded with Megatron's sequence parallelism; the rest is always sharded over them: rotated q
+    and k, v and the attention's output, gate, up, silu(gate) and its product with up.
+    """
+    h, f, d = run.model.hidden_size, run.model.ffn_hidden_size, run.model.key_value_size
+    width, scores = _value_bytes(run), 0
+    norms, sharded = {"0": (4 * h, 2 * h + 2 * d + 4 * f), "1": (h, 0)}.get(
+        recompute, (4 * h, h + 2 * d + 2 * f)
+    )
+    if recompute == "0" and run.train.no_flash_attention:
+        # The plain kernel works in fp32: every head's q, k and v, and the scores of all positions.
+        sharded -= h + 2 * d
+        scores = 4 * (3 * h + run.model.num_attention_heads * run.model.seq_length)
+    tp = run.parallel.tensor_parallel
+    norm_ranks = tp if run.parallel.megatron_sequence_parallel else 1
+    per_token = -(-width * norms // norm_ranks) + -(-(width * sharded + scores) // tp)
+    return _tokens(run) * per_token
 
 
 def _logits(run: RunConfig) -> int:
-    """Logits in the model's precision, in fp32, their softmax and one copy in the backward pass."""
-    columns = run.padded_vocab_size // run.parallel.tensor_parallel
-    per_logit = 12 if run.train.dtype == "fp32" else 14
-    return _tokens(run) * columns * per_logit
+    """Logits and their gradient in the model's precision, and two fp32 blocks of the loss."""
+    logits = _tokens(run) * (run.padded_vocab_size // run.parallel.tensor_parallel)
+    return 2 * logits * _value_bytes(run) + 4 * min(logits, 2 * LOSS_BLOCK)

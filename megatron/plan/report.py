@@ -15,24 +15,24 @@ from megatron.data import survey as data_survey
 from megatron.plan.memory import memory_per_rank
 
 GIB = 2**30
-SHARED_OUT = {
+SHARDED = {
     1: "ZeRO 1: optimizer states",
     2: "ZeRO 2: optimizer states and gradients",
-    3: "ZeRO 3: optimizer states, gradients and weights",
+    3: "ZeRO 3: optimizer states, gradients and parameters",
 }
 
 
 def architecture_box(run: RunConfig) -> str:
     """The box that every log has before its first step; the order of its fields is fixed."""
-    cut, train, model = run.parallel, run.train, run.model
+    parallel, train, model = run.parallel, run.train, run.model
     fields = {
         "MODEL_ARCH": run.label,
         "PARAMS": run.parameters,
-        "TP": cut.tensor_parallel,
-        "PP": cut.pipeline_parallel,
-        "SP": cut.sequence_parallel,
+        "TP": parallel.tensor_parallel,
+        "PP": parallel.pipeline_parallel,
+        "SP": parallel.sequence_parallel,
         "DP": run.data_parallel,
-        "ZERO": cut.zero_stage,
+        "ZERO": parallel.zero_stage,
         "MBS": train.micro_batch_size,
         "GAS": train.gradient_accumulation_steps,
         "GBS": train.global_batch_size,
@@ -70,22 +70,28 @@ def memory_text(run: RunConfig) -> str:
 
 
 def stages_text(run: RunConfig) -> str:
-    """The pipeline as it is cut: layers and cost of each stage, and what they share out badly."""
-    cut = run.parallel
-    if cut.pipeline_parallel == 1:
+    """The pipeline stages: layers and cost of each, and how long they idle."""
+    parallel = run.parallel
+    if parallel.pipeline_parallel == 1:
         return ""
     blocks, bounds = run.stage_blocks, stages.stage_bounds(run.stage_blocks)
-    costs = stages.stage_costs(run.model, blocks, cut.tensor_parallel)
+    costs = stages.stage_costs(run.model, blocks, parallel.tensor_parallel)
     rows = [("stage", "rank", "layers", "cost", "")]
     for stage, (count, cost) in enumerate(zip(blocks, costs, strict=True)):
         ends = (["embedding"] if stage == 0 else []) + [f"{count} blocks"]
         ends += ["norm, head"] if stage == len(blocks) - 1 else []
-        rank = min(stage, len(blocks) - 1 - stage) if len(blocks) > cut.pipeline_parallel else stage
+        rank = (
+            min(stage, len(blocks) - 1 - stage)
+            if len(blocks) > parallel.pipeline_parallel
+            else stage
+        )
         layers = f"{bounds[stage]}-{bounds[stage + 1] - 1}"
         bar = "#" * max(1, round(20 * cost / max(costs)))
         rows.append((f"{stage}", f"{rank}", layers, f"{cost:.2f}", f"{bar} {' + '.join(ends)}"))
     idle = 1 - sum(costs) / len(costs) / max(costs)
-    bubble = stages.modelled_bubble(cut.pipeline_parallel, run.train.gradient_accumulation_steps)
+    bubble = stages.modelled_bubble(
+        parallel.pipeline_parallel, run.train.gradient_accumulation_steps
+    )
     return (
         f"{_columns(rows)}\n"
         f"cost in blocks; uneven stages idle {idle:.1%}, a 1F1B bubble of "
@@ -94,26 +100,26 @@ def stages_text(run: RunConfig) -> str:
 
 
 def placement_text(run: RunConfig) -> str:
-    """Which ranks share what: the axes with the group of rank 0, then the ranks host by host."""
+    """The axes with the group of rank 0, the ranks host by host, and what ZeRO shards."""
     layout, per_host = run.layout, run.launch.devices_per_host
-    rows = [("axis", "size", "ranks", "hosts of a group", "share")]
+    rows = [("axis", "size", "ranks", "hosts per group", "divides")]
     rows += [
         (
             axis.name,
             str(axis.size),
             _ranks_text(axis.ranks(0)),
-            str(layout.hosts_of_a_group(axis, per_host)),
-            axis.shares,
+            str(layout.hosts_per_group(axis, per_host)),
+            axis.divides,
         )
         for axis in layout.axes
         if axis.size > 1
     ]
     if len(rows) == 1:
         return "one rank"
-    legend = "ranks: the group of rank 0; () ranks of a TP group, [] ranks that share samples"
-    states = SHARED_OUT[engine_zero_stage(run)]
+    legend = "ranks: the group of rank 0; () ranks of a TP group, [] of an SP group"
+    states = SHARDED[engine_zero_stage(run)]
     group = "a MiCS shard group" if run.parallel.mics_shard_size else "DP x SP"
-    zero = f"{states} shared out over the {run.zero_ranks} ranks of {group}"
+    zero = f"{states} sharded over the {run.zero_ranks} ranks of {group}"
     return "\n".join([_columns(rows), *layout.drawing(per_host), legend, zero])
 
 
@@ -142,7 +148,7 @@ def data_text(run: RunConfig) -> str:
 
 
 def epochs_text(survey: data_survey.DataSurvey) -> str:
-    """Tokens, share and epochs of each corpus over the run, and its stages where it has several."""
+    """Tokens, share and epochs of each corpus over the run, and the data stages if several."""
     parts = [_columns(data_survey.corpora_table(survey.corpora))]
     if len(survey.stages) > 1:
         parts += [f"from {start:,} tokens on: {path}" for start, path in survey.stages]
@@ -158,12 +164,12 @@ def skip_text(run: RunConfig) -> str:
     samples = steps * run.train.global_batch_size
     return (
         f"{skip.ranges_text(ranges)}: {steps:,} steps, {samples:,} samples, "
-        f"{samples * run.model.seq_length:,} tokens are passed over"
+        f"{samples * run.model.seq_length:,} tokens are skipped"
     )
 
 
 def messages_text(resolved: Resolved) -> str:
-    """Warnings and notes, one a line; empty where there are none."""
+    """Warnings and notes, one per line; empty where there are none."""
     lines = [f"WARNING: {warning}" for warning in resolved.warnings]
     return "\n".join([*lines, *(f"note: {note}" for note in resolved.notes)])
 

@@ -79,7 +79,7 @@ BAD = [
     ({"GAS": 2, "GRAD_ACC_STEPS": 3}, ["GAS=2", "GRAD_ACC_STEPS=3", "unset one"]),
     ({"SEQ": 64, "SEQ_LEN": 128}, ["SEQ=64", "SEQ_LEN=128"]),
     ({"TRAIN_ITERS": 10, "TRAIN_TOKENS": 99999}, ["TRAIN_ITERS=10", "TRAIN_TOKENS=99999", "20480"]),
-    ({"TRAIN_TOKENS": 5}, ["TRAIN_TOKENS=5", "2048 tokens a step"]),
+    ({"TRAIN_TOKENS": 5}, ["TRAIN_TOKENS=5", "2048 tokens per step"]),
     ({"NLAYERS": "abc"}, ["NLAYERS=abc", "whole number"]),
     ({"NLAYERS": 2.5}, ["NLAYERS=2.5", "whole number"]),
     ({"NLAYERS": 0}, ["NLAYERS=0", "at least 1"]),
@@ -147,7 +147,7 @@ def test_wrong_settings_have_status_2_and_wrong_data_3():
     assert "DATA_FILE_LIST=missing.txt" in str(data.value)
 
 
-def test_everything_wrong_is_said_at_once():
+def test_everything_wrong_is_reported_at_once():
     message = refusal("--nosuch", NLAYERS="abc", LR="x", DTYPE="int8")
     assert all(word in message for word in ("--nosuch", "NLAYERS=abc", "LR=x", "DTYPE=int8"))
 

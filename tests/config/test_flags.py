@@ -63,6 +63,8 @@ def test_what_is_always_so_is_noted(flag):
         (["--lr-warmup-iters", "5"], ["--lr-warmup-iters", "--lr-warmup-fraction"]),
         (["--fp16", "--bf16"], ["--fp16", "--bf16"]),
         (["--train-range-to-skip"], ["--train-range-to-skip needs values"]),
+        (["--lr", "-1e-3"], ["--lr=-0.001", "above 0"]),
+        (["--tie-embeddings", "0", "--nosuch", "5"], ["'0' is not a flag", "--nosuch is not"]),
     ],
 )  # fmt: skip
 def test_wrong_command_lines(argv, words):
@@ -76,11 +78,6 @@ def test_refused_flags_swallow_their_values_and_say_why():
         line = read_command_line([flag, "5", "--num-layers", "2"])
         assert line.problems == [f"{flag} is not offered: {instead}"]
         assert line.settings == [("model.num_layers", "2", "--num-layers")]
-
-
-def test_help_is_recognised():
-    assert read_command_line(["--help"]).wants_help and read_command_line(["-h"]).wants_help
-    assert not read_command_line(["--num-layers", "2"]).wants_help
 
 
 def test_no_flag_is_named_twice():

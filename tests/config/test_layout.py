@@ -83,9 +83,9 @@ def test_sizes_below_one_are_refused(name: str) -> None:
         Layout(**{name: 0})
 
 
-def test_hosts_of_a_group():
+def test_hosts_per_group():
     layout = Layout(tp=2, sp=2, dp=2, pp=2)
-    assert [layout.hosts_of_a_group(axis, 6) for axis in layout.axes] == [1, 2, 2, 2]
+    assert [layout.hosts_per_group(axis, 6) for axis in layout.axes] == [1, 2, 2, 2]
 
 
 def test_a_bracket_stays_open_where_its_group_crosses_hosts():

@@ -172,7 +172,7 @@ def test_folders():
     assert str(named.run_folder) == "runs/mine"
 
 
-def test_zero_stage_0_is_said_once():
+def test_zero_stage_0_is_noted_once():
     notes = resolved(ZERO_STAGE=0).notes
     assert len([note for note in notes if "ZERO_STAGE=0" in note]) == 1
     assert not resolved(ZERO_STAGE=1).notes

@@ -16,7 +16,7 @@ from megatron.data.indexed import IndexedWriter
 from megatron.engine import Engine
 from megatron.engine.zero import ZeroEngine
 from megatron.launch.ranks import Ranks
-from megatron.launch.run_folder import write_run
+from megatron.launch.start import write_run
 from pretrain_gpt_alcf import pretrain
 
 VOCAB_SIZE = 160

@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 
 from megatron.config.errors import ConfigError
-from megatron.launch.launch_plan import Plan, Wish, make_plan, require_launcher, require_startable
+from megatron.launch.launch_plan import (
+    LaunchPlan,
+    LaunchRequest,
+    make_plan,
+    require_launcher,
+    require_startable,
+)
 from megatron.launch.machines import AURORA_CORES
 from tests.launch.places import at, pbs_job, slurm_job
 
@@ -15,13 +21,13 @@ PROGRAM = ("/env/bin/python3", "pretrain_gpt_alcf.py", "--config", "run.json")
 TEXT = " ".join(PROGRAM)
 
 
-def _plan(hostname: str, environ: dict[str, str], wish: Wish) -> Plan:
-    return make_plan(wish, PROGRAM, environ, at(hostname, environ))
+def _plan(hostname: str, environ: dict[str, str], request: LaunchRequest) -> LaunchPlan:
+    return make_plan(request, PROGRAM, environ, at(hostname, environ))
 
 
 def test_aurora(tmp_path: Path) -> None:
     environ = pbs_job(tmp_path, "x4217c2s6b0n0", "x4218c2s6b0n0")
-    plan = _plan("x4217c2s6b0n0", environ, Wish(24, 2, 12, folder=tmp_path))
+    plan = _plan("x4217c2s6b0n0", environ, LaunchRequest(24, 2, 12, folder=tmp_path))
     assert plan.text == (
         f"mpiexec --envall --line-buffer --np=24 --ppn=12 --hostfile={tmp_path}/nodefile "
         f"--cpu-bind={AURORA_CORES} {TEXT}"
@@ -38,7 +44,7 @@ def test_aurora(tmp_path: Path) -> None:
 @pytest.mark.parametrize("origin", [{}, {"PBS_O_HOST": "sirius-login-01"}])
 def test_polaris_and_sirius(tmp_path: Path, origin: dict[str, str]) -> None:
     environ = pbs_job(tmp_path, "x3001c0s1b0n0", "x3002c0s1b0n0") | origin
-    plan = _plan("x3001c0s1b0n0", environ, Wish(8, 2, 4, folder=tmp_path))
+    plan = _plan("x3001c0s1b0n0", environ, LaunchRequest(8, 2, 4, folder=tmp_path))
     assert plan.text == (
         f"mpiexec --envall --line-buffer --np=8 --ppn=4 --hostfile={tmp_path}/nodefile "
         f"--cpu-bind=depth --depth=8 {TEXT}"
@@ -52,7 +58,7 @@ def test_sophia(tmp_path: Path) -> None:
     """Open MPI gets names of variables, never values: a process list is public."""
     environ = pbs_job(tmp_path, "sophia-gpu-01", "sophia-gpu-02")
     environ |= {"PATH": "/bin", "LD_LIBRARY_PATH": "/lib", "WANDB_API_KEY": "secret", "HOME": "/h"}
-    plan = _plan("sophia-gpu-01", environ, Wish(16, 2, 8, folder=tmp_path))
+    plan = _plan("sophia-gpu-01", environ, LaunchRequest(16, 2, 8, folder=tmp_path))
     exported = (
         "LD_LIBRARY_PATH MASTER_ADDR MASTER_PORT MEGATRON_WORLD_SIZE PATH PYTHONUNBUFFERED "
         "WANDB_API_KEY"
@@ -68,7 +74,7 @@ def test_sophia(tmp_path: Path) -> None:
 
 def test_perlmutter() -> None:
     environ = slurm_job("nid[001234-001235]") | {"NERSC_HOST": "perlmutter"}
-    plan = _plan("nid001234", environ, Wish(8, 2, 4))
+    plan = _plan("nid001234", environ, LaunchRequest(8, 2, 4))
     assert plan.text == (
         "srun --unbuffered --kill-on-bad-exit=1 --nodes=2 --ntasks=8 --ntasks-per-node=4 "
         f"--gpus-per-node=4 --cpus-per-task=32 --cpu-bind=cores {TEXT}"
@@ -77,7 +83,7 @@ def test_perlmutter() -> None:
 
 
 def test_frontier() -> None:
-    plan = _plan("frontier00001", slurm_job("frontier[00001-00002]"), Wish(16, 2, 8))
+    plan = _plan("frontier00001", slurm_job("frontier[00001-00002]"), LaunchRequest(16, 2, 8))
     assert plan.text == (
         "srun --unbuffered --kill-on-bad-exit=1 --nodes=2 --ntasks=16 --ntasks-per-node=8 "
         f"--gpus-per-task=1 --gpu-bind=closest --network=disable_rdzv_get --cpus-per-task=7 {TEXT}"
@@ -87,34 +93,36 @@ def test_frontier() -> None:
 
 def test_generic_slurm_with_and_without_accelerators() -> None:
     environ = slurm_job("node[1-2]") | {"SLURM_GPUS_ON_NODE": "2"}
-    plan = _plan("node1", environ, Wish(4, 2, 2))
+    plan = _plan("node1", environ, LaunchRequest(4, 2, 2))
     assert "--gpus-per-node=2 --cpu-bind=cores" in plan.text
-    plan = _plan("node1", slurm_job("node[1-2]") | {"CUDA_VISIBLE_DEVICES": ""}, Wish(4, 2, 2))
+    plan = _plan(
+        "node1", slurm_job("node[1-2]") | {"CUDA_VISIBLE_DEVICES": ""}, LaunchRequest(4, 2, 2)
+    )
     assert "--gpus" not in plan.text
 
 
 def test_generic_pbs(tmp_path: Path) -> None:
-    plan = _plan("node1", pbs_job(tmp_path, "node1", "node2"), Wish(4, 2, 2))
+    plan = _plan("node1", pbs_job(tmp_path, "node1", "node2"), LaunchRequest(4, 2, 2))
     assert plan.text == (
         f"mpiexec --envall --line-buffer --np=4 --ppn=2 --hostfile={tmp_path}/nodefile {TEXT}"
     )
 
 
 def test_laptop_starts_its_ranks_itself() -> None:
-    plan = _plan("laptop", {"HOME": "/h"}, Wish(4, 1, 4))
+    plan = _plan("laptop", {"HOME": "/h"}, LaunchRequest(4, 1, 4))
     assert plan.launcher == "local"
     assert plan.text == f"python3 -m megatron.launch -n 4 -- {TEXT}"
     assert plan.added == {}
 
 
 def test_torchrun_on_one_host_and_on_two(tmp_path: Path) -> None:
-    plan = _plan("laptop", {"MASTER_PORT": "2345"}, Wish(2, 1, 2, launcher="torchrun"))
+    plan = _plan("laptop", {"MASTER_PORT": "2345"}, LaunchRequest(2, 1, 2, launcher="torchrun"))
     assert plan.text == (
         "/env/bin/python3 -m torch.distributed.run --nnodes=1 --nproc-per-node=2 "
         "--master-addr=127.0.0.1 --master-port=2345 pretrain_gpt_alcf.py --config run.json"
     )
     environ = pbs_job(tmp_path, "node1", "node2") | {"MASTER_PORT": "2345"}
-    plan = _plan("node1", environ, Wish(4, 2, 2, launcher="torchrun"))
+    plan = _plan("node1", environ, LaunchRequest(4, 2, 2, launcher="torchrun"))
     assert plan.text == (
         f"mpiexec --envall --line-buffer --np=2 --ppn=1 --hostfile={tmp_path}/nodefile "
         "/env/bin/python3 -m torch.distributed.run --nnodes=2 --nproc-per-node=2 "
@@ -124,7 +132,7 @@ def test_torchrun_on_one_host_and_on_two(tmp_path: Path) -> None:
 
 def test_deepspeed(tmp_path: Path) -> None:
     environ = pbs_job(tmp_path, "node1", "node2") | {"MASTER_PORT": "2345"}
-    plan = _plan("node1", environ, Wish(4, 2, 2, launcher="deepspeed", folder=tmp_path))
+    plan = _plan("node1", environ, LaunchRequest(4, 2, 2, launcher="deepspeed", folder=tmp_path))
     assert plan.text == (
         "/env/bin/python3 -m deepspeed.launcher.runner --num_gpus=2 --master_addr=node1 "
         f"--master_port=2345 --no_local_rank --hostfile={tmp_path}/hostfile --launcher=MPICH "
@@ -135,7 +143,7 @@ def test_deepspeed(tmp_path: Path) -> None:
 
 def test_fewer_hosts_than_the_job_has_get_a_file_of_their_own(tmp_path: Path) -> None:
     environ = pbs_job(tmp_path, "x3001c0s1b0n0", "x3002c0s1b0n0", "x3003c0s1b0n0")
-    plan = _plan("x3001c0s1b0n0", environ, Wish(8, 2, 4, folder=tmp_path))
+    plan = _plan("x3001c0s1b0n0", environ, LaunchRequest(8, 2, 4, folder=tmp_path))
     assert plan.hostfile == (tmp_path / "hostfile", "x3001c0s1b0n0\nx3002c0s1b0n0\n")
     assert f"--hostfile={tmp_path}/hostfile" in plan.text
 
@@ -147,8 +155,8 @@ def test_the_users_choices_win(tmp_path: Path) -> None:
         "MASTER_ADDR": "head",
         "MASTER_PORT": "7777",
     }
-    wish = Wish(4, 1, 4, cpu_bind="list:0:8:16:24", folder=tmp_path)
-    plan = _plan("x3001c0s1b0n0", environ, wish)
+    request = LaunchRequest(4, 1, 4, cpu_bind="list:0:8:16:24", folder=tmp_path)
+    plan = _plan("x3001c0s1b0n0", environ, request)
     assert "--cpu-bind=list:0:8:16:24 /env" in plan.text
     assert plan.environ["FI_CXI_DEFAULT_CQ_SIZE"] == "1"
     assert "FI_MR_CACHE_MONITOR" not in plan.environ
@@ -158,25 +166,25 @@ def test_the_users_choices_win(tmp_path: Path) -> None:
 
 def test_numbers_of_an_earlier_launch_do_not_reach_the_ranks(tmp_path: Path) -> None:
     environ = pbs_job(tmp_path, "n1") | {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "4"}
-    plan = _plan("n1", environ, Wish(2, 1, 2))
+    plan = _plan("n1", environ, LaunchRequest(2, 1, 2))
     assert not {"RANK", "LOCAL_RANK", "WORLD_SIZE"} & set(plan.environ)
 
 
 def test_what_cannot_be_started_can_be_planned() -> None:
     """A dry run on a laptop may plan a job of eight hosts; only a real start is refused."""
-    plan = _plan("laptop", {}, Wish(96, 8, 12))
+    plan = _plan("laptop", {}, LaunchRequest(96, 8, 12))
     assert plan.text.startswith("mpiexec --envall --line-buffer --np=96 --ppn=12")
     with pytest.raises(ConfigError, match="NHOSTS=8, but this host is 1"):
         require_startable(plan)
     with pytest.raises(ConfigError, match=r"WORLD_SIZE=9 .*NHOSTS=1 x NGPU_PER_HOST=4 = 4"):
-        require_startable(_plan("laptop", {}, Wish(9, 1, 4)))
+        require_startable(_plan("laptop", {}, LaunchRequest(9, 1, 4)))
     with pytest.raises(ConfigError, match=r"LAUNCH_WITH=local .*NHOSTS=2"):
-        require_startable(_plan("laptop", {}, Wish(2, 2, 1, launcher="local")))
+        require_startable(_plan("laptop", {}, LaunchRequest(2, 2, 1, launcher="local")))
 
 
 def test_a_launcher_that_is_not_installed_is_named() -> None:
-    plan = _plan("laptop", {}, Wish(2, 1, 2, launcher="mpirun"))
+    plan = _plan("laptop", {}, LaunchRequest(2, 1, 2, launcher="mpirun"))
     with pytest.raises(ConfigError, match="LAUNCH_WITH=mpirun: mpirun is not on PATH"):
         require_launcher(plan, lambda name: None)
     require_launcher(plan, lambda name: f"/bin/{name}")
-    require_launcher(_plan("laptop", {}, Wish(2, 1, 2)), lambda name: None)
+    require_launcher(_plan("laptop", {}, LaunchRequest(2, 1, 2)), lambda name: None)

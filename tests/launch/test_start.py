@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron.config.errors import ConfigError
-from megatron.launch import run_folder as record
+from megatron.config.schema import read_run
 from megatron.launch import start
 from megatron.launch.provenance import commit, recorded_environment
 from tests.launch.places import pbs_job, slurm_job
@@ -124,8 +124,9 @@ def test_login_nodes_are_for_dry_runs(
     assert start.main(["--check"], settings | {"DRY_RUN": "1"}) == 100
 
 
-def test_help_lists_the_options(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert start.main(["--check", "--help"], {}) == 100
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_lists_the_options(capsys: pytest.CaptureFixture[str], flag: str) -> None:
+    assert start.main(["--check", "--num-layers", flag], {}) == 100
     assert "--tensor-model-parallel-size" in capsys.readouterr().out
 
 
@@ -172,7 +173,7 @@ def test_a_run_leaves_its_record_and_the_trainings_status(
     assert origin["environment"] == {"NLAYERS": "2", "OMP_NUM_THREADS": "1"}
     assert origin["hosts"] == ["laptop"]
     assert {"torch", "deepspeed", "python", "megatron"} <= set(origin["versions"])
-    assert record.read_run(here / "mine" / "run.json").model.num_layers == 3
+    assert read_run(here / "mine" / "run.json").model.num_layers == 3
 
     deepspeed = json.loads((here / "mine" / "ds_config.json").read_text(encoding="utf-8"))
     assert deepspeed["train_micro_batch_size_per_gpu"] == 16
@@ -231,7 +232,7 @@ def test_ranks_of_another_launcher_make_the_same_run(here: Path) -> None:
     follower = start.prepare_run(ranks[1], argv)
     assert not (here / "mine").exists()
     leader = start.prepare_run(ranks[0], argv)
-    assert leader == follower == start.read_run(here / "mine" / "run.json")
+    assert leader == follower == read_run(here / "mine" / "run.json")
     assert leader.parallel.world_size == 2
 
 
@@ -253,19 +254,6 @@ def test_a_folder_is_tried_before_anything_is_made(
     assert f"{name}" in capsys.readouterr().err
 
 
-def test_a_record_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "run.json"
-    record.write_json(path, {"a": 1})
-    with pytest.raises(TypeError):
-        record.write_json(path, {"a": object()})
-    assert json.loads(path.read_text(encoding="utf-8")) == {"a": 1}
-    assert list(tmp_path.iterdir()) == [path]
-    with path.open(encoding="utf-8") as reader:  # it has begun to read the old one
-        record.write_json(path, {"a": 2})
-        assert json.load(reader) == {"a": 1}
-    assert json.loads(path.read_text(encoding="utf-8")) == {"a": 2}
-
-
 @pytest.mark.parametrize(
     "text", ["{", "[]", "{}", '{"config": {}}', '{"config": {"model": {"colour": 1}}}']
 )
@@ -273,9 +261,9 @@ def test_what_is_no_record_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "run.json"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError):
-        record.read_run(path)
+        read_run(path)
     with pytest.raises(ConfigError, match="cannot be read"):
-        record.read_run(tmp_path / "none.json")
+        read_run(tmp_path / "none.json")
 
 
 def test_commit_without_git(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SHELL_TOOLS = (
+SHELL_TOOLS = [
     "bash",
     "dirname",
     "hostname",
@@ -25,7 +25,7 @@ SHELL_TOOLS = (
     "tail",
     "sleep",
     "tr",
-)
+]
 
 
 def run(
@@ -47,19 +47,13 @@ def run(
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A copy of what a start needs, with a training program that only tells what it was given."""
+    """A copy of what a start needs, with a training program that only prints what it was given."""
     copy = tmp_path / "project"
     (copy / "ALCF").mkdir(parents=True)
     for name in ("train_alcf.sh", "ALCF/helpers.sh"):
         shutil.copy(ROOT / name, copy / name)
-    (copy / "megatron").mkdir()
-    shutil.copy(ROOT / "megatron/__init__.py", copy / "megatron")
-    for package in ("config", "launch"):
-        shutil.copytree(
-            ROOT / "megatron" / package,
-            copy / "megatron" / package,
-            ignore=shutil.ignore_patterns("__pycache__"),
-        )
+    hidden = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "megatron", copy / "megatron", ignore=hidden)
     (copy / "requirements.txt").write_text("", encoding="utf-8")
     (copy / "pretrain_gpt_alcf.py").write_text(
         "import os, sys\nprint('trained on', os.environ['WORLD_SIZE'])\n"

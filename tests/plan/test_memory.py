@@ -1,21 +1,43 @@
-"""The memory estimate follows the layout."""
+"""The memory estimate: held to bytes measured on this host, and following the layout."""
 
 import pytest
 
 from megatron.plan.memory import memory_per_rank
 from tests.config.helpers import configured
+from tests.plan.measured import blocks_keep, loss_takes
 
 SEED = {"MODEL_ARCH": "llama3-3B", "VOCAB_SIZE": 256000, "MICRO_BATCH": 1, "WORLD_SIZE": 24}
+SMALL = {
+    "NLAYERS": 3, "HIDDEN": 256, "HEADS": 4, "NUM_KV_HEAD": 2, "FFN_HIDDEN_SIZE": 704, "SEQ": 256,
+    "MICRO_BATCH": 2, "VOCAB_SIZE": 1024, "DTYPE": "bf16",
+}  # fmt: skip
 
 
-def test_parts_of_one_rank():
-    estimate = memory_per_rank(configured(**SEED, NLAYERS=14, ZERO_STAGE=0))
-    count = 2_982_239_232
-    assert estimate.weights == 2 * count
-    assert estimate.gradients == 6 * count
-    assert estimate.optimizer == 12 * count // 24
-    assert estimate.logits == 14 * 8192 * 256000
-    assert estimate.total == sum(estimate)
+@pytest.mark.parametrize("recompute", ["0", "1", "selective"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"HEADS": 8, "NUM_KV_HEAD": 1, "FFN_HIDDEN_SIZE": 256},
+        {"NUM_KV_HEAD": 4, "HIDDEN": 512, "SEQ": 128, "DTYPE": "fp32"},
+        {"NO_FLASH_ATTN": 1},
+    ],
+)
+def test_blocks_keep_what_is_measured(shape: dict, recompute: str) -> None:
+    """At the end of the forward pass, and with what the backward pass computes again at once."""
+    plain = configured(**SMALL | shape)
+    run = configured(**SMALL | shape, USE_ACTIVATION_CHECKPOINTING=recompute)
+    measured = blocks_keep(run, 3) + blocks_keep(plain, 1) - blocks_keep(run, 1)
+    assert memory_per_rank(run).activations == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"VOCAB_SIZE": 50000}, {"VOCAB_SIZE": 50000, "DTYPE": "fp32", "MICRO_BATCH": 1}],
+)
+def test_the_loss_takes_what_is_measured(settings: dict) -> None:
+    run = configured(**SMALL | settings)
+    assert memory_per_rank(run).logits == pytest.approx(loss_takes(run), rel=0.05)
 
 
 def test_muon_keeps_one_number_for_matrices_and_two_for_the_vocabulary():
@@ -24,32 +46,42 @@ def test_muon_keeps_one_number_for_matrices_and_two_for_the_vocabulary():
     assert estimate.optimizer == (8 * count + 4 * table) // 24
 
 
-def test_a_tile_of_64_gb_holds_14_layers_and_not_16():
-    fits, full = (memory_per_rank(configured(**SEED, NLAYERS=n)).total / 1e9 for n in (14, 16))
-    assert fits < 68.7 < full  # 64 GiB
+def test_a_tile_of_64_gb_holds_26_layers_and_not_28():
+    """The parts are measured above and in tests/equivalence/test_zero_layouts.py.
+
+    The reference held 14 layers: it kept the logits in fp32 several times, 14 bytes per logit.
+    """
+    fits, full = (memory_per_rank(configured(**SEED, NLAYERS=n)).total / 2**30 for n in (26, 28))
+    assert fits < 64 < full
 
 
 @pytest.mark.parametrize(
-    ("part", "settings", "share"),
+    ("part", "settings", "shards"),
     [
-        ("gradients", {"ZERO_STAGE": 2}, 24 * 3),  # bf16 alone, and no fp32 copy of them
+        ("gradients", {"ZERO_STAGE": 2}, 24 * 3),  # bf16 alone, not accumulated in fp32
         ("weights", {"ZERO_STAGE": 3}, 24),
         ("weights", {"TP": 2}, 2),
-        ("logits", {"TP": 2}, 2),
-        ("logits", {"SP": 4}, 4),
         ("activations", {"SP": 4}, 4),
         ("activations", {"TP": 2, "SEQUENCE_PARALLEL": 1}, 2),
     ],
 )
-def test_what_is_cut(part, settings, share):
+def test_what_is_sharded(part, settings, shards):
     whole = getattr(memory_per_rank(configured(**SEED, NLAYERS=4)), part)
-    cut = getattr(memory_per_rank(configured(**SEED, NLAYERS=4, **settings)), part)
-    assert cut == pytest.approx(whole / share, rel=1e-3)
+    shard = getattr(memory_per_rank(configured(**SEED, NLAYERS=4, **settings)), part)
+    assert shard == pytest.approx(whole / shards, rel=1e-3)
 
 
-def test_states_are_shared_out_over_the_ranks_of_a_sequence_too():
-    plain, cut = (memory_per_rank(configured(**SEED, NLAYERS=4, SP=sp)) for sp in (1, 4))
-    assert (cut.optimizer, cut.weights) == (plain.optimizer, plain.weights)
+def test_logits_are_sharded_and_the_block_of_the_loss_is_not():
+    whole, tp, sp = (
+        memory_per_rank(configured(**SEED, NLAYERS=4, **more)).logits
+        for more in ({}, {"TP": 2}, {"SP": 2})
+    )
+    assert tp == sp and 2 * tp - whole == 2 * 64 * 2**20
+
+
+def test_states_are_sharded_over_the_ranks_of_a_sequence_too():
+    one, four = (memory_per_rank(configured(**SEED, NLAYERS=4, SP=sp)) for sp in (1, 4))
+    assert (four.optimizer, four.weights) == (one.optimizer, one.weights)
 
 
 def test_recompute_and_offload_save():

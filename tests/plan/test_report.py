@@ -57,15 +57,15 @@ def test_ranks_are_drawn():
         TP=2, SP=2, PP=2, ZERO_STAGE=1, WORLD_SIZE=16, NHOSTS=2, NGPU_PER_HOST=8
     )  # fmt: skip
     assert placement_text(run).splitlines() == [
-        "axis  size  ranks  hosts of a group  share",
-        "TP    2     0 1    1                 each matrix",
-        "SP    2     0 2    1                 each sample, a piece of the sequence each",
-        "DP    2     0 4    1                 each step's samples",
-        "PP    2     0 8    2                 the layers",
+        "axis  size  ranks  hosts per group  divides",
+        "TP    2     0 1    1                each matrix",
+        "SP    2     0 2    1                the sequence of each sample",
+        "DP    2     0 4    1                each step's samples",
+        "PP    2     0 8    2                the layers",
         "host 0: stage 0: [(0 1) (2 3)] [(4 5) (6 7)]",
         "host 1: stage 1: [(8 9) (10 11)] [(12 13) (14 15)]",
-        "ranks: the group of rank 0; () ranks of a TP group, [] ranks that share samples",
-        "ZeRO 1: optimizer states shared out over the 4 ranks of DP x SP",
+        "ranks: the group of rank 0; () ranks of a TP group, [] of an SP group",
+        "ZeRO 1: optimizer states sharded over the 4 ranks of DP x SP",
     ]
     many = placement_text(configured(WORLD_SIZE=96, NHOSTS=8, NGPU_PER_HOST=12, ZERO_STAGE=3))
     assert "DP    96    0 1 2 .. 95  8 " in many

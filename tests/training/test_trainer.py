@@ -238,7 +238,7 @@ def test_skipped_steps_read_nothing_and_every_other_step_sees_its_own_samples(
     tmp_path: Path,
 ) -> None:
     engine = Adder()
-    outcome, records = trained(config(tmp_path, 6, skip="2-3,6"), engine)
+    outcome, records = trained(config(tmp_path, 6, skip="2-3,6-6"), engine)
     assert engine.trained == [*range(4), *range(12, 20)]
     assert [record["iteration"] for record in records.of("skip")] == [2, 3, 6]
     assert all("loss" not in record for record in records.of("skip"))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron.config.near_misses import FOREIGN_SPELLINGS, near_misses
+from megatron.config.hints import FOREIGN_SPELLINGS, misspelt_variables
 from megatron.config.schema import by_variable
 from tests.config.helpers import resolved
 
@@ -20,7 +20,7 @@ ORDINARY = (
 
 
 def test_ordinary_variables_are_left_alone():
-    assert near_misses(dict.fromkeys(ORDINARY, "1")) == []
+    assert misspelt_variables(dict.fromkeys(ORDINARY, "1")) == []
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_variables_of_the_reference_that_are_not_needed():
 
 
 def test_empty_slips_are_unset():
-    assert near_misses({"NLAYER": " "}) == []
+    assert misspelt_variables({"NLAYER": " "}) == []
 
 
 def test_foreign_spellings_point_at_variables():

@@ -1,11 +1,13 @@
-"""Variables that are set, look like ours, and would have no effect: each is named in a warning."""
+"""Warnings and notes: what the user set that has no effect, or another than they may expect."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
 
-from megatron.config import schema
+from megatron.config import schema, skip
+from megatron.config.layout import crossing_warning
+from megatron.config.schema import RunConfig
 
 # What other frameworks call our options.
 FOREIGN_SPELLINGS = {
@@ -41,8 +43,8 @@ NOT_OURS_PREFIXES = (
 CLOSE = 0.85  # one letter more, less or other in a word of seven
 
 
-def near_misses(environ: Mapping[str, str]) -> list[str]:
-    """One warning for each variable that is set but surely meant for another name."""
+def misspelt_variables(environ: Mapping[str, str]) -> list[str]:
+    """One warning for each variable that is set and resembles one of ours."""
     known = schema.by_variable()
     spelled = _flag_spellings()
     warnings: list[str] = []
@@ -58,6 +60,41 @@ def near_misses(environ: Mapping[str, str]) -> list[str]:
     return warnings
 
 
+def warnings(run: RunConfig) -> list[str]:
+    """Settings that have no effect, or a costly one."""
+    warnings = []
+    crossing = crossing_warning(run.layout, run.launch.devices_per_host)
+    if crossing:
+        warnings.append(crossing)
+    if run.parallel.megatron_sequence_parallel and run.parallel.tensor_parallel == 1:
+        warnings.append("SEQUENCE_PARALLEL has no effect with TP=1: it shards over the TP ranks")
+    layers, recompute = run.train.checkpoint_num_layers, run.train.activation_checkpointing
+    if layers > 1 and recompute != "1":
+        warnings.append(
+            f"ACT_CKPT_NUM_LAYERS={layers} has no effect with "
+            f"USE_ACTIVATION_CHECKPOINTING={recompute}: it groups whole layers, "
+            "which only 1 recomputes"
+        )
+    late = [pair for pair in run.skip_ranges if pair[1] > run.train.train_iters]
+    if late:
+        warnings.append(
+            f"TRAIN_RANGE_TO_SKIP: {skip.ranges_text(tuple(late))} extends past the last step, "
+            f"{run.train.train_iters}"
+        )
+    return warnings
+
+
+def notes(run: RunConfig) -> list[str]:
+    """Settings that are carried out differently than their words suggest."""
+    notes = []
+    if run.parallel.zero_stage == 0:
+        notes.append(
+            "ZERO_STAGE=0 is given to DeepSpeed as stage 1 with fp32 gradient accumulation: the "
+            "same update, with correct clipping under PP and less memory"
+        )
+    return notes
+
+
 def _flag_spellings() -> dict[str, str]:
     """Flags written as variables, e.g. HIDDEN_SIZE for --hidden-size."""
     return {
@@ -68,7 +105,7 @@ def _flag_spellings() -> dict[str, str]:
 
 
 def _closest(name: str, known: Mapping[str, object]) -> str | None:
-    """The variable that `name` is a slip of the finger from, if any."""
+    """The variable that `name` is probably a typing error for, if any."""
     if len(name) < 5 or not name.isupper() or name.startswith(NOT_OURS_PREFIXES):
         return None
     close = difflib.get_close_matches(name, known, n=1, cutoff=CLOSE)
