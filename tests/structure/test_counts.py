@@ -26,7 +26,7 @@ def test_the_way_is_short(name: str, journeys: dict[str, dict[str, int]]) -> Non
     [
         (
             "step",  # data in the thread that reads ahead, model, loss, and types of annotations
-            ["data/dataset.py", "data/loader.py", "data/samples.py", "engine/engine.py",
+            ["data/dataset.py", "data/loader.py", "data/samples.py", "engine/zero.py",
              "model/attention.py", "parallel/cross_entropy.py", "checkpoint/state.py"],
         ),
         ("save", ["checkpoint/store.py", "checkpoint/tensors.py", "engine/shards.py"]),

@@ -26,8 +26,8 @@ from megatron.training.optimizers.parameter_groups import (
 from megatron.training.optimizers.sophia import SophiaG
 from megatron.training.optimizers.whole_matrix import WholeMatrixOptimizer
 
-Groups = list[dict[str, Any]]
-Constructor = Callable[[Groups, OptimizerConfig], Optimizer]
+ParameterGroups = list[dict[str, Any]]
+Constructor = Callable[[ParameterGroups, OptimizerConfig], Optimizer]
 
 
 def make_optimizer(
@@ -50,20 +50,20 @@ def make_optimizer(
     return make(groups, settings)
 
 
-def _adamw(groups: Groups, settings: OptimizerConfig) -> Optimizer:
+def _adamw(groups: ParameterGroups, settings: OptimizerConfig) -> Optimizer:
     # fused: CPU, CUDA and XPU all have the kernel.
     return torch.optim.AdamW(groups, betas=_betas(settings), eps=settings.adam_eps, fused=True)
 
 
-def _adam(groups: Groups, settings: OptimizerConfig) -> Optimizer:
+def _adam(groups: ParameterGroups, settings: OptimizerConfig) -> Optimizer:
     return torch.optim.Adam(groups, betas=_betas(settings), eps=settings.adam_eps, fused=True)
 
 
-def _sgd(groups: Groups, settings: OptimizerConfig) -> Optimizer:
+def _sgd(groups: ParameterGroups, settings: OptimizerConfig) -> Optimizer:
     return torch.optim.SGD(groups, momentum=settings.sgd_momentum, fused=True)
 
 
-def _muon(groups: Groups, settings: OptimizerConfig) -> Optimizer:
+def _muon(groups: ParameterGroups, settings: OptimizerConfig) -> Optimizer:
     def whole(matrix: nn.Parameter, group: Mapping[str, Any]) -> Optimizer:
         # match_rms_adamw: one learning rate serves this rule and AdamW for the other groups.
         return torch.optim.Muon(
@@ -76,14 +76,14 @@ def _muon(groups: Groups, settings: OptimizerConfig) -> Optimizer:
     return WholeMatrixOptimizer(groups, whole, {HIDDEN}, lambda others: _adamw(others, settings))
 
 
-def _adafactor(groups: Groups, settings: OptimizerConfig) -> Optimizer:
+def _adafactor(groups: ParameterGroups, settings: OptimizerConfig) -> Optimizer:
     def whole(matrix: nn.Parameter, group: Mapping[str, Any]) -> Optimizer:
         return torch.optim.Adafactor([matrix], lr=group["lr"], weight_decay=group["weight_decay"])
 
     return WholeMatrixOptimizer(groups, whole, {HIDDEN, VOCABULARY, VECTORS})
 
 
-def _lamb(groups: Groups, settings: OptimizerConfig) -> Optimizer:
+def _lamb(groups: ParameterGroups, settings: OptimizerConfig) -> Optimizer:
     library = _library("lamb", "pytorch_optimizer", "pytorch-optimizer")
 
     def whole(matrix: nn.Parameter, group: Mapping[str, Any]) -> Optimizer:
@@ -100,14 +100,14 @@ def _lamb(groups: Groups, settings: OptimizerConfig) -> Optimizer:
     return WholeMatrixOptimizer(groups, whole, {HIDDEN, VOCABULARY, VECTORS})
 
 
-def _adamw_schedule_free(groups: Groups, settings: OptimizerConfig) -> Optimizer:
+def _adamw_schedule_free(groups: ParameterGroups, settings: OptimizerConfig) -> Optimizer:
     library = _library("adamwschedulefree", "schedulefree", "schedulefree")
     optimizer = library.AdamWScheduleFree(groups, betas=_betas(settings), eps=settings.adam_eps)
     optimizer.train()
     return optimizer
 
 
-def _sophiag(groups: Groups, settings: OptimizerConfig) -> Optimizer:
+def _sophiag(groups: ParameterGroups, settings: OptimizerConfig) -> Optimizer:
     return SophiaG(groups, betas=_betas(settings), rho=settings.sophia_rho)
 
 
