@@ -68,7 +68,7 @@ def pretrain(run: RunConfig, ranks: Ranks) -> int:
     with StopRequest(device.torch_device) as stop:
         state = checkpointing.resume(run, engine, data.record)
         if state.iteration >= run.train.train_iters:
-            finish.say_finished(run, state)
+            finish.log_finished(run, state)
             return 0
         leads = ranks.rank == 0
         tracker = make_tracker(run, logs=leads, iteration=state.iteration)
@@ -76,10 +76,10 @@ def pretrain(run: RunConfig, ranks: Ranks) -> int:
         outcome = train(job, state, stop)
     tracker.close()
     if outcome.signal:
-        return finish.stopped(run, outcome)
+        return finish.stopped(outcome)
     sample = finish.sample_text(run, engine, data)
     if leads:
-        finish.tell(run, run.run_folder, sample)
+        finish.print_summary(run, sample)
     return 0
 
 
