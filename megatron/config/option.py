@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +42,7 @@ class Option:
     env: tuple[str, ...]
     flags: tuple[str, ...]
     help: str
-    choices: tuple[str, ...]
+    choices: Collection[str]
     limits: dict[str, float | None]
 
     @property
@@ -87,7 +88,7 @@ def option(
     env: str,
     flag: str,
     help: str,
-    choices: tuple[str, ...] = (),
+    choices: Collection[str] = (),
     *,
     least: float = 0,
     above: float | None = None,

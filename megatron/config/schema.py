@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.config import formulas, presets, skip
+from megatron.config import presets, skip
 from megatron.config.errors import ConfigError
 from megatron.config.layout import Layout
 from megatron.config.option import Option, option
 from megatron.config.pipeline_stages import balanced_blocks, num_stages_per_rank, parse_cuts
 from megatron.config.shape import ModelShape
+from megatron.model.architecture import Architecture
+from megatron.model.registry import ARCHITECTURES
 
 LR_DECAY_STYLES = (
     "constant", "linear", "cosine", "inverse-square-root",
@@ -192,7 +194,14 @@ class RunConfig:
         stages = cut.pipeline_parallel * num_stages_per_rank(cut.pipeline_schedule)
         if cut.pipeline_cuts:
             return parse_cuts(cut.pipeline_cuts)
-        return balanced_blocks(self.model, stages, cut.tensor_parallel)
+        return balanced_blocks(self.model.num_layers, stages, *self.layer_costs)
+
+    @property
+    def layer_costs(self) -> tuple[int, int]:
+        """FLOPs per token of a block's and of the head's forward pass."""
+        architecture = self.architecture
+        head = architecture.head_flops(self.model, self.parallel.tensor_parallel)
+        return architecture.block_flops(self.model), head
 
     @property
     def layout(self) -> Layout:
@@ -216,9 +225,14 @@ class RunConfig:
         return self.train.global_batch_size * self.model.seq_length
 
     @property
+    def architecture(self) -> Architecture:
+        """The model's family."""
+        return ARCHITECTURES[self.model.architecture]
+
+    @property
     def parameters(self) -> int:
         """Parameters of the whole model, padding of the vocabulary included."""
-        return formulas.parameters(self.model, self.parallel.tensor_parallel)
+        return self.architecture.parameters(self.model, self.parallel.tensor_parallel)
 
     @property
     def label(self) -> str:

@@ -229,7 +229,7 @@ class Engine:
 
     def _mean_over_data_parallel(self, value: Tensor) -> Tensor:
         """Of samples and, as all pieces of a sequence are equally long, of their pieces."""
-        dp = self.groups.sequence_data
+        dp = self.groups.dp_sp
         if dp.group is not None:
             dist.all_reduce(value, group=dp.group)
             value /= dp.size

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from megatron.config.formulas import layer_parameters
 from megatron.config.pipeline_stages import num_stages_per_rank
 from megatron.config.schema import RunConfig
 
@@ -50,9 +49,8 @@ def _rank(run: RunConfig, rank: int) -> MemoryEstimate:
     tables = 1 if first and last and run.model.tie_embeddings else first + last
     table = tables * run.padded_vocab_size * run.model.hidden_size
     norm = last * run.model.hidden_size
-    count = -(
-        -(layers * layer_parameters(run.model) + table + norm) // run.parallel.tensor_parallel
-    )
+    blocks = layers * run.architecture.layer_parameters(run.model)
+    count = -(-(blocks + table + norm) // run.parallel.tensor_parallel)
     return MemoryEstimate(
         weights=_weights(count, run),
         gradients=_gradients(count, run),
@@ -112,13 +110,14 @@ def _activations(run: RunConfig, layers: int) -> int:
     """What the blocks of one stage keep of one micro-batch."""
     tokens = _tokens(run)
     per_value = _value_bytes(run)
-    h, f, d = run.model.hidden_size, run.model.ffn_hidden_size, run.model.key_value_size
+    h, f = run.model.hidden_size, run.model.ffn_hidden_size
+    q, d = run.model.query_size, run.model.key_value_size
     # In values a token: inputs and outputs of the two norms stay whole, unless Megatron's sequence
     # parallelism cuts them; q, the attention's output and its projection, k and v, gate, up,
     # activation and product are cut over TP ranks.
-    whole, cut = 4 * h, 3 * h + 2 * d + 4 * f
+    whole, cut = 4 * h, h + 2 * q + 2 * d + 4 * f
     if run.train.activation_checkpointing == "selective":
-        whole, cut = 2 * h, 3 * h + 2 * d + 3 * f
+        whole, cut = 2 * h, h + 2 * q + 2 * d + 3 * f
     norms = run.parallel.tensor_parallel if run.parallel.megatron_sequence_parallel else 1
     block = tokens * per_value * (-(-whole // norms) + -(-cut // run.parallel.tensor_parallel))
     if run.train.activation_checkpointing == "1":

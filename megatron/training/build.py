@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
+from typing import Any
 
 from megatron.checkpoint.state import RunState
-from megatron.config import formulas
 from megatron.config.deepspeed import deepspeed_config
 from megatron.config.pipeline_stages import modelled_bubble, stage_bounds
 from megatron.config.schedule import schedule
@@ -18,10 +18,12 @@ from megatron.config.skip import is_skipped
 from megatron.data.dataset import SampleSource
 from megatron.data.loader import Loader, StepPlan, evaluation_loader
 from megatron.engine import Engine, EngineOptions, MicroBatches
-from megatron.model.llama import llama_layers, loss_function
-from megatron.model.llama_config import LlamaConfig
-from megatron.model.rope import RopeScaling
-from megatron.parallel.cross_entropy import vocab_parallel_cross_entropy
+from megatron.engine.options import LossFunction
+from megatron.model.layer import ModelContext
+from megatron.parallel.cross_entropy import (
+    mean_vocab_parallel_cross_entropy,
+    vocab_parallel_cross_entropy,
+)
 from megatron.parallel.groups import Groups
 from megatron.training import checkpointing
 from megatron.training.corpus_loss import CorpusLosses
@@ -40,31 +42,19 @@ log = logging.getLogger(__name__)
 RECOMPUTE = {"0": "none", "1": "full", "selective": "selective"}
 
 
-def llama_config(run: RunConfig) -> LlamaConfig:
-    """The model's shape and how its parts are computed."""
-    model, scaling = run.model, run.model.rope_scaling_factors
+def model_context(run: RunConfig, groups: Groups) -> ModelContext:
+    """How the model's parts are computed on this rank."""
     recompute = RECOMPUTE[run.train.activation_checkpointing]
     # Several blocks to a kept activation are grouped by the engine, one by the block itself.
     if recompute == "full" and run.train.checkpoint_num_layers > 1:
         recompute = "none"
-    return LlamaConfig(
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        num_attention_heads=model.num_attention_heads,
-        num_key_value_heads=model.num_key_value_heads,
-        ffn_hidden_size=model.ffn_hidden_size,
-        vocab_size=model.vocab_size,
-        padded_vocab_size=run.padded_vocab_size,
-        tie_embeddings=model.tie_embeddings,
-        nope_interval=model.nope_interval,
-        rope_theta=model.rope_theta,
-        rope_scaling=RopeScaling(*scaling) if scaling else None,
-        rms_norm_eps=model.rms_norm_eps,
-        init_method_std=model.init_method_std,
+    return ModelContext(
+        tp=groups.tp,
+        sp=groups.sp,
         seed=run.train.seed,
-        no_flash_attention=run.train.no_flash_attention,
         recompute=recompute,
         sequence_parallel=run.parallel.megatron_sequence_parallel,
+        no_flash_attention=run.train.no_flash_attention,
     )
 
 
@@ -72,7 +62,6 @@ def build_engine(
     run: RunConfig, groups: Groups, device: Device, corpus_losses: CorpusLosses | None = None
 ) -> Engine:
     """Model, optimizer and DeepSpeed for this rank; its loss counts into `corpus_losses`."""
-    config = llama_config(run)
     full = run.train.activation_checkpointing == "1"
     layers_kept = run.train.checkpoint_num_layers
     options = EngineOptions(
@@ -85,16 +74,14 @@ def build_engine(
         mics_shard_size=run.parallel.mics_shard_size,
         pipeline_schedule=run.parallel.pipeline_schedule,
     )
-    loss = loss_function(config, groups.tp)
+    vocabulary: dict[str, Any] = {"tp": groups.tp, "vocab_size": run.model.vocab_size}
+    loss: LossFunction = partial(mean_vocab_parallel_cross_entropy, **vocabulary)
     if corpus_losses is not None:
-        token_loss = partial(
-            vocab_parallel_cross_entropy, tp=groups.tp, vocab_size=config.vocab_size
-        )
-        loss = corpus_losses.counted(token_loss)
+        loss = corpus_losses.counted(partial(vocab_parallel_cross_entropy, **vocabulary))
     if run.optimizer.optimizer == "sophiag":
-        loss = with_sampled_labels(loss, groups.tp, config.vocab_size)
+        loss = with_sampled_labels(loss, groups.tp, run.model.vocab_size)
     engine = Engine(
-        llama_layers(config, groups.tp, groups.sp),
+        run.architecture.layers(run.model, model_context(run, groups)),
         loss,
         partial(make_optimizer, run.optimizer),
         groups,
@@ -103,10 +90,10 @@ def build_engine(
     if isinstance(engine.optimizer, WholeMatrixOptimizer):
         engine.optimizer.bind(
             engine.module.named_parameters(),
-            groups.sequence_data,
+            groups.dp_sp,
             groups.tp,
             engine.zero_optimizer,
-            config.vocab_size,
+            run.model.vocab_size,
         )
     return engine
 
@@ -182,18 +169,16 @@ def _curvature(run: RunConfig, engine: Engine, plan: StepPlan) -> Curvature | No
 
 
 def _workload(run: RunConfig, device: Device) -> Workload:
-    shape, tp = run.model, run.parallel.tensor_parallel
+    shape, tp, counts = run.model, run.parallel.tensor_parallel, run.architecture
     return Workload(
         train_iters=run.train.train_iters,
         global_batch_size=run.train.global_batch_size,
         seq_length=run.model.seq_length,
         world_size=run.parallel.world_size,
         data_parallel=run.data_parallel,
-        flops_per_token_lm=formulas.flops_per_token_lm(shape, tp),
-        flops_per_token_ds=formulas.flops_per_token_ds(
-            shape, run.train.activation_checkpointing, tp
-        ),
-        flops_per_token_causal=formulas.flops_per_token_causal(shape, tp),
+        flops_per_token_lm=counts.flops_per_token_lm(shape, tp),
+        flops_per_token_ds=counts.flops_per_token_ds(shape, run.train.activation_checkpointing, tp),
+        flops_per_token_causal=counts.flops_per_token_causal(shape, tp),
         peak_tflops=device.peak_tflops,
     )
 

@@ -15,6 +15,7 @@ from megatron.checkpoint.state import RunState
 from megatron.checkpoint.tensors import TensorReader, write_pieces
 from megatron.config.errors import ConfigError
 from megatron.config.schema import RunConfig
+from megatron.config.shape import ModelShape
 from megatron.config.skip import merge, ranges_text
 from megatron.data.data_record import Record
 from megatron.engine import Engine
@@ -25,12 +26,6 @@ from megatron.training.optimizers.rules import counters, load_counters
 from megatron.training.optimizers.whole_matrix import WholeMatrixOptimizer
 
 log = logging.getLogger(__name__)
-
-SHAPE_FIELDS = (
-    "num_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "ffn_hidden_size",
-    "vocab_size", "tie_embeddings", "nope_interval", "rope_theta", "rope_scaling", "rms_norm_eps",
-)  # fmt: skip
-"""What must be the same for weights to fit and mean the same."""
 
 FREE_FIELDS = ("learning_rate", "min_learning_rate", "lr_decay_style", "weight_decay", "clip_grad")
 """What may change on a resume, and is said."""
@@ -55,7 +50,7 @@ def save(run: RunConfig, engine: Engine, state: RunState) -> tuple[Path, int]:
         lambda file: write_pieces(file, _pieces(engine)),
         {
             "state": state.to_dict(),
-            "model": {name: getattr(run.model, name) for name in SHAPE_FIELDS},
+            "model": run.model.identity(),
             "optimizer": run.optimizer.optimizer,
             "counters": counters(engine.optimizer),
             "loss_scaler": engine.loss_scaler_state(),
@@ -156,10 +151,11 @@ def _refuse_where_required(run: RunConfig, root: Path) -> None:
 
 
 def _check_model(run: RunConfig, stored: Mapping[str, Any], folder: Path) -> None:
+    before = ModelShape(**stored).identity()  # an older one lacks fields that have defaults
     changed = [
-        f"{name} {stored[name]} -> {getattr(run.model, name)}"
-        for name in SHAPE_FIELDS
-        if stored[name] != getattr(run.model, name)
+        f"{name} {before[name]} -> {value}"
+        for name, value in run.model.identity().items()
+        if before[name] != value
     ]
     if changed:
         raise ConfigError(

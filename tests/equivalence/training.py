@@ -8,8 +8,9 @@ clip binds at every step, so a wrong norm changes the losses too.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -17,9 +18,11 @@ from torch import Tensor
 
 from megatron.config.layout import Layout
 from megatron.config.pipeline_stages import stage_bounds
+from megatron.config.shape import ModelShape
 from megatron.engine import Engine, EngineOptions, start_distributed
-from megatron.model.llama import llama_layers, loss_function
-from megatron.model.llama_config import LlamaConfig
+from megatron.model.layer import Layer, ModelContext
+from megatron.model.registry import ARCHITECTURES
+from megatron.parallel.cross_entropy import mean_vocab_parallel_cross_entropy
 from megatron.parallel.groups import Groups, make_groups
 
 GLOBAL_BATCH = 8
@@ -86,23 +89,35 @@ def reference(case: Case) -> Case:
     return dataclasses.replace(case, **serial, zero_stage=1, gas=1, recompute="none")
 
 
-def model_config(case: Case) -> LlamaConfig:
+def model_shape(case: Case) -> ModelShape:
     """Four blocks with grouped-query attention; kv heads fit TP 4."""
-    multiple = 128 * case.tp
-    return LlamaConfig(
+    return ModelShape(
         num_layers=4,
         hidden_size=64,
         num_attention_heads=8,
         num_key_value_heads=case.kv_heads,
         ffn_hidden_size=96,
         vocab_size=VOCAB_SIZE,
-        padded_vocab_size=-(-VOCAB_SIZE // multiple) * multiple,
         tie_embeddings=case.tied,
         nope_interval=4,
         rope_theta=10000.0,
+    )
+
+
+def model_layers(case: Case, groups: Groups) -> list[Layer]:
+    """The model on this rank."""
+    context = ModelContext(
+        groups.tp,
+        groups.sp,
         recompute=case.recompute,
         sequence_parallel=case.sequence_parallel,
     )
+    return ARCHITECTURES["llama"].layers(model_shape(case), context)
+
+
+def mean_loss(groups: Groups) -> Callable[[Tensor, Tensor], Tensor]:
+    """loss(logits, labels)."""
+    return partial(mean_vocab_parallel_cross_entropy, tp=groups.tp, vocab_size=VOCAB_SIZE)
 
 
 def micro_batches(case: Case, groups: Groups, step: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -157,16 +172,15 @@ def build(case: Case) -> Engine:
     rank, world = dist.get_rank(), dist.get_world_size()
     start_distributed("gloo", rank, world, rank, "", 60)
     groups = make_groups(Layout(case.tp, case.pp, case.dp, case.sp))
-    config = model_config(case)
     options = EngineOptions(
         deepspeed_config=deepspeed_settings(case),
         gradient_accumulation_steps=case.gas,
-        stage_bounds=stage_bounds((config.num_layers // case.pp,) * case.pp),
+        stage_bounds=stage_bounds((4 // case.pp,) * case.pp),
         device=torch.device("cpu"),
     )
     return Engine(
-        llama_layers(config, groups.tp, groups.sp),
-        loss_function(config, groups.tp),
+        model_layers(case, groups),
+        mean_loss(groups),
         make_optimizer(case),
         groups,
         options,

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from megatron.checkpoint.state import RunState
-from megatron.config import formulas
 from megatron.config.shape import ModelShape
+from megatron.model.registry import ARCHITECTURES
 from megatron.training.metrics import Meter, Workload
 
 # A 3-layer 7B shape on 24 devices, every block recomputed: the run of the published log lines.
@@ -25,9 +25,9 @@ LOG_RUN = Workload(
     seq_length=4096,
     world_size=24,
     data_parallel=24,
-    flops_per_token_lm=formulas.flops_per_token_lm(SHAPE),
-    flops_per_token_ds=formulas.flops_per_token_ds(SHAPE, "1"),
-    flops_per_token_causal=formulas.flops_per_token_causal(SHAPE),
+    flops_per_token_lm=ARCHITECTURES["llama"].flops_per_token_lm(SHAPE),
+    flops_per_token_ds=ARCHITECTURES["llama"].flops_per_token_ds(SHAPE, "1"),
+    flops_per_token_causal=ARCHITECTURES["llama"].flops_per_token_causal(SHAPE),
     peak_tflops=298.2,
 )
 SMALL = Workload(100, 4, 8, 2, 2, 1e9, 2e9, 0.5e9)

@@ -28,7 +28,7 @@ from megatron.parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
-    mark,
+    set_tensor_parallel_attributes,
 )
 from megatron.training.optimizers.rules import counters, load_counters, make_optimizer
 from megatron.training.optimizers.schedule_free import evaluation_weights
@@ -70,7 +70,7 @@ class _Block(nn.Module):
     def __init__(self, tp: Axis) -> None:
         super().__init__()
         self.norm = nn.Parameter(torch.linspace(0.5, 1.5, HIDDEN))
-        mark(self.norm, (HIDDEN,), None)
+        set_tensor_parallel_attributes(self.norm, (HIDDEN,), None)
         self.mlp = _MLP(tp)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from megatron.config.layout import Layout
 from megatron.config.pipeline_stages import stage_bounds
 from megatron.config.schema import OptimizerConfig
 from megatron.engine import Engine, EngineOptions, start_distributed
-from megatron.model.llama import llama_layers, loss_function
 from megatron.parallel.groups import make_groups
 from megatron.training.optimizers.rules import make_optimizer
 from megatron.training.optimizers.sophia import (
@@ -29,8 +28,9 @@ from tests.equivalence.training import (
     VOCAB_SIZE,
     Case,
     deepspeed_settings,
+    mean_loss,
     micro_batches,
-    model_config,
+    model_layers,
 )
 from tests.spawn import run
 from tests.training.optimizers.cases import newton_schulz_in_fp32
@@ -48,17 +48,16 @@ def _train(case: Case) -> list[tuple[float, float]]:
     rank = dist.get_rank()
     start_distributed("gloo", rank, case.world, rank, "", 60)
     groups = make_groups(Layout(case.tp, case.pp, case.dp))
-    config = model_config(case)
     settings = OptimizerConfig(optimizer=case.optimizer, learning_rate=RATES[case.optimizer])
     engine = Engine(
-        llama_layers(config, groups.tp),
-        with_sampled_labels(loss_function(config, groups.tp), groups.tp, VOCAB_SIZE),
+        model_layers(case, groups),
+        with_sampled_labels(mean_loss(groups), groups.tp, VOCAB_SIZE),
         partial(make_optimizer, settings),
         groups,
         EngineOptions(
             deepspeed_config=deepspeed_settings(case),
             gradient_accumulation_steps=case.gas,
-            stage_bounds=stage_bounds((config.num_layers // case.pp,) * case.pp),
+            stage_bounds=stage_bounds((4 // case.pp,) * case.pp),
             device=torch.device("cpu"),
         ),
     )
