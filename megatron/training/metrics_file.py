@@ -17,7 +17,7 @@ from megatron.config.atomic import write_atomically
 from megatron.config.errors import ConfigError, DataError
 
 MetricsRecord = dict[str, Any]
-"""One line of the file: what a step, an evaluation or a save is to those who read about it."""
+"""One line of the file: an event (step, skip, eval, save, stop), its step and its numbers."""
 
 MARK = "non_finite"
 
