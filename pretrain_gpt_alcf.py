@@ -91,10 +91,10 @@ def train(run: RunConfig, engine: Engine, data: Data, device: Device, *, leads: 
         outcome = Trainer(run, engine, data, device, tracker, stop, state).train()
     tracker.close()
     if outcome.signal:
-        return finish.stopped(run, outcome)
+        return finish.stopped(outcome)
     sample = finish.sample_text(run, engine, data)
     if leads:
-        finish.print_summary(run, run.run_folder, sample)
+        finish.print_summary(run, sample)
     return 0
 
 

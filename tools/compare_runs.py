@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Compares two runs: `tools/compare_runs.py A B [--assert-equal TOL] [--format md|csv|json]`.
 
-A and B are run folders or metrics.jsonl files. Rates are made again from tokens and seconds of the
-steps that did work. Status: 0; 1 `--assert-equal` does not hold; 2 bad argument; 3 damaged file.
+A and B are run folders or metrics.jsonl files. Rates are tokens over seconds of the steps that did
+work. Status: 0; 1 `--assert-equal` does not hold; 2 bad argument; 3 damaged file.
 """
 
 from __future__ import annotations
@@ -17,11 +17,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parents[1])
-)  # a tool runs from a checkout, nothing installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, not installed
 
-from megatron.analysis.summary import flatten, throughput, worked
+from megatron.analysis.summary import flatten, throughput, training_steps
 from megatron.config.errors import ConfigError, DataError
 from megatron.training.metrics_file import locate, read
 
@@ -43,23 +41,19 @@ def gap(a: float | None, b: float | None) -> float:
 def compare(
     a: Records, b: Records, run_a: Mapping[str, Any], run_b: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Everything that is told about two runs, as plain values.
+    """All that is printed about two runs, as plain values.
 
     Args:
         a, b: records of the runs.
         run_a, run_b: their run.json; empty where there is none.
     """
-    steps_a = {record["iteration"]: record for record in worked(a)}
-    steps_b = {record["iteration"]: record for record in worked(b)}
+    steps_a = {record["iteration"]: record for record in training_steps(a)}
+    steps_b = {record["iteration"]: record for record in training_steps(b)}
     matched = sorted(steps_a.keys() & steps_b.keys())
-    only_a, only_b = (
-        sorted(steps_a.keys() - steps_b.keys()),
-        sorted(steps_b.keys() - steps_a.keys()),
-    )
     found: dict[str, Any] = {
         "matched_iterations": len(matched),
-        "only_in_a": len(only_a),
-        "only_in_b": len(only_b),
+        "only_in_a": len(steps_a.keys() - steps_b.keys()),
+        "only_in_b": len(steps_b.keys() - steps_a.keys()),
     }
     for name in COMPARED:
         gaps = {i: gap(steps_a[i].get(name), steps_b[i].get(name)) for i in matched}
@@ -69,17 +63,15 @@ def compare(
         )
     rate_a, rate_b = throughput(a), throughput(b)
     for name in ("tokens_per_s", "tokens_per_gpu_per_s", "tflops_lm"):
-        value_a = None if rate_a is None else getattr(rate_a, name)
-        value_b = None if rate_b is None else getattr(rate_b, name)
+        value_a, value_b = getattr(rate_a, name, None), getattr(rate_b, name, None)
         found |= {f"{name}_a": value_a, f"{name}_b": value_b}
         found[f"{name}_ratio_b_to_a"] = value_b / value_a if value_a and value_b else None
     flat_a, flat_b = flatten(run_a), flatten(run_b)
-    keys = sorted(
-        key
-        for key in flat_a.keys() | flat_b.keys()
+    found["configuration"] = {
+        key: [flat_a.get(key), flat_b.get(key)]
+        for key in sorted(flat_a.keys() | flat_b.keys())
         if flat_a.get(key) != flat_b.get(key) and not key.startswith("sources")
-    )
-    found["configuration"] = {key: [flat_a.get(key), flat_b.get(key)] for key in keys}
+    }
     return found
 
 
@@ -87,8 +79,8 @@ def disagreement(found: Mapping[str, Any], tolerance: float) -> str:
     """Why the runs are not equal within `tolerance`; empty where they are."""
     if not found["matched_iterations"]:
         return "no iteration is in both runs"
-    if found["only_in_a"] or found["only_in_b"]:
-        only_a, only_b = found["only_in_a"], found["only_in_b"]
+    only_a, only_b = found["only_in_a"], found["only_in_b"]
+    if only_a or only_b:
         return f"iterations do not match: {only_a} only in A, {only_b} only in B"
     for name in COMPARED:
         worst = found[f"max_{name}_difference"]
@@ -159,12 +151,9 @@ def main(arguments: list[str] | None = None) -> int:
             raise ConfigError(f"--assert-equal {chosen.assert_equal}: a tolerance is a number >= 0")
         a, b = (read(locate(run)) for run in (chosen.a, chosen.b))
         found = compare(a, b, run_json(chosen.a), run_json(chosen.b))
-    except ConfigError as error:
+    except (ConfigError, DataError) as error:
         print(f"compare_runs: {error}", file=sys.stderr)
-        return 2
-    except DataError as error:
-        print(f"compare_runs: {error}", file=sys.stderr)
-        return 3
+        return error.exit_status
     print(render(found, chosen.format), end="")
     why = "" if chosen.assert_equal is None else disagreement(found, chosen.assert_equal)
     if why:

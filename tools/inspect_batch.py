@@ -39,50 +39,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         history = RunHistory(options.run)
         if options.find_document is not None:
-            _say_uses(history, options.find_document, options.json)
+            _print_uses(history, options.find_document, options.json)
         elif options.step is None:
             raise ConfigError("give --step N or --find-document FILE:NUMBER")
         else:
-            _say_step(history, options)
+            _print_step(history, options)
     except (ConfigError, DataError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return error.exit_status
     return 0
 
 
-def _say_step(history: RunHistory, options: argparse.Namespace) -> None:
+def _print_step(history: RunHistory, options: argparse.Namespace) -> None:
     whole = history.samples(options.step)
-    numbers = list(whole)
-    if options.rank is not None:
-        numbers = _samples_of_rank(history.run, whole, options.rank)
+    rank = options.rank
+    numbers = whole if rank is None else _samples_of_rank(history.run, whole, rank)
     samples = [history.explain(number) for number in numbers]
-    losses: list[float] | None = None
+    losses: list[float | None] = [None] * len(samples)
     if options.loss is not None:
         with redirect_stdout(sys.stderr):  # DeepSpeed's logger writes to standard output
             from megatron.analysis.sample_loss import SampleLosses  # imports what trains
 
             model = SampleLosses(options.loss)
-            losses = model.losses([torch.from_numpy(sample.tokens) for sample in samples])
-        order = sorted(range(len(samples)), key=lambda place: -losses[place])
-        samples, losses = [samples[i] for i in order], [losses[i] for i in order]
+            found = model.losses([torch.from_numpy(sample.tokens) for sample in samples])
+        order = sorted(range(len(samples)), key=lambda place: -found[place])
+        samples, losses = [samples[i] for i in order], [found[i] for i in order]
     tokenizer = history.tokenizer() if options.decode else None
-    rows = [
-        _row(sample, tokenizer, None if losses is None else losses[place])
-        for place, sample in enumerate(samples)
-    ]
+    rows = [_row(*each, tokenizer) for each in zip(samples, losses, strict=True)]
+    status = history.step_status(options.step)
     if options.json:
         step = {
             "step": options.step,
-            "fate": history.fate(options.step),
+            "fate": status,
             "first_sample": whole.start,
             "samples": rows,
         }
         print(json.dumps(step, indent=1))
         return
-    fate = history.fate(options.step)
-    print(f"step {options.step} ({fate}): samples {whole.start:,} to {whole.stop - 1:,}")
+    print(f"step {options.step} ({status}): samples {whole.start:,} to {whole.stop - 1:,}")
     for row in rows:
-        _say_sample(row)
+        _print_sample(row)
 
 
 def _samples_of_rank(run: RunConfig, whole: range, rank: int) -> list[int]:
@@ -102,7 +98,7 @@ def _samples_of_rank(run: RunConfig, whole: range, rank: int) -> list[int]:
 
 
 def _row(
-    sample: ExplainedSample, tokenizer: Tokenizer | None, loss: float | None
+    sample: ExplainedSample, loss: float | None, tokenizer: Tokenizer | None
 ) -> dict[str, Any]:
     row: dict[str, Any] = {
         "sample": sample.sample,
@@ -120,7 +116,7 @@ def _row(
     return row
 
 
-def _say_sample(row: dict[str, Any]) -> None:
+def _print_sample(row: dict[str, Any]) -> None:
     loss = f"  loss {row['loss']:.6f}" if "loss" in row else ""
     print(f"\nsample {row['sample']:,}  {row['corpus']}  {row['file']}  epoch {row['epoch']}{loss}")
     parts = row["documents"]
@@ -134,7 +130,7 @@ def _say_sample(row: dict[str, Any]) -> None:
         print(f"  text {text[:_SHOWN_TEXT]!r}{' ...' if len(text) > _SHOWN_TEXT else ''}")
 
 
-def _say_uses(history: RunHistory, wanted: str, as_json: bool) -> None:
+def _print_uses(history: RunHistory, wanted: str, as_json: bool) -> None:
     prefix, colon, number = wanted.rpartition(":")
     if not colon or not number.isdigit():
         raise ConfigError(f"--find-document {wanted}: give FILE:NUMBER, e.g. data/books:17")

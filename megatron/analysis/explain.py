@@ -19,43 +19,34 @@ from megatron.config.errors import ConfigError, DataError
 from megatron.config.schema import RUN_FILE, RunConfig, read_run
 from megatron.data.data_list import BUILTIN, ListStage, parse_data_stages
 from megatron.data.data_record import stateless_order
-from megatron.data.dataset import SampleLocation, StagedDataset
+from megatron.data.dataset import Sample, StagedDataset
 from megatron.data.indexed import DocumentPart, IndexedDataset
 from megatron.data.indexed_header import read_header
 from megatron.data.megatron_order.order import MegatronDataset
 from megatron.data.prepare.builtin import builtin_corpus
 from megatron.data.prepare.documents import document_range, parts_of, samples_with
 from megatron.data.prepare.tokenizer import Tokenizer, build_tokenizer
-from megatron.data.samples import Tokens
 from megatron.data.splits import Origin
-from megatron.training import metrics_file as records
 from megatron.training.data import run_record
 from megatron.training.data_order import cache_folder, recorded_order
+from megatron.training.metrics_file import read
 
 
-@dataclass(frozen=True)
-class ExplainedSample:
-    """A sample of a step.
+@dataclass(frozen=True, kw_only=True)
+class ExplainedSample(Sample):
+    """A sample of a step: where it comes from and its tokens, int64 (S + 1,).
 
     Attributes:
         sample: its number in the run.
-        corpus, file, epoch: where it comes from.
-        index: its number in the file's order.
         parts: its tokens by document.
-        tokens: int64 (S + 1,).
     """
 
     sample: int
-    corpus: str
-    file: str
-    epoch: int
-    index: int
     parts: list[DocumentPart]
-    tokens: Tokens
 
 
 class RunHistory:
-    """The steps of a run, as far as its folder tells."""
+    """The steps of a run, as far as its folder shows them."""
 
     def __init__(self, folder: Path) -> None:
         """Reads the folder of a run.
@@ -82,21 +73,17 @@ class RunHistory:
         if step < 1:
             raise ConfigError(f"--step {step}: steps count from 1")
         after = bisect_left(self._points, (step, 0))
-        before_step, before_samples = self._points[after - 1]
-        size = self.run.train.global_batch_size
-        if after < len(self._points):
-            until_step, until_samples = self._points[after]
-            size, rest = divmod(until_samples - before_samples, until_step - before_step)
-            if rest:
-                raise DataError(
-                    f"between steps {before_step} and {until_step} the batch size changed, and "
-                    "metrics.jsonl does not say where; set LOG_INTERVAL=1 in later runs"
-                )
-        start = before_samples + (step - 1 - before_step) * size
+        first, start, size, rest = self._stretch(after)
+        if rest:
+            raise DataError(
+                f"between steps {first} and {self._points[after][0]} the batch size changed, and "
+                "metrics.jsonl does not say where; set LOG_INTERVAL=1 in later runs"
+            )
+        start += (step - 1 - first) * size
         return range(start, start + size)
 
-    def fate(self, step: int) -> str:
-        """`taken`, `skipped` (not trained on) or `to come`, as far as the folder tells."""
+    def step_status(self, step: int) -> str:
+        """`taken`, `skipped` (not trained on) or `to come`."""
         if step > self._points[-1][0]:
             return "to come"
         ranges = [*self.run.skip_ranges]
@@ -107,26 +94,22 @@ class RunHistory:
     def step_of(self, sample: int) -> int:
         """The step that a sample belongs to."""
         after = bisect_left([samples for _, samples in self._points], sample + 1)
-        before_step, before_samples = self._points[after - 1]
-        size = self.run.train.global_batch_size
-        if after < len(self._points):
-            until_step, until_samples = self._points[after]
-            size = (until_samples - before_samples) // (until_step - before_step)
-        return before_step + 1 + (sample - before_samples) // size
+        first, start, size, _ = self._stretch(after)
+        return first + 1 + (sample - start) // size
 
     def explain(self, sample: int) -> ExplainedSample:
         """Where a sample comes from, and its tokens."""
         order, sequence = self._order_of(sample)
         if isinstance(order, MegatronDataset):
-            file, reader, number = order.find(sample - self._stage_of(sample).samples)
-            epoch, row = reader.locate(number)
+            own = sample - self._stage_of(sample).samples
+            _, reader, number = order.find(own)
+            found = order.sample(own)
             parts = [part for part in reader.parts(number) if part.length]
-            where = SampleLocation(file.corpus, file.prefix, epoch, row)
-            return _explained(sample, where, parts, reader.read(number))
-        found = order.sample(sample)
-        dataset = IndexedDataset(found.file, check=False)
-        parts = parts_of(dataset, found.index * sequence, sequence + 1)
-        return _explained(sample, found, parts, found.tokens)
+        else:
+            found = order.sample(sample)
+            dataset = IndexedDataset(found.file, check=False)
+            parts = parts_of(dataset, found.index * sequence, sequence + 1)
+        return ExplainedSample(**vars(found), sample=sample, parts=parts)
 
     def find_document(self, prefix: str, document: int) -> Iterator[tuple[int, int, int]]:
         """(step, sample, epoch) of each time a document is read until TRAIN_ITERS, in order.
@@ -136,26 +119,25 @@ class RunHistory:
             DataError: the file has no such document.
         """
         path = str(Path(prefix.partition(".bin")[0]).absolute())
-        records = [part for stage in self._stages for part in stage.record["stages"]]
-        known = {row[1] for part in records for row in part["files"]}
+        lists = [part for stage in self._stages for part in stage.record["stages"]]
+        known = {row[1] for part in lists for row in part["files"]}
         if path not in known:
             raise ConfigError(
                 f"--find-document {prefix}: no list of the run has {path}; it has, e.g., "
                 + ", ".join(sorted(known)[:3])
             )
         total = self.samples(self.run.train.train_iters).stop
+        stops = [min(stage.samples, total) for stage in self._stages[1:]] + [total]
         found: list[tuple[int, int]] = []
-        for stage, end in zip(
-            self._stages, [*(s.samples for s in self._stages[1:]), total], strict=True
-        ):
-            if min(end, total) <= stage.samples:
+        for stage, stop in zip(self._stages, stops, strict=True):
+            if stop <= stage.samples:
                 continue
             order, sequence = self._order_of(stage.samples)
             if isinstance(order, MegatronDataset):
                 samples = [stage.samples + own for own in order.uses(path, document)]
-                found += [(k, self.explain(k).epoch) for k in samples if k < min(end, total)]
+                found += [(k, self.explain(k).epoch) for k in samples if k < stop]
             else:
-                found += _stateless_uses(order, path, document, sequence, min(end, total))
+                found += _stateless_uses(order, path, document, sequence, stop)
         for sample, epoch in sorted(found):
             yield self.step_of(sample), sample, epoch
 
@@ -171,12 +153,24 @@ class RunHistory:
         """(step, samples consumed after it) wherever that is known, the start first."""
         points = {0: 0}
         metrics = self.folder / "metrics.jsonl"
-        for record in records.read(metrics) if metrics.is_file() else []:
+        for record in read(metrics) if metrics.is_file() else []:
             if "consumed_samples" in record:
                 points[record["iteration"]] = record["consumed_samples"]
         for checkpoint in self.checkpoints:
             points[checkpoint.iteration] = _state(checkpoint).consumed_samples
         return sorted(points.items())
+
+    def _stretch(self, after: int) -> tuple[int, int, int, int]:
+        """The steps before point `after`, or after the last point: of equal size but for a rest.
+
+        Returns:
+            (steps, samples) consumed before them, samples per step, samples left over.
+        """
+        steps, samples = self._points[after - 1]
+        if after == len(self._points):
+            return steps, samples, self.run.train.global_batch_size, 0
+        until_step, until_samples = self._points[after]
+        return steps, samples, *divmod(until_samples - samples, until_step - steps)
 
     def _order_of(self, sample: int) -> tuple[StagedDataset | MegatronDataset, int]:
         """The order that a sample is of, and its sequence length."""
@@ -226,14 +220,6 @@ def _stateless_uses(
                 dataset, prefix, tokens, sequence, min(stop, end) - first
             ):
                 yield first + position, epoch
-
-
-def _explained(
-    sample: int, where: SampleLocation, parts: list[DocumentPart], tokens: Tokens
-) -> ExplainedSample:
-    return ExplainedSample(
-        sample, where.corpus, where.file, where.epoch, where.index, parts, tokens
-    )
 
 
 def _state(checkpoint: store.Checkpoint) -> RunState:

@@ -1,4 +1,4 @@
-"""The end of a run: what the model says, how it went, and what to do next."""
+"""The end of a run: a text from the model, how it went, and what to do next."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from megatron.analysis.run_report import write_report
 from megatron.checkpoint.state import RunState
 from megatron.config.schema import RunConfig
 from megatron.engine import Engine
-from megatron.training import metrics_file as records
 from megatron.training.data import Data
 from megatron.training.generate import generate
+from megatron.training.metrics_file import read
 from megatron.training.optimizers.schedule_free import evaluation_weights
 from megatron.training.trainer import Outcome
 
@@ -43,9 +43,10 @@ def sample_text(run: RunConfig, engine: Engine, data: Data) -> str:
     return f"{given}[...]{grown.removeprefix(given)}"
 
 
-def print_summary(run: RunConfig, folder: Path, sample: str) -> None:
+def print_summary(run: RunConfig, sample: str) -> None:
     """Prints plot, sample and next commands, and writes the report; for the rank that logs."""
-    curve = series(records.read(folder / "metrics.jsonl"))
+    folder = run.run_folder
+    curve = series(read(folder / "metrics.jsonl"))
     print(plot({"loss": curve}, "loss", encoding=sys.stdout.encoding or "utf-8"))
     print(f"What the model says (its own words after [...]):\n\n{sample}\n")
     report = write_report(folder)
@@ -60,7 +61,7 @@ def _next_steps(run: RunConfig, folder: Path, report: Path) -> list[str]:
         f"report        {report}",
         f"metrics       {folder / 'metrics.jsonl'}",
         f"plot again    python3 tools/plot.py {folder}",
-        f"go on         {more} bash train_alcf.sh   (with the same settings)",
+        f"resume        {more} bash train_alcf.sh   (with the same settings)",
         f"Hugging Face  python3 tools/convert_hf.py export {folder} OUT",
     ]
 
@@ -69,17 +70,17 @@ def log_finished(run: RunConfig, state: RunState) -> None:
     """A start of a run that has done all its steps."""
     log.info(
         f"{run.run_folder} has done its {state.iteration} steps (TRAIN_ITERS="
-        f"{run.train.train_iters}); to go on set TRAIN_ITERS higher, to start anew choose another"
-        " RUN_NAME"
+        f"{run.train.train_iters}); to continue it set TRAIN_ITERS higher, to start again choose"
+        " another RUN_NAME"
     )
 
 
-def stopped(run: RunConfig, outcome: Outcome) -> int:
+def stopped(outcome: Outcome) -> int:
     """Status of a run that a signal stopped: 0 with its state saved, else 128 + signal."""
     name = signal.Signals(outcome.signal).name
     iteration = outcome.state.iteration
     if outcome.saved:
-        log.info(f"{name}: saved step {iteration} and left; the same command goes on from there")
+        log.info(f"{name}: saved step {iteration} and exits; the same command resumes from there")
         return 0
-    log.error(f"{name}: left at step {iteration} without a checkpoint of it")
+    log.error(f"{name}: exits at step {iteration} without a checkpoint of it")
     return 128 + outcome.signal

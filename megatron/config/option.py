@@ -150,15 +150,6 @@ class Draft:
         self.values[key] = value
         self.sources[key] = source
 
-    def replace_zero(self, key: str, value: Any, source: str) -> None:
-        """A value in the place of none or 0."""
-        if not self.values.get(key):
-            self.replace(key, value, source)
-
-    def rewrite(self, key: str, value: Any) -> None:
-        """Another spelling of the value that is there."""
-        self.values[key] = value
-
     def get(self, key: str) -> Any:
         """The value, or None."""
         return self.values.get(key)

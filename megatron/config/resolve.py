@@ -12,16 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron.config import (
-    batch,
-    flags,
-    hints,
-    presets,
-    rope_scaling,
-    schema,
-    skip,
-    validate,
-)
+from megatron.config import batch, flags, hints, presets, rope_scaling, schema, skip, validate
 from megatron.config.errors import ConfigError
 from megatron.config.option import Draft
 from megatron.config.schema import SECTIONS, RunConfig
@@ -144,8 +135,7 @@ def _fill_defaults(draft: Draft, site: Site) -> None:
     }
     draft.fill(ARCH, *machine.get(ARCH, (None, "")))
     draft.fill(ARCH, "7B" if site.is_hpc else "debug", f"machine {site.machine}")
-    draft.rewrite(ARCH, presets.find(draft.get(ARCH)))
-    arch = draft.get(ARCH)
+    arch = draft.values[ARCH] = presets.find(draft.get(ARCH))
     for name, value in presets.PRESETS[arch].values.items():
         draft.fill(schema.by_variable()[name].key, value, f"preset {arch}")
     for key, (value, source) in machine.items():
@@ -170,9 +160,9 @@ def _fill_world(draft: Draft, site: Site) -> None:
         source = f"NHOSTS {draft.get(hosts)} x NGPU_PER_HOST {draft.get(ranks)}"
         draft.fill(validate.WORLD, total, source)
     draft.fill(validate.WORLD, validate.model_parallel_size(draft), "TP x PP x SP")
-    draft.replace_zero(
-        ranks, -(-draft.get(validate.WORLD) // draft.get(hosts)), "WORLD_SIZE / NHOSTS"
-    )
+    if not draft.get(ranks):
+        fewest = -(-draft.get(validate.WORLD) // draft.get(hosts))
+        draft.replace(ranks, fewest, "WORLD_SIZE / NHOSTS")
 
 
 def _fill_tokenizer(draft: Draft, environ: Mapping[str, str]) -> None:
@@ -181,11 +171,7 @@ def _fill_tokenizer(draft: Draft, environ: Mapping[str, str]) -> None:
     if not chosen and draft.get("data.data_file_list") == data_list.BUILTIN:
         draft.replace(KIND, "BuiltinTokenizer", "the built-in corpus has its own")
         draft.replace(TOKENIZER, None, "the built-in corpus has its own")
-    elif (
-        KIND in draft.given
-        and TOKENIZER not in draft.given
-        and draft.get(KIND) != DEFAULT_TOKENIZER[0]
-    ):
+    elif chosen and TOKENIZER not in draft.given and draft.get(KIND) != DEFAULT_TOKENIZER[0]:
         draft.replace(TOKENIZER, None, "default")
     else:
         if TOKENIZER in draft.given and KIND not in draft.given:
@@ -205,10 +191,10 @@ def _fill_derived(draft: Draft) -> None:
     draft.fill("optimizer.lr_decay_iters", draft.get(batch.ITERS), "TRAIN_ITERS")
     scaling, ranges = "model.rope_scaling", "data.train_range_to_skip"
     if draft.get(scaling):
-        draft.rewrite(scaling, rope_scaling.canonical(draft.get(scaling), draft.name(scaling)))
+        draft.values[scaling] = rope_scaling.canonical(draft.get(scaling), draft.name(scaling))
     if draft.get(ranges):
         merged = skip.parse_ranges(draft.get(ranges), draft.name(ranges))
-        draft.rewrite(ranges, skip.ranges_text(merged) or None)
+        draft.values[ranges] = skip.ranges_text(merged) or None
     label = presets.label(draft.get(ARCH), draft.get("model.num_layers"))
     stem = Path(draft.get("data.data_file_list")).stem
     draft.fill("checkpoint.run_name", f"{label}-seq{seq}-{stem}", "<label>-seq<SEQ>-<data list>")
@@ -218,8 +204,8 @@ def _build(draft: Draft, site: Site) -> RunConfig:
     """The frozen value of a complete draft."""
     sections: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
     for option in schema.options():
-        section, _, field = option.key.partition(".")
-        sections[section][field] = draft.get(option.key)
+        section, _, name = option.key.partition(".")
+        sections[section][name] = draft.get(option.key)
         draft.sources.setdefault(option.key, "not set")
     return RunConfig(
         **{name: SECTIONS[name](**values) for name, values in sections.items()},

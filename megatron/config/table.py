@@ -17,15 +17,13 @@ DRY_RUN=1 prints the plan and starts nothing."""
 MARKS = ("<!-- options:", "<!-- options:end -->")  # around the table in the README
 
 
-def default_text(option: Option) -> str:
-    """The default as a user would write it; empty where it is off or derived."""
-    if option.default is None:
-        return ""
-    if option.kind == "bool":
-        return "1" if option.default else "0"
-    if option.kind == "float":
-        return f"{option.default:g}"
-    return str(option.default)
+def value_text(value: object, unset: str = "") -> str:
+    """A value as a user would write it; `unset` for one that is off or derived."""
+    if value is None:
+        return unset
+    if isinstance(value, bool):
+        return str(int(value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def options_table() -> str:
@@ -34,9 +32,9 @@ def options_table() -> str:
     for option in schema.options():
         names = ", ".join(f"`{name}`" for name in option.env)
         spellings = ", ".join(f"`{flag}`" for flag in option.flags)
-        default = f"`{default_text(option)}`" if default_text(option) else ""
+        default = value_text(option.default)
         meaning = _meaning(option).replace("|", "\\|")
-        rows.append(f"| {names} | {spellings} | {default} | {meaning} |")
+        rows.append(f"| {names} | {spellings} | {default and f'`{default}`'} | {meaning} |")
     return "\n".join(rows) + "\n"
 
 
@@ -49,10 +47,9 @@ def help_text() -> str:
             section = option.key.partition(".")[0]
             lines += ["", f"{section}:"]
         lines.append("  " + "  ".join((*option.env, *option.flags)))
-        default = f" (default {default_text(option)})" if default_text(option) else ""
-        lines += textwrap.wrap(
-            _meaning(option) + default, 96, initial_indent=" " * 6, subsequent_indent=" " * 6
-        )
+        default = value_text(option.default)
+        text = f"{_meaning(option)} (default {default})" if default else _meaning(option)
+        lines += textwrap.wrap(text, 96, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines) + "\n"
 
 

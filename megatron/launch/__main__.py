@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 
 from megatron.config.atomic import write_atomically
@@ -122,7 +123,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
-    with Screen() as screen:
+    with closing(Screen()) as screen:
         try:
             return execute(planned, screen, options.timeout)
         except FileNotFoundError as error:

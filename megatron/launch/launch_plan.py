@@ -11,8 +11,7 @@ from pathlib import Path
 from megatron.config.errors import ConfigError
 from megatron.launch import command, ranks
 from megatron.launch.machines import Machine
-from megatron.launch.scheduler import Job
-from megatron.launch.site import Location
+from megatron.launch.site import Job, Location
 
 LOCAL = "local"
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 
 from megatron.launch import failure, process
 from megatron.launch.launch_plan import LOCAL, LaunchPlan
@@ -24,15 +23,8 @@ class Screen:
     def __init__(self, log: Path | None = None) -> None:
         self._log = log.open("ab") if log else None
 
-    def __enter__(self) -> Screen:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Close the file."""
         if self._log:
             self._log.close()
 
@@ -98,48 +90,24 @@ def rank_environment(
 
 
 def execute(planned: LaunchPlan, screen: Screen, idle_timeout_s: float | None = None) -> int:
-    """Do what was planned; returns the status of the launcher or of the first rank that failed."""
-    if planned.launcher == LOCAL:
-        return run_local(
-            planned.command,
-            planned.ranks,
-            planned.environ,
-            screen,
-            idle_timeout_s=idle_timeout_s,
-        )
-    child = process.Child(planned.command, planned.environ)
-    watched = process.watch([child], screen.line, idle_timeout_s=idle_timeout_s)
-    if watched.hung:
-        screen.print(
-            f"no output for {idle_timeout_s:g} s: {planned.launcher} was ended", is_error=True
-        )
-        return process.HUNG
-    return print_failure(watched, screen)
-
-
-def run_local(
-    command: Sequence[str],
-    ranks: int,
-    environ: Mapping[str, str],
-    screen: Screen,
-    *,
-    grace_s: float = process.GRACE_S,
-    idle_timeout_s: float | None = None,
-) -> int:
-    """Run `command` as `ranks` processes until the last has ended.
+    """Start what was planned, and stay until the last process has ended.
 
     Returns:
-        0 where all ended with 0; the status of the rank that failed first, whose error is then
-        the last thing on the screen; 124 where they printed nothing for `idle_timeout_s` seconds.
+        0 where all ended with 0; the status of the launcher, or of the rank that failed first,
+        whose error is then the last thing on the screen; 124 where nothing was printed for
+        `idle_timeout_s` seconds.
     """
-    port, cores = free_port(), usable_cores()
-    children = [
-        process.Child(command, rank_environment(environ, rank, ranks, port, cores))
-        for rank in range(ranks)
-    ]
-    watched = process.watch(children, screen.line, grace_s=grace_s, idle_timeout_s=idle_timeout_s)
+    command, environ, started = planned.command, planned.environ, planned.launcher
+    children = [process.Child(command, environ)]
+    if planned.launcher == LOCAL:
+        started, ranks, port, cores = "ranks", planned.ranks, free_port(), usable_cores()
+        children = [
+            process.Child(command, rank_environment(environ, rank, ranks, port, cores))
+            for rank in range(ranks)
+        ]
+    watched = process.watch(children, screen.line, idle_timeout_s=idle_timeout_s)
     if watched.hung:
-        screen.print(f"no output for {idle_timeout_s:g} s: the ranks were ended", is_error=True)
+        screen.print(f"no output for {idle_timeout_s:g} s: {started} stopped", is_error=True)
         return process.HUNG
     return print_failure(watched, screen)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from megatron.config.errors import ConfigError
 from megatron.launch import hostlist
 from megatron.launch.machines import find_machine
-from megatron.launch.scheduler import find_job
+from megatron.launch.site import find_job
 
 EXPECTED = "MEGATRON_WORLD_SIZE"
 """Set by our launcher: ranks that it started. PALS and PMIx do not provide their number."""

@@ -1,19 +1,40 @@
-"""Where a run would start: machine, job, devices; and what the configuration needs of them."""
+"""Where a command runs: job, machine, devices; and what the configuration needs of them."""
 
 from __future__ import annotations
 
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron.config import flags
 from megatron.config.errors import ConfigError
 from megatron.config.resolve import Site
+from megatron.launch import hostlist
 from megatron.launch.accelerators import count_accelerators, narrowed
 from megatron.launch.machines import Machine, find_machine
-from megatron.launch.scheduler import Job, find_job
 
 HOSTFILE, HOSTS = "launch.hostfile", "launch.num_hosts"
+PBS_NODE_FILES = Path("/var/spool/pbs/aux")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job, or the lack of one.
+
+    Attributes:
+        scheduler: pbs, slurm or none.
+        id: the scheduler's; empty without one.
+        hosts: hosts to run on, the first one leads.
+        hostfile: file that the hosts were read from; None where they were not.
+        source: where the hosts were read from.
+    """
+
+    scheduler: str
+    id: str
+    hosts: tuple[str, ...]
+    hostfile: str | None
+    source: str
 
 
 @dataclass(frozen=True)
@@ -29,6 +50,54 @@ class Location:
     machine: Machine
     job: Job
     devices_per_host: int
+
+
+def find_job(
+    environ: Mapping[str, str],
+    hostname: str,
+    hostfile: str | None = None,
+    name: str = "HOSTFILE",
+    node_files: Path = PBS_NODE_FILES,
+) -> Job:
+    """The job that the variables describe.
+
+    Args:
+        environ: the environment's variables.
+        hostname: this host, which is all there is without a job.
+        hostfile: a host file that the user gave; wins over the scheduler's.
+        name: the variable or flag that gave it, for messages.
+        node_files: folder where PBS keeps one host file per job.
+
+    Raises:
+        ConfigError: where a host file or a list of hosts cannot be read.
+    """
+    scheduler, job_id = _scheduler(environ)
+    if hostfile:
+        hosts = hostlist.read_hostfile(Path(hostfile), name)
+        return Job(scheduler, job_id, hosts, hostfile, name)
+    if scheduler == "pbs":
+        for source, path in (
+            ("PBS_NODEFILE", environ.get("PBS_NODEFILE")),
+            ("PBS_JOBID", str(node_files / job_id) if (node_files / job_id).is_file() else None),
+        ):
+            if path:
+                hosts = hostlist.read_hostfile(Path(path), source)
+                return Job(scheduler, job_id, hosts, path, source)
+    if scheduler == "slurm":
+        for source in ("SLURM_JOB_NODELIST", "SLURM_NODELIST"):
+            if environ.get(source):
+                hosts = hostlist.expand(environ[source], source)
+                return Job(scheduler, job_id, hosts, None, source)
+    return Job(scheduler, job_id, (hostname,), None, "this host")
+
+
+def _scheduler(environ: Mapping[str, str]) -> tuple[str, str]:
+    """The scheduler and the job's id."""
+    if environ.get("PBS_JOBID"):
+        return "pbs", environ["PBS_JOBID"]
+    if environ.get("SLURM_JOB_ID"):
+        return "slurm", environ["SLURM_JOB_ID"]
+    return "none", ""
 
 
 def locate(
@@ -63,11 +132,8 @@ def locate(
 def find_location(
     environ: Mapping[str, str], argv: Sequence[str] = (), hostname: str | None = None
 ) -> Location:
-    """The same, with the host file that variables or flags name."""
-    given = _setting(environ, argv, HOSTFILE, "HOSTFILE")
-    return (
-        locate(environ, *given, hostname=hostname) if given else locate(environ, hostname=hostname)
-    )
+    """The same, with the host file that a flag or the variable names."""
+    return locate(environ, *_setting(environ, argv, HOSTFILE, "HOSTFILE"), hostname)
 
 
 def site(
@@ -76,15 +142,14 @@ def site(
     """What the configuration has to know; defaults depend on how many hosts are used."""
     place = location or find_location(environ, argv)
     hosts = len(place.job.hosts)
-    chosen = _setting(environ, argv, HOSTS, "NHOSTS")
-    if chosen and chosen[0].isdecimal():
-        wanted = int(chosen[0])
-        if wanted > hosts and place.job.source != "this host":
+    chosen, name = _setting(environ, argv, HOSTS, "NHOSTS")
+    if chosen and chosen.isdecimal():
+        if int(chosen) > hosts and place.job.source != "this host":
             raise ConfigError(
-                f"{chosen[1]}={wanted}, but {place.job.source} has {hosts} hosts: "
-                f"set {chosen[1]}={hosts} or less"
+                f"{name}={int(chosen)}, but {place.job.source} has {hosts} hosts: "
+                f"set {name}={hosts} or less"
             )
-        hosts = wanted
+        hosts = int(chosen)
     return Site(
         machine=place.machine.name,
         is_hpc=place.machine.is_hpc,
@@ -96,10 +161,9 @@ def site(
 
 def _setting(
     environ: Mapping[str, str], argv: Sequence[str], key: str, variable: str
-) -> tuple[str, str] | None:
+) -> tuple[str | None, str]:
     """Value and name of an option that is needed before the others; a flag beats the variable."""
     for option, text, flag in flags.read_command_line(argv).settings:
         if option == key:
             return text, flag
-    value = environ.get(variable, "").strip()
-    return (value, variable) if value else None
+    return environ.get(variable, "").strip() or None, variable

@@ -12,7 +12,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +36,6 @@ DEEPSPEED_FILE = "ds_config.json"
 NOTHING_TO_START = 100  # `--check` ends with it after a dry run or --help
 
 
-@dataclass(frozen=True)
-class Ready:
-    """A run that is resolved and planned."""
-
-    location: Location
-    resolved: Resolved
-    planned: LaunchPlan
-
-
 def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """Check or start a run; returns the exit status."""
     only_check = argv[:1] == ["--check"]
@@ -54,17 +45,21 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         print(table.help_text(), end="")
         return printed
     try:
-        ready = check(argv, environ)
-        if ready.resolved.run.log.dry_run:
-            print(report.dry_run_text(ready.resolved, _launch_text(ready.planned)), end="")
+        location, resolved, planned = check(argv, environ)
+        if resolved.run.log.dry_run:
+            print(report.dry_run_text(resolved, _launch_text(planned)), end="")
             return printed
-        return 0 if only_check else start(ready, argv, environ)
+        if only_check:
+            return 0
+        launch_plan.require_launcher(planned, shutil.which)
+        write_run(resolved, provenance.provenance(environ, argv, location, ROOT))
+        return start(resolved, planned)
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
 
 
-def check(argv: Sequence[str], environ: Mapping[str, str]) -> Ready:
+def check(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Location, Resolved, LaunchPlan]:
     """Resolve the configuration and plan the start; a dry run may plan for another machine.
 
     Raises:
@@ -80,24 +75,17 @@ def check(argv: Sequence[str], environ: Mapping[str, str]) -> Ready:
         launch_plan.require_startable(planned)
         require_writable(resolved.run.run_folder)
         require_writable(resolved.run.checkpoint_folder)
-    return Ready(location, resolved, planned)
+    return location, resolved, planned
 
 
-def start(ready: Ready, argv: Sequence[str], environ: Mapping[str, str]) -> int:
-    """Write the run's folder, start the ranks, stay until they have ended; returns their status.
-
-    Raises:
-        ConfigError: where the launcher is missing or the folder cannot be written.
-    """
-    launch_plan.require_launcher(ready.planned, shutil.which)
-    origin = provenance.provenance(environ, argv, ready.location, ROOT)
-    write_run(ready.resolved, origin)
-    if ready.planned.hostfile:
-        write_atomically(*ready.planned.hostfile)
-    with Screen(ready.resolved.run.run_folder / OUTPUT_FILE) as screen:
-        for line in _headlines(ready.resolved, ready.planned):
+def start(resolved: Resolved, planned: LaunchPlan) -> int:
+    """Start the ranks and stay until they have ended; returns their status."""
+    if planned.hostfile:
+        write_atomically(*planned.hostfile)
+    with closing(Screen(resolved.run.run_folder / OUTPUT_FILE)) as screen:
+        for line in _headlines(resolved, planned):
             screen.print(line)
-        return execute(ready.planned, screen)
+        return execute(planned, screen)
 
 
 def plan_of(run: RunConfig, environ: Mapping[str, str], location: Location) -> LaunchPlan:
@@ -135,21 +123,13 @@ def prepare_run(environ: Mapping[str, str], argv: Sequence[str]) -> RunConfig:
     return resolved.run
 
 
-def write_run(resolved: Resolved, origin: Mapping[str, Any]) -> Path:
-    """Make the run's folder and write what it was started with.
-
-    Args:
-        resolved: the configuration.
-        origin: its provenance.
-
-    Returns:
-        The path of run.json.
+def write_run(resolved: Resolved, origin: Mapping[str, Any]) -> None:
+    """Make the run's folder and write what it was started with, its provenance `origin` included.
 
     Raises:
         ConfigError: where the folder cannot be written.
     """
-    run = resolved.run
-    folder = run.run_folder
+    run, folder = resolved.run, resolved.run.run_folder
     record = {
         "config": run.to_dict(),
         "sources": [f"{key}: {source}" for key, source in sorted(resolved.sources.items())],
@@ -157,13 +137,12 @@ def write_run(resolved: Resolved, origin: Mapping[str, Any]) -> Path:
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / DEEPSPEED_FILE, _json(deepspeed_config(run)))
-        write_atomically(folder / RUN_FILE, _json(record))
+        for name, value in ((DEEPSPEED_FILE, deepspeed_config(run)), (RUN_FILE, record)):
+            write_atomically(folder / name, json.dumps(value, indent=2) + "\n")
     except OSError as error:
         raise ConfigError(
             f"the run's folder cannot be written: {error}. Set RUN_DIR to a folder that can be"
         ) from None
-    return folder / RUN_FILE
 
 
 def require_writable(folder: Path) -> None:
@@ -181,10 +160,6 @@ def require_writable(folder: Path) -> None:
             f"{folder} cannot be written ({error.strerror}: {existing}). "
             f"Set RUN_DIR or CKPT_DIR to a folder that can be"
         ) from None
-
-
-def _json(value: object) -> str:
-    return json.dumps(value, indent=2) + "\n"
 
 
 def _launch_text(planned: LaunchPlan) -> str:

@@ -10,6 +10,7 @@ from megatron.config import schema, skip
 from megatron.config.deepspeed import deepspeed_config, engine_zero_stage
 from megatron.config.resolve import Resolved, survey_of
 from megatron.config.schema import RunConfig
+from megatron.config.table import value_text
 from megatron.data import data_list
 from megatron.data import survey as data_survey
 from megatron.plan.memory import memory_per_rank
@@ -58,7 +59,7 @@ def resolved_table(resolved: Resolved) -> str:
         section, _, field = option.key.partition(".")
         source = resolved.sources[option.key]
         shown = "" if source in ("default", "not set") else source
-        rows.append((option.name, _value_text(values[section][field]), shown))
+        rows.append((option.name, value_text(values[section][field], "-"), shown))
     return _columns(rows)
 
 
@@ -203,15 +204,6 @@ def dry_run_text(resolved: Resolved, launch_command: str) -> str:
     )
     blocks = [f"-- {title} --\n{text}" if title else text for title, text in parts if text]
     return "\n\n".join([*blocks, "Dry run: nothing was started."]) + "\n"
-
-
-def _value_text(value: object) -> str:
-    """A value as the user would write it."""
-    if value is None:
-        return "-"
-    if isinstance(value, bool):
-        return str(int(value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _columns(rows: Sequence[tuple[str, ...]]) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 from megatron.checkpoint import store
 from megatron.checkpoint.state import RunState
 from megatron.checkpoint.tensors import write_pieces
-from megatron.config.schedule import learning_rate, schedule
+from megatron.config.schedule import learning_rate
 from megatron.config.schema import RunConfig
 from megatron.config.skip import is_skipped
 from megatron.data.dataset import SampleSource
@@ -131,7 +131,6 @@ class Trainer:
         )
         self.samples = train_data(run, data, state)
         self.reads_data = pp.rank in (0, pp.size - 1)  # stages between see no tokens
-        self.schedule = schedule(run.optimizer, run.train.train_iters)
         self.meter = Meter(run, device, self._measured)
         self.tokens_per_step = run.tokens_per_step
         self.curvature: Curvature | None = None
@@ -184,7 +183,7 @@ class Trainer:
         if self.curvature is not None and self.curvature.due(iteration):
             batches = list(batches)
             self.curvature.estimate(self.state, batches)
-        self.engine.set_learning_rate(learning_rate(iteration, self.schedule))
+        self.engine.set_learning_rate(learning_rate(iteration, self.run.optimizer))
         loss = self.engine.train_batch(batches)
         applied = self.engine.step_applied
         self.meter.step(loss, self.engine.gradient_norm(), self.engine.loss_scale, updated=applied)
@@ -206,7 +205,7 @@ class Trainer:
         """Logs the steps since the last record; a collective where corpora or a pipeline are."""
         losses = self.data.corpus_losses
         corpora = None if losses is None else losses.take(self.engine.device)
-        rate = learning_rate(self.state.iteration, self.schedule)
+        rate = learning_rate(self.state.iteration, self.run.optimizer)
         record = self.meter.record(self.state, rate, corpora)
         self.state = self.state.with_nan(record["nan_iterations"])
         self.tracker.log(record)

@@ -10,25 +10,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron.config.schedule import STYLES, Schedule, learning_rate, schedule
+from megatron.config.schedule import STYLES, learning_rate
 from megatron.config.schema import OptimizerConfig, by_key
 
-BASE = Schedule(
-    style="cosine",
-    max_lr=3e-3,
-    min_lr=3e-4,
-    decay_iters=200,
-    warmup_fraction=0.1,
-    cooldown_fraction=0.4,
-    constant_lr=1e-3,
-    constant_fraction=0.2,
-    timescale=10.0,
-    decay_fraction=0.25,
+BASE = OptimizerConfig(
+    learning_rate=3e-3,
+    min_learning_rate=3e-4,
+    lr_decay_iters=200,
+    lr_warmup_fraction=0.1,
+    lr_cooldown_fraction=0.4,
+    lr_constant=1e-3,
+    lr_constant_fraction=0.2,
+    lr_decay_fraction=0.25,
 )
 
 
 def rates(style: str, **changes: float) -> np.ndarray:
-    chosen = dataclasses.replace(BASE, style=style, **changes)
+    chosen = dataclasses.replace(BASE, lr_decay_style=style, **changes)
     return np.array([learning_rate(i, chosen) for i in range(1, 231)])
 
 
@@ -72,32 +70,26 @@ def test_the_table_holds_every_configured_style() -> None:
 )
 def test_warm_up_prints_the_published_rates(iteration: int, printed: str) -> None:
     """LR 3e-4, 635782 steps, warm-up 0.05: 31789.1 steps of warm-up, whose fraction counts."""
-    run = schedule(OptimizerConfig(learning_rate=3e-4, lr_warmup_fraction=0.05), 635782)
+    run = OptimizerConfig(learning_rate=3e-4, lr_warmup_fraction=0.05, lr_decay_iters=635782)
     assert f"{learning_rate(iteration, run):.6g}" == printed
 
 
 @pytest.mark.parametrize("style", ["infinite-cosine", "infinite-inv-square-root"])
 def test_infinite_styles_anneal_to_zero_in_a_straight_line(style: str) -> None:
-    found = rates(style, min_lr=0.0)
+    found = rates(style, min_learning_rate=0.0)
     np.testing.assert_allclose(found[139:200], np.linspace(1e-3, 0, 61), atol=1e-18)
     assert not found[199:].any()
 
 
 def test_without_warm_up_the_first_rate_is_near_the_highest() -> None:
-    assert rates("linear", warmup_fraction=0.0)[0] == pytest.approx(3e-3 - 2.7e-3 / 200)
-    assert rates("inverse-square-root", warmup_fraction=0.0)[0] == 3e-3
+    assert rates("linear", lr_warmup_fraction=0.0)[0] == pytest.approx(3e-3 - 2.7e-3 / 200)
+    assert rates("inverse-square-root", lr_warmup_fraction=0.0)[0] == 3e-3
 
 
 @pytest.mark.parametrize("style", STYLES)
 def test_less_than_a_step_of_warm_up(style: str) -> None:
-    found = rates(style, warmup_fraction=0.001)
+    found = rates(style, lr_warmup_fraction=0.001)
     assert 0.9 * 3e-3 < found[0] <= 3e-3
-
-
-def test_the_run_length_is_the_default_decay_length() -> None:
-    section = OptimizerConfig()
-    assert schedule(section, 77).decay_iters == 77
-    assert schedule(dataclasses.replace(section, lr_decay_iters=50), 77).decay_iters == 50
 
 
 @given(
@@ -118,8 +110,16 @@ def test_rates_stay_between_zero_and_the_highest_and_never_rise_after_warm_up(
     plateau: float,
     floor: float,
 ) -> None:
-    run = Schedule(
-        style, 1e-3, floor, decay_iters, warmup, cooldown, 1e-3, plateau, decay_fraction=decay
+    run = OptimizerConfig(
+        lr_decay_style=style,
+        learning_rate=1e-3,
+        min_learning_rate=floor,
+        lr_decay_iters=decay_iters,
+        lr_warmup_fraction=warmup,
+        lr_cooldown_fraction=cooldown,
+        lr_constant=1e-3,
+        lr_constant_fraction=plateau,
+        lr_decay_fraction=decay,
     )
     found = [learning_rate(i, run) for i in range(1, decay_iters + 3)]
     assert all(0 <= rate <= 1e-3 * (1 + 1e-12) for rate in found)
@@ -132,10 +132,10 @@ def test_rates_stay_between_zero_and_the_highest_and_never_rise_after_warm_up(
 def test_phases_that_fill_the_decay_exactly_are_allowed() -> None:
     run = dataclasses.replace(
         BASE,
-        style="infinite-cosine",
-        warmup_fraction=0.1,
-        cooldown_fraction=0.2,
-        constant_fraction=0.7,
+        lr_decay_style="infinite-cosine",
+        lr_warmup_fraction=0.1,
+        lr_cooldown_fraction=0.2,
+        lr_constant_fraction=0.7,
     )
     assert learning_rate(199, run) == pytest.approx(1e-3)
 

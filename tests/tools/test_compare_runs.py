@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from megatron.training import metrics_file as records
+from megatron.training import metrics_file
 from tests.training import records_factory as make
 from tools import compare_runs
 
 
 def write(folder: Path, rows: list[dict[str, Any]], run: dict[str, Any] | None = None) -> str:
     folder.mkdir()
-    (folder / "metrics.jsonl").write_text("".join(f"{records.encode(row)}\n" for row in rows))
+    (folder / "metrics.jsonl").write_text("".join(f"{metrics_file.encode(row)}\n" for row in rows))
     if run is not None:
         (folder / "run.json").write_text(json.dumps(run))
     return str(folder)

@@ -13,7 +13,7 @@ import pytest
 
 from megatron.data.data_list import parse_data_list
 from megatron.data.indexed import IndexedDataset
-from megatron.training import metrics_file as records
+from megatron.training import metrics_file
 from tests.data.megatron_cases import build
 from tests.data.resumed import train_noting
 from tests.e2e.recorded import write_data
@@ -103,7 +103,7 @@ def test_losses_of_samples_and_corpora(tmp_path, capsys, layout):
     assert losses == sorted(losses, reverse=True)
     (step,) = [
         record
-        for record in records.read(tmp_path / "run/metrics.jsonl")
+        for record in metrics_file.read(tmp_path / "run/metrics.jsonl")
         if record["event"] == "step" and record["iteration"] == 3
     ]
     assert sum(losses) / 8 == pytest.approx(step["loss"], abs=1e-5)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.training import metrics_file as records
+from megatron.training import metrics_file
 from tests.training import records_factory as make
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,7 +30,7 @@ def command(*arguments: str, encoding: str = "utf-8") -> subprocess.CompletedPro
 def run(tmp_path: Path) -> str:
     rows = [make.step(i, 4.0 / i) for i in range(1, 20)]
     path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(f"{records.encode(row)}\n" for row in rows))
+    path.write_text("".join(f"{metrics_file.encode(row)}\n" for row in rows))
     return str(tmp_path)
 
 

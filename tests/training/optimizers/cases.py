@@ -6,9 +6,7 @@ import contextlib
 import dataclasses
 import gc
 import importlib
-import io
-import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +19,9 @@ from torch import Tensor, nn
 
 from megatron.config.layout import Layout
 from megatron.config.schema import OptimizerConfig
-from megatron.engine.shards import ZeroState, refresh_weights
+from megatron.engine import start_distributed
+from megatron.engine.distributed import ModelParallelUnit
+from megatron.engine.zero import ZeroEngine
 from megatron.parallel.cross_entropy import mean_vocab_parallel_cross_entropy
 from megatron.parallel.groups import SERIAL, Axis, Groups, make_groups
 from megatron.parallel.layers import (
@@ -183,37 +183,6 @@ class Result:
     kind: str
 
 
-class _ModelParallelUnit:
-    """The look-ups that DeepSpeed makes."""
-
-    def __init__(self, groups: Groups) -> None:
-        self._axes = {"model": groups.tp, "data": groups.dp}
-        alone = dist.new_group([groups.rank], use_local_synchronization=True)
-        self._groups = {k: alone if a.group is None else a.group for k, a in self._axes.items()}
-
-    def get_model_parallel_rank(self) -> int:
-        return self._axes["model"].rank
-
-    def get_model_parallel_world_size(self) -> int:
-        return self._axes["model"].size
-
-    def get_model_parallel_group(self) -> dist.ProcessGroup:
-        return self._groups["model"]
-
-    get_tensor_model_parallel_rank = get_model_parallel_rank
-    get_tensor_model_parallel_world_size = get_model_parallel_world_size
-    get_tensor_model_parallel_group = get_model_parallel_group
-
-    def get_data_parallel_rank(self) -> int:
-        return self._axes["data"].rank
-
-    def get_data_parallel_world_size(self) -> int:
-        return self._axes["data"].size
-
-    def get_data_parallel_group(self) -> dist.ProcessGroup:
-        return self._groups["data"]
-
-
 def _deepspeed_config(case: Case) -> dict[str, Any]:
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": BATCH // case.dp,
@@ -246,10 +215,10 @@ def trained(
         numbers: counters to start from.
     """
     gc.freeze()  # DeepSpeed's bf16 optimizer collects garbage a dozen times in its constructor
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+    rank = dist.get_rank()
+    start_distributed("gloo", rank, dist.get_world_size(), rank, "", 60)
     groups = make_groups(Layout(tp=cases[0].tp, pp=1, dp=cases[0].dp))
-    mpu = _ModelParallelUnit(groups)
+    mpu = ModelParallelUnit(groups.tp, groups.dp)
     start = _Start(weights, states, None if pieces is None else pieces[groups.rank], numbers)
     with newton_schulz_in_fp32():
         return [_train(case, groups, mpu, start) for case in cases]
@@ -263,67 +232,76 @@ class _Start:
     numbers: Mapping[str, float] | None
 
 
-def _train(case: Case, groups: Groups, mpu: _ModelParallelUnit, start: _Start) -> Result:
+def _train(case: Case, groups: Groups, mpu: ModelParallelUnit, start: _Start) -> Result:
     tp, dp = groups.tp, groups.dp
     model = build(tp, padded_vocab=12 if tp.size == 1 else 16, weights=start.weights)
-    names = list(model.named_parameters())
-    if case.flat is not None:
-        (optimizer,) = case.flat(names, settings(case.name))
-    else:
-        optimizer = make_optimizer(settings(case.name), names)
-    with contextlib.redirect_stdout(io.StringIO()):
-        engine, zero, _, _ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            config=_deepspeed_config(case),
-            mpu=mpu,
-            dist_init_required=False,
-        )
-    if isinstance(optimizer, WholeMatrixOptimizer):
-        optimizer.bind(model.named_parameters(), dp, tp, zero, VOCAB)
-        if start.states is not None:
-            optimizer.load_whole_state(start.states)
-    zero_state = ZeroState(model, zero, optimizer, tp.rank, tp.size)
-    if start.pieces is not None:
-        pieces = start.pieces
-        zero_state.load(lambda piece: pieces[piece.name])
-    load_counters(optimizer, start.numbers or {})
+
+    def optimizer_of(named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+        if case.flat is None:
+            return make_optimizer(settings(case.name), named)
+        (flat,) = case.flat(list(named), settings(case.name))
+        return flat
 
     def base(logits: Tensor, labels: Tensor) -> Tensor:
         return mean_vocab_parallel_cross_entropy(logits, labels, tp, VOCAB)
 
-    loss = with_sampled_labels(base, tp, VOCAB)
+    engine = ZeroEngine(
+        model,
+        with_sampled_labels(base, tp, VOCAB),
+        optimizer_of,
+        groups,
+        torch.device("cpu"),
+        _deepspeed_config(case),
+        mpu,
+    )
+    optimizer, shards = engine.optimizer, engine.shards()
+    if isinstance(optimizer, WholeMatrixOptimizer):
+        optimizer.bind(model.named_parameters(), dp, tp, shards.spans(), VOCAB)
+        if start.states is not None:
+            optimizer.load_whole_state(start.states)
+    if start.pieces is not None:
+        pieces = start.pieces
+        shards.load(lambda piece: pieces[piece.name])
+    load_counters(optimizer, start.numbers or {})
 
     def step(tokens: Tensor, labels: Tensor, gradients: Weights) -> None:
         mine = slice(dp.rank * BATCH // dp.size, (dp.rank + 1) * BATCH // dp.size)
-        engine.backward(loss(engine(tokens[mine]), labels[mine]))
-        if case.given:  # after the reduction over data-parallel ranks, before clipping
-            for members, buffers in zip(zero.bf16_groups, zero.fp32_groups_gradients, strict=True):
-                for parameter, buffer in zip(members, buffers, strict=True):
-                    gradient = gradients[zero.param_names[parameter]]
-                    buffer.copy_(_shard_of(gradient, parameter, tp).reshape(-1))
-        engine.step()
+        with _given(engine, gradients, tp) if case.given else contextlib.nullcontext():
+            engine.train_batch([(tokens[mine], labels[mine])])
 
     evaluated: Weights = {}
     for number in range(case.first, case.last + 1):
         tokens, labels = batch(number)
         if isinstance(optimizer, SophiaG) and number % HESSIAN_EVERY == 1:
-            with hessian_step(optimizer, zero, BATCH * LENGTH):
+            with engine.unclipped(), hessian_step(optimizer, BATCH * LENGTH):
                 step(tokens, draws(number), given_gradients(100 + number))
         step(tokens, labels, given_gradients(number))
         if case.evaluate:
-            with evaluation_weights(optimizer, lambda: refresh_weights(zero)):
+            with evaluation_weights(optimizer, engine.refresh_weights):
                 evaluated = {n: p.detach().float().clone() for n, p in model.named_parameters()}
     whole = optimizer.whole_state() if isinstance(optimizer, WholeMatrixOptimizer) else {}
     pieces_now = {
         piece.name: ({k: v.clone() for k, v in piece.tensors.items()}, dict(piece.scalars))
-        for piece in zero_state.pieces(owned_only=False)
+        for piece in shards.pieces(owned_only=False)
     }
-    result = Result(
-        _shards(model), evaluated, whole, pieces_now, counters(optimizer), type(zero).__name__
-    )
-    engine.destroy()
+    kind = type(engine._zero).__name__
+    result = Result(_shards(model), evaluated, whole, pieces_now, counters(optimizer), kind)
+    engine.close()
     return result
+
+
+def _given(engine: ZeroEngine, gradients: Weights, tp: Axis) -> AbstractContextManager[Any]:
+    """Inside, a step takes these: after the reduction over data-parallel ranks, before clipping."""
+    zero, step = engine._zero, engine._deepspeed.step
+
+    def given_step() -> None:
+        for members, buffers in zip(zero.bf16_groups, zero.fp32_groups_gradients, strict=True):
+            for parameter, buffer in zip(members, buffers, strict=True):
+                gradient = gradients[zero.param_names[parameter]]
+                buffer.copy_(_shard_of(gradient, parameter, tp).reshape(-1))
+        step()
+
+    return patch.object(engine._deepspeed, "step", given_step)
 
 
 def _shards(model: nn.Module) -> Weights:

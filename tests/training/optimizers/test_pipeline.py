@@ -3,94 +3,61 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 
 import pytest
-import torch
-import torch.distributed as dist
 
-from megatron.config.layout import Layout
-from megatron.config.pipeline_stages import stage_bounds
-from megatron.config.schema import OptimizerConfig
-from megatron.engine import Engine, EngineOptions, start_distributed
-from megatron.model.llama import llama_layers, loss_function
-from megatron.parallel.groups import make_groups
-from megatron.training.optimizers.rules import make_optimizer
-from megatron.training.optimizers.sophia import (
-    SophiaG,
-    hessian_step,
-    label_draws,
-    with_sampled_labels,
-)
-from megatron.training.optimizers.whole_matrix import WholeMatrixOptimizer
-from tests.equivalence.training import (
-    GLOBAL_BATCH,
-    SEQ_LENGTH,
-    VOCAB_SIZE,
-    Case,
-    deepspeed_settings,
-    micro_batches,
-    model_config,
-)
+from megatron.config.schema import RunConfig
+from megatron.engine import Engine
+from megatron.training.optimizers.sophia import SophiaG, hessian_step, label_draws
+from tests.equivalence import front
+from tests.equivalence.case import Case
+from tests.equivalence.front import Curve
 from tests.spawn import run
 from tests.training.optimizers.cases import newton_schulz_in_fp32
 
-RATES = {"muon": 1e-3, "adafactor": 1e-2, "sophiag": 1e-3}
+RATES = {"muon": "1e-3", "adafactor": "1e-2", "sophiag": "1e-3"}
+STEPS = 4
 
 
-def _losses(case: Case) -> list[tuple[float, float]]:
+def _curve(variables: dict[str, str]) -> Curve:
     """(loss, gradient norm) of each step."""
+    config = front.run_config(variables)
     with newton_schulz_in_fp32():
-        return _train(case)
+        engine = front.build(config)
+        curve = []
+        for step in range(STEPS):
+            if isinstance(engine.optimizer, SophiaG) and step % 2 == 0:
+                _estimate(config, engine, step)
+            curve += front.steps(config, engine, step, step + 1)
+        return curve
 
 
-def _train(case: Case) -> list[tuple[float, float]]:
-    rank = dist.get_rank()
-    start_distributed("gloo", rank, case.world, rank, "", 60)
-    groups = make_groups(Layout(case.tp, case.pp, case.dp))
-    config = model_config(case)
-    settings = OptimizerConfig(optimizer=case.optimizer, learning_rate=RATES[case.optimizer])
-    engine = Engine(
-        llama_layers(config, groups.tp),
-        with_sampled_labels(loss_function(config, groups.tp), groups.tp, VOCAB_SIZE),
-        partial(make_optimizer, settings),
-        groups,
-        EngineOptions(
-            deepspeed_config=deepspeed_settings(case),
-            gradient_accumulation_steps=case.gas,
-            stage_bounds=stage_bounds((config.num_layers // case.pp,) * case.pp),
-            device=torch.device("cpu"),
-        ),
-    )
-    if isinstance(engine.optimizer, WholeMatrixOptimizer):
-        named = engine.module.named_parameters()
-        engine.optimizer.bind(named, groups.dp, groups.tp, engine.zero_optimizer, VOCAB_SIZE)
-    result = []
-    for step in range(case.steps):
-        batches = list(micro_batches(case, groups, step))
-        if isinstance(engine.optimizer, SophiaG) and step % 2 == 0:
-            each = GLOBAL_BATCH // (case.gas * case.dp)
-            first = [(m * case.dp + groups.dp.rank) * each for m in range(case.gas)]
-            draws = [label_draws(7, step, [*range(i, i + each)], SEQ_LENGTH) for i in first]
-            tokens = [tokens for tokens, _ in batches]
-            with hessian_step(engine.optimizer, engine.zero_optimizer, GLOBAL_BATCH * SEQ_LENGTH):
-                engine.train_batch(zip(tokens, draws, strict=True))
-        loss = float(engine.train_batch(batches))
-        result.append((loss, float(engine.gradient_norm())))
-    return result
+def _estimate(config: RunConfig, engine: Engine, step: int) -> None:
+    """A step on drawn labels, for the diagonal."""
+    train, length, dp = config.train, config.model.seq_length, engine.groups.dp
+    batches = []
+    for number, (tokens, _) in enumerate(front.micro_batches(config, engine.groups, step)):
+        first = (number * dp.size + dp.rank) * train.micro_batch_size
+        samples = [*range(first, first + train.micro_batch_size)]
+        batches.append((tokens, label_draws(7, step, samples, length)))
+    assert isinstance(engine.optimizer, SophiaG)
+    with engine.unclipped(), hessian_step(engine.optimizer, train.global_batch_size * length):
+        engine.train_batch(batches)
 
 
 @pytest.mark.parametrize(
     "case",
     [
-        Case(pp=2, optimizer="muon", tied=True, gas=2, steps=4),
-        Case(tp=2, pp=2, optimizer="adafactor", tied=True, gas=2, steps=4),
-        Case(pp=2, dp=2, optimizer="sophiag", gas=2, steps=4),
+        Case(pp=2, optimizer="muon", tied=True, gas=2),
+        Case(tp=2, pp=2, optimizer="adafactor", tied=True, gas=2),
+        Case(pp=2, dp=2, optimizer="sophiag", gas=2),
     ],
     ids=lambda case: f"{case.optimizer}-{case}",
 )
 def test_losses_are_those_of_one_process(case: Case) -> None:
-    (expected,) = run(_losses, 1, dataclasses.replace(case, tp=1, pp=1, dp=1))
-    for losses in run(_losses, case.world, case):
-        for pair, wanted in zip(losses, expected, strict=True):
+    rate = {"LR": RATES[case.optimizer]}
+    one = dataclasses.replace(case, tp=1, pp=1, dp=1)
+    (expected,) = run(_curve, 1, one.variables() | rate)
+    for curve in run(_curve, case.world, case.variables() | rate):
+        for pair, wanted in zip(curve, expected, strict=True):
             assert pair == pytest.approx(wanted, abs=3e-6)

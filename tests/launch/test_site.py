@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron.config.errors import ConfigError
-from megatron.launch.scheduler import find_job
+from megatron.launch.site import find_job
 from tests.launch.places import pbs_job, slurm_job
 
 
