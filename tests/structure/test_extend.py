@@ -165,7 +165,7 @@ def add_schedule() -> None:
     """Half the rate after each step."""
     from megatron.config.schedule import STYLES
 
-    STYLES["halving"] = lambda iteration, schedule: schedule.max_lr / 2**iteration
+    STYLES["halving"] = lambda iteration, optimizer: optimizer.learning_rate / 2**iteration
 
 
 def test_a_schedule(tmp_path: Path) -> None:
@@ -282,10 +282,10 @@ def test_a_machine(
 ) -> None:
     assert find_machine("attic7", {}) is machine
     monkeypatch.setattr("socket.gethostname", lambda: "attic7")
-    ready = start.check([], {"DRY_RUN": "1"})
-    assert ready.resolved.run.machine == "attic"
-    assert ready.resolved.run.parallel.tensor_parallel == 2
-    assert ready.planned.environ["NCCL_ATTIC"] == "1"
+    _, resolved, planned = start.check([], {"DRY_RUN": "1"})
+    assert resolved.run.machine == "attic"
+    assert resolved.run.parallel.tensor_parallel == 2
+    assert planned.environ["NCCL_ATTIC"] == "1"
     assert "-m megatron.launch -n 2 -- " in dry_run(capsys)  # a rank per device
 
 

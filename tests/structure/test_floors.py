@@ -373,8 +373,11 @@ def test_deepspeed_and_its_insides_stay_in_the_engine(inside_names: Set[str]) ->
 ONE_NAME_TWICE = {
     "engine": "the package and the file of the class it is for",
     "optimizers": "one subject: their names without torch, their update rules with it",
+    "data": "the room, and the file that opens it for a RunConfig",
     "IntArray": "the same type: numpy's int64 array",
     "FloatArray": "the same type: numpy's float64 array",
+    "Log": "the same type: takes a line",
+    "Shares": "the same type: of train, validation and test",
 }
 
 
