@@ -119,7 +119,7 @@ def build_engine(
     if isinstance(engine.optimizer, WholeMatrixOptimizer):
         engine.optimizer.bind(
             engine.module.named_parameters(),
-            groups.sequence_data,
+            groups.dp_sp,
             groups.tp,
             engine.shards().spans(),
             run.model.vocab_size,

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Our checkpoints to Hugging Face folders (Llama, SmolLM3) and back, from and for any layout.
+"""Our checkpoints to Hugging Face folders and back, from and for any layout.
 
     python3 tools/convert_hf.py export RUN OUT [--iteration N] [--dtype bfloat16]
     python3 tools/convert_hf.py import HF_FOLDER RUN
@@ -10,7 +10,7 @@ RUN is a run's folder. An imported model is step 0 of a run that any layout can 
 from __future__ import annotations
 
 import argparse
-import json
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,22 +24,9 @@ from torch import Tensor
 from megatron.checkpoint import huggingface, store
 from megatron.checkpoint.state import RunState
 from megatron.checkpoint.tensors import TensorReader, write_pieces
+from megatron.config.shape import IDENTITY, ModelShape
 from megatron.data.prepare.tokenizer_export import export_tokenizer
-from megatron.training.checkpointing import SHAPE_FIELDS
 from megatron.training.optimizers.schedule_free import evaluation_weight
-
-VARIABLES = {
-    "num_layers": "NLAYERS",
-    "hidden_size": "HIDDEN",
-    "num_attention_heads": "HEADS",
-    "num_key_value_heads": "NUM_KV_HEAD",
-    "ffn_hidden_size": "FFN_HIDDEN_SIZE",
-    "vocab_size": "VOCAB_SIZE",
-    "nope_interval": "NOPE_INTERVAL",
-    "rope_theta": "ROPE_THETA",
-    "rope_scaling": "ROPE_SCALING",
-}
-"""Shape field -> variable that sets it, for the command that trains an imported model."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -68,19 +55,17 @@ def export(run: Path, out: Path, iteration: int | None, dtype: torch.dtype) -> i
         print("error: " + "\n".join(damage), file=sys.stderr)
         return 4
     settings = checkpoint.manifest["run"]
-    shape = huggingface.Shape(
-        **checkpoint.manifest["model"], seq_length=settings["model"]["seq_length"]
-    )
+    shape = ModelShape(**checkpoint.manifest["model"], seq_length=settings["model"]["seq_length"])
+    reader = TensorReader(checkpoint.files("tensors"))
     out.mkdir(parents=True, exist_ok=True)
     files = huggingface.export_weights(
-        _weights(TensorReader(checkpoint.files("tensors")), checkpoint.manifest), shape, out, dtype
+        _weights(reader, checkpoint.manifest), reader.names(), shape, out, dtype
     )
     eod = export_tokenizer(
         settings["data"]["tokenizer_type"], settings["data"]["tokenizer_model"], out
     )
     name = str(dtype).removeprefix("torch.")
-    config = huggingface.config_json(shape, name, eod)
-    (out / "config.json").write_text(json.dumps(config, indent=1))
+    huggingface.write_config(shape, out, name, eod)
     print(f"step {checkpoint.iteration} of {run}: {len(files)} weight file(s), {name}, in {out}")
     return 0
 
@@ -88,15 +73,14 @@ def export(run: Path, out: Path, iteration: int | None, dtype: torch.dtype) -> i
 def import_model(folder: Path, run: Path) -> int:
     """Makes a Hugging Face model the first checkpoint of a run."""
     shape = huggingface.read_shape(folder)
-    padded = -(-shape.vocab_size // 128) * 128
     root = run / "checkpoints"
     store.save(
         root,
         0,
-        lambda path: write_pieces(path, huggingface.import_pieces(folder, shape, padded)),
+        lambda path: write_pieces(path, huggingface.import_pieces(folder, shape)),
         {
             "state": RunState().to_dict(),
-            "model": {name: getattr(shape, name) for name in SHAPE_FIELDS},
+            "model": shape.identity(),
             "optimizer": None,
             "layout": f"Hugging Face, {folder}",
             "run": {},
@@ -127,17 +111,23 @@ def _weights(reader: TensorReader, manifest: dict[str, Any]) -> Callable[[str], 
     return read
 
 
-def _command(shape: huggingface.Shape, run: Path) -> str:
-    values = [f"RUN_DIR={run}"]
-    for name, variable in VARIABLES.items():
-        value = getattr(shape, name)
-        if value is not None:
-            values.append(
-                f"{variable}={value:g}" if isinstance(value, float) else f"{variable}={value}"
-            )
-    if shape.tie_embeddings:
-        values.append("TIE_EMBEDDINGS=1")
-    return " ".join(values) + f" bash train_alcf.sh --layernorm-epsilon {shape.rms_norm_eps:g}"
+def _command(shape: ModelShape, run: Path) -> str:
+    """The command that trains an imported model: what a checkpoint holds a resume to."""
+    values, flags = [f"RUN_DIR={run}"], []
+    for field in dataclasses.fields(shape):
+        value, option = getattr(shape, field.name), field.metadata
+        if field.name not in IDENTITY or value is None or value is False:
+            continue
+        text = (
+            f"{value:g}"
+            if isinstance(value, float)
+            else str(int(value) if value is True else value)
+        )
+        if option["env"]:
+            values.append(f"{option['env'][0]}={text}")
+        else:
+            flags.append(f"{option['flags'][0]} {text}")
+    return " ".join([*values, "bash train_alcf.sh", *flags])
 
 
 def _parser() -> argparse.ArgumentParser:

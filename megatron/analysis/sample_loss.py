@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,11 +12,10 @@ from megatron.checkpoint import store
 from megatron.checkpoint.tensors import TensorReader
 from megatron.config.errors import DataError
 from megatron.config.schema import RunConfig
-from megatron.model.llama import llama_layers
 from megatron.model.stack import Stack
 from megatron.parallel.cross_entropy import vocab_parallel_cross_entropy
 from megatron.parallel.groups import SERIAL
-from megatron.training.build import llama_config
+from megatron.training.build import model_layers
 from megatron.training.optimizers.schedule_free import evaluation_weight
 
 
@@ -39,9 +37,8 @@ class SampleLosses:
             raise DataError("\n".join(damage))
         self.iteration = checkpoint.iteration
         run = RunConfig.from_dict(checkpoint.manifest["run"])
-        config = dataclasses.replace(llama_config(run), recompute="none", sequence_parallel=False)
-        self._vocab_size = config.vocab_size
-        self._model = Stack(llama_layers(config, SERIAL))
+        self._vocab_size = run.model.vocab_size
+        self._model = Stack(model_layers(run))
         reader = TensorReader(checkpoint.files("tensors"))
         beta1 = run.optimizer.adam_beta1 if run.optimizer.optimizer == "adamwschedulefree" else None
         for name, parameter in self._model.named_parameters():
@@ -49,7 +46,7 @@ class SampleLosses:
             if beta1 is not None and "z" in reader.states(name):
                 weight = evaluation_weight(weight, reader.whole(name, "z"), beta1)
             with torch.no_grad():
-                parameter.copy_(weight)
+                parameter.copy_(weight[: len(parameter)])  # its padding depends on TP
 
     @torch.no_grad()
     def losses(self, samples: Iterable[Tensor]) -> list[float]:

@@ -76,7 +76,7 @@ REFUSED: dict[str, str] = {
     "--distributed-backend": "the backend follows from the device",
     "--deepspeed_config": "the DeepSpeed configuration is made from the other options",
     "--use-mics": "use --mics-shard-size",
-    "--kv-channels": "it is --hidden-size / --num-attention-heads",
+    "--kv-channels": "it is --hidden-size / --num-attention-heads, or --head-dim",
     "--max-position-embeddings": "rotary positions have no table; use --seq-length",
     "--num-layers-per-virtual-pipeline-stage": "the pipeline schedule is 1F1B",
     "--use-distributed-optimizer": "use --zero-stage 1",

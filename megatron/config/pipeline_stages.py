@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron.config.errors import ConfigError
-from megatron.config.formulas import block_flops, head_flops
-from megatron.config.shape import ModelShape
 
 SCHEDULES = {"1f1b": 1, "dualpipev": 2}
 """Stages that a rank holds, by schedule."""
@@ -20,25 +18,26 @@ def num_stages_per_rank(schedule: str) -> int:
     return SCHEDULES[schedule]
 
 
-def balanced_blocks(shape: ModelShape, stages: int, tensor_parallel: int = 1) -> tuple[int, ...]:
+def balanced_blocks(num_layers: int, stages: int, block: int, head: int) -> tuple[int, ...]:
     """Blocks of each stage such that the slowest stage is as fast as can be.
 
-    The head counts by its FLOPs against a block's; the embedding, a lookup, counts nothing but
-    leaves a block to others where stages are equal, as do the stages that keep more micro-batches.
+    The embedding, a lookup, costs nothing, but of equal stages the first gets a block last, as
+    do those that keep more micro-batches.
 
     Args:
-        shape: of the model, L blocks.
+        num_layers: blocks of the model, L.
         stages: pipeline stages, at most L.
+        block: cost of a block, in FLOPs.
+        head: cost of the head.
 
     Returns:
         Blocks of each stage, L in all. The last has none where the head alone outweighs the rest.
     """
-    assert 1 <= stages <= shape.num_layers, f"{shape.num_layers} layers for {stages} stages"
-    block = block_flops(shape)
+    assert 1 <= stages <= num_layers, f"{num_layers} layers for {stages} stages"
     costs = [0] * stages
-    costs[-1] += head_flops(shape, tensor_parallel)
+    costs[-1] += head
     blocks = [0] * stages
-    for _ in range(shape.num_layers):
+    for _ in range(num_layers):
         # Equal items: giving each to the lightest stage is optimal. Of equals the later stage,
         # which keeps fewer micro-batches in flight.
         stage = min(range(stages), key=lambda s: (costs[s], -s))
@@ -47,12 +46,10 @@ def balanced_blocks(shape: ModelShape, stages: int, tensor_parallel: int = 1) ->
     return tuple(blocks)
 
 
-def stage_costs(
-    shape: ModelShape, blocks: Sequence[int], tensor_parallel: int = 1
-) -> tuple[float, ...]:
-    """Cost of each stage in blocks: its blocks, and on the last the head's FLOPs over a block's."""
-    head = head_flops(shape, tensor_parallel) / block_flops(shape)
-    return tuple(count + head * (stage == len(blocks) - 1) for stage, count in enumerate(blocks))
+def stage_costs(blocks: Sequence[int], block: int, head: int) -> tuple[float, ...]:
+    """Cost of each stage in blocks: its blocks, and on the last the head's cost over a block's."""
+    last = len(blocks) - 1
+    return tuple(count + head / block * (stage == last) for stage, count in enumerate(blocks))
 
 
 def stage_bounds(blocks: Sequence[int]) -> tuple[int, ...]:

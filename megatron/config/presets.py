@@ -58,6 +58,11 @@ def _llama3(model: str, tied: bool, scaling: str) -> dict[str, Value]:
     return _hub(f"meta-llama/{model}", 128256, tied, 500000.0, ROPE_SCALING=scaling)
 
 
+def _qwen3(size: str, tied: bool) -> dict[str, Value]:
+    more: dict[str, Value] = {"ARCHITECTURE": "qwen3", "HEAD_DIM": 128}
+    return _hub(f"Qwen/Qwen3-{size}", 151936, tied, 1000000.0, **more)
+
+
 # Sources: the AuroraGPT launcher's shapes; config.json of each Hub model. The AuroraGPT, llama3-3B,
 # smollm3-3B and phi4-mini shapes are untied, with rotary embeddings in every layer.
 PRESETS: dict[str, Preset] = {
@@ -113,6 +118,22 @@ PRESETS: dict[str, Preset] = {
         "Llama-3.1-8B",
         ("meta-llama/Llama-3.1-8B",),
         _shape(32, 4096, 32, 8, 14336, 8192, **_llama3("Llama-3.1-8B", False, "llama3:8,1,4,8192")),
+    ),
+    "Qwen3-0.6B": Preset(
+        "Qwen3-0.6B",
+        ("Qwen/Qwen3-0.6B",),
+        _shape(28, 1024, 16, 8, 3072, 8192, **_qwen3("0.6B", True)),
+    ),
+    "Qwen3-1.7B": Preset(
+        "Qwen3-1.7B",
+        ("Qwen/Qwen3-1.7B",),
+        _shape(28, 2048, 16, 8, 6144, 8192, **_qwen3("1.7B", True)),
+    ),
+    "Qwen3-4B": Preset(
+        "Qwen3-4B", ("Qwen/Qwen3-4B",), _shape(36, 2560, 32, 8, 9728, 8192, **_qwen3("4B", True))
+    ),
+    "Qwen3-8B": Preset(
+        "Qwen3-8B", ("Qwen/Qwen3-8B",), _shape(36, 4096, 32, 8, 12288, 8192, **_qwen3("8B", False))
     ),
     # Learns the built-in corpus in a minute on two cores; fp32, because most CPUs emulate bf16.
     "debug": Preset(

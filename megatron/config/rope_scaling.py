@@ -10,7 +10,15 @@ LLAMA3_DEFAULT = "llama3:8,1,4,8192"  # Llama 3.1; Llama 3.2 has factor 32
 
 
 class Llama3Scaling(NamedTuple):
-    """Factors as in Hugging Face's `rope_scaling` of type llama3."""
+    """Llama 3.1's scaling of the rotary frequencies, to read beyond the length trained on.
+
+    Attributes:
+        factor: low frequencies are divided by it.
+        low_freq_factor: wavelengths above original_length / low_freq_factor are low frequencies.
+        high_freq_factor: wavelengths below original_length / high_freq_factor stay as they are;
+            between, a blend.
+        original_length: tokens of the first training.
+    """
 
     factor: float
     low_freq_factor: float

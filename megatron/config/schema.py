@@ -14,13 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.config import formulas, optimizers, presets, skip
+from megatron.config import optimizers, presets, skip
 from megatron.config.errors import ConfigError
 from megatron.config.layout import Layout
 from megatron.config.option import Option, option
 from megatron.config.pipeline_stages import balanced_blocks, num_stages_per_rank, parse_cuts
 from megatron.config.schedule import STYLES
 from megatron.config.shape import ModelShape
+from megatron.model.architecture import Architecture
+from megatron.model.registry import ARCHITECTURES
 
 TOKENIZER_TYPES = (
     "HFTokenizer", "SentencePieceTokenizer", "GPT2BPETokenizer", "Llama2Tokenizer",
@@ -197,7 +199,14 @@ class RunConfig:
         stages = parallel.pipeline_parallel * num_stages_per_rank(parallel.pipeline_schedule)
         if parallel.pipeline_cuts:
             return parse_cuts(parallel.pipeline_cuts)
-        return balanced_blocks(self.model, stages, parallel.tensor_parallel)
+        return balanced_blocks(self.model.num_layers, stages, *self.layer_costs)
+
+    @property
+    def layer_costs(self) -> tuple[int, int]:
+        """FLOPs per token of a block's and of the head's forward pass."""
+        architecture = self.architecture
+        head = architecture.head_flops(self.model, self.parallel.tensor_parallel)
+        return architecture.block_flops(self.model), head
 
     @property
     def layout(self) -> Layout:
@@ -221,9 +230,14 @@ class RunConfig:
         return self.train.global_batch_size * self.model.seq_length
 
     @property
+    def architecture(self) -> Architecture:
+        """The model's family."""
+        return ARCHITECTURES[self.model.architecture]
+
+    @property
     def parameters(self) -> int:
         """Parameters of the whole model, padding of the vocabulary included."""
-        return formulas.parameters(self.model, self.parallel.tensor_parallel)
+        return self.architecture.parameters(self.model, self.parallel.tensor_parallel)
 
     @property
     def label(self) -> str:

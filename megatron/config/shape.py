@@ -1,8 +1,7 @@
-"""The integers of a model: the only type for them, and the configuration's section `model`."""
+"""The shape of a model: the only type for its integers, and the configuration's section `model`."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 
 from megatron.config.option import option
 from megatron.config.rope_scaling import Llama3Scaling, parse
+from megatron.model.registry import ARCHITECTURES
 
 
 @dataclass(frozen=True)
@@ -17,10 +17,12 @@ class ModelShape:
     """Shape of a transformer (Hugging Face's Llama conventions)."""
 
     model_arch: str = option(None, "MODEL_ARCH", "--model-arch", "preset of the model's shape; 7B on a known HPC machine, debug elsewhere")
+    architecture: str = option("llama", "ARCHITECTURE", "--architecture", "family of the model; default the preset's", ARCHITECTURES)
     num_layers: int = option(None, "NLAYERS NUM_LAYERS", "--num-layers", "transformer layers", least=1)
     hidden_size: int = option(None, "HIDDEN", "--hidden-size", "width of the residual stream", least=1)
     num_attention_heads: int = option(None, "HEADS NHEADS", "--num-attention-heads", "query heads", least=1)
     num_key_value_heads: int = option(None, "NUM_KV_HEAD", "--num-key-value-heads", "key/value heads (grouped-query attention)", least=1)
+    head_dim: int | None = option(None, "HEAD_DIM", "--head-dim", "width of an attention head; unset: HIDDEN / HEADS", least=1)
     ffn_hidden_size: int = option(None, "FFN_HIDDEN_SIZE", "--ffn-hidden-size", "width of the SwiGLU MLP", least=1)
     seq_length: int = option(None, "SEQ SEQ_LEN SEQ_LENGTH", "--seq-length", "tokens in a training sample", least=1)
     tie_embeddings: bool = option(False, "TIE_EMBEDDINGS", "--tie-embeddings", "one matrix for input embedding and output head")
@@ -32,14 +34,19 @@ class ModelShape:
     vocab_size: int = option(None, "VOCAB_SIZE", "--vocab-size", "vocabulary before padding; default: the tokenizer's", least=1)
 
     @property
-    def key_value_size(self) -> int:
-        """Width of the keys, and of the values, of one layer."""
-        return self.num_key_value_heads * self.head_dim
+    def head_width(self) -> int:
+        """Width of an attention head: head_dim, or what follows from the heads."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
 
     @property
-    def head_dim(self) -> int:
-        """Width of an attention head."""
-        return self.hidden_size // self.num_attention_heads
+    def query_size(self) -> int:
+        """Width of the queries, and of the attention's output, of one layer."""
+        return self.num_attention_heads * self.head_width
+
+    @property
+    def key_value_size(self) -> int:
+        """Width of the keys, and of the values, of one layer."""
+        return self.num_key_value_heads * self.head_width
 
     @property
     def weight_std(self) -> float:
@@ -66,23 +73,26 @@ class ModelShape:
         return -(-self.vocab_size // multiple) * multiple
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same for weights to fit and mean the same."""
-        return {name: getattr(self, name) for name in IDENTITY}
+        """What must be the same for weights to fit and mean the same; in a checkpoint's manifest.
+
+        `ModelShape(**identity)` is the shape without its sequence length; fields that an older
+        checkpoint lacks have their defaults.
+        """
+        return {name: getattr(self, name) for name in IDENTITY} | {"head_dim": self.head_width}
 
     def changes_since(self, stored: Mapping[str, Any]) -> list[str]:
         """`field before -> now` of each difference from an `identity()` that was stored."""
+        before = ModelShape(**stored).identity()  # an older one lacks fields that have defaults
         return [
-            f"{field.name} {before} -> {now}"
-            for field in dataclasses.fields(self)
-            if field.name in IDENTITY
-            # A field younger than what was stored had its default then.
-            and (before := stored.get(field.name, field.default))
-            != (now := getattr(self, field.name))
+            f"{name} {before[name]} -> {value}"
+            for name, value in self.identity().items()
+            if before[name] != value
         ]
 
 
 IDENTITY = (
     "num_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "ffn_hidden_size",
     "vocab_size", "tie_embeddings", "nope_interval", "rope_theta", "rope_scaling", "rms_norm_eps",
+    "architecture", "head_dim",
 )  # fmt: skip
-"""Fields of `ModelShape` that a checkpoint holds a resume to."""
+"""Fields that a checkpoint holds a resume to."""

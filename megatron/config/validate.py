@@ -14,6 +14,7 @@ from megatron.config import optimizers, rope_scaling
 from megatron.config.errors import ConfigError
 from megatron.config.option import Draft
 from megatron.config.pipeline_stages import num_stages_per_rank, parse_cuts
+from megatron.model.registry import ARCHITECTURES
 
 TP, PP, SP = "parallel.tensor_parallel", "parallel.pipeline_parallel", "parallel.sequence_parallel"
 MEGATRON_SP = "parallel.megatron_sequence_parallel"
@@ -21,6 +22,7 @@ ZERO, WORLD = "parallel.zero_stage", "parallel.world_size"
 HOSTS = "launch.num_hosts"
 SCHEDULE, CUTS = "parallel.pipeline_schedule", "parallel.pipeline_cuts"
 HEADS, KV_HEADS = "model.num_attention_heads", "model.num_key_value_heads"
+ARCHITECTURE, HEAD_DIM = "model.architecture", "model.head_dim"
 HIDDEN, FFN, LAYERS = "model.hidden_size", "model.ffn_hidden_size", "model.num_layers"
 LENGTH = "model.seq_length"
 
@@ -46,15 +48,29 @@ def divides(draft: Draft, part: str, *wholes: str) -> Iterator[str]:
 
 
 def check_shape(draft: Draft) -> Iterator[str]:
-    """Heads divide the width, and key/value heads the query heads."""
-    yield from divides(draft, HEADS, HIDDEN)
+    """Heads divide the width unless theirs is given, and key/value heads the query heads."""
+    width, rest = draft.get(HEAD_DIM), 0
+    if width is None:
+        yield from divides(draft, HEADS, HIDDEN)
+        width, rest = divmod(draft.get(HIDDEN), draft.get(HEADS))
     yield from divides(draft, KV_HEADS, HEADS)
-    width, odd = divmod(draft.get(HIDDEN), draft.get(HEADS))
-    if odd == 0 and width % 2:
+    if width % 2 and draft.get(HEAD_DIM):
+        yield (
+            f"{draft.show(HEAD_DIM)} is odd, but rotary embeddings rotate pairs: set "
+            f"{draft.name(HEAD_DIM)}={width + 1}"
+        )
+    elif width % 2 and rest == 0:
         yield (
             f"{draft.show(HIDDEN)} / {draft.show(HEADS)} = {width} is odd, but rotary "
             f"embeddings rotate pairs: set {draft.name(HIDDEN)}={draft.get(HEADS) * (width + 1)}"
         )
+    for field, value in ARCHITECTURES[draft.get(ARCHITECTURE)].fixed.items():
+        key = f"model.{field}"
+        if draft.get(key) != value:
+            yield (
+                f"{draft.show(key)}, but {draft.show(ARCHITECTURE)} has {value} only: set "
+                f"{draft.name(key)}={value}, or another {draft.name(ARCHITECTURE)}"
+            )
     scaling = draft.get("model.rope_scaling")
     if scaling is not None:
         try:

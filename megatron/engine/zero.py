@@ -162,7 +162,7 @@ class ZeroEngine(Engine):
 
     def _mean_over_data_parallel(self, value: Tensor) -> Tensor:
         """Of samples and, as a sequence is split evenly, of their positions."""
-        dp = self.groups.sequence_data
+        dp = self.groups.dp_sp
         if dp.group is not None:
             dist.all_reduce(value, group=dp.group)
             value /= dp.size

@@ -1,30 +1,29 @@
-"""Causal attention with grouped key/value heads, the heads cut over the tensor-parallel axis.
+"""Causal attention with grouped key/value heads, the heads sharded over the tensor-parallel axis.
 
-Two kinds of sequence parallelism meet here. Megatron's cuts what comes in and goes out over the
-tensor-parallel axis; Ulysses' has cut the sequence itself, and is undone around the attention.
-Legend: B batch, S sequence, p = S/sp a piece of it, s = p or, with Megatron's, p/tp; H hidden, N
-query heads, K key/value heads, D head width.
+Two kinds of sequence parallelism meet here. Megatron's shards the input and the output over the
+tensor-parallel axis. Ulysses' shards the sequence itself, except inside the attention.
+Legend: B batch, S sequence, p = S/sp, s = p or, with Megatron's, p/tp; H hidden, N query heads, K
+key/value heads, D head width.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from megatron.model.llama_config import LlamaConfig
-from megatron.model.recompute import recomputed
+from megatron.config.shape import ModelShape
+from megatron.model.layer import ModelContext, recomputed
 from megatron.model.rope import Rope, apply_rope, tables_for
-from megatron.parallel.groups import SERIAL, Axis
 from megatron.parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
-    column_products,
+    column_parallel_linears,
     shard_size,
 )
-from megatron.parallel.ulysses import heads_to_pieces, pieces_to_heads
+from megatron.parallel.ulysses import head_to_seq_all_to_all, seq_to_head_all_to_all
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, no_flash: bool) -> Tensor:
@@ -55,59 +54,61 @@ class Attention(nn.Module):
     """
 
     def __init__(
-        self, config: LlamaConfig, rope: Rope | None, tp: Axis, name: str, sp: Axis = SERIAL
+        self,
+        shape: ModelShape,
+        context: ModelContext,
+        name: str,
+        rope: Rope | None,
+        qk_norm: Callable[[int], nn.Module] | None = None,
     ) -> None:
         """Builds the layers.
 
         Args:
-            config: shape of the model.
-            rope: rotary embedding; None for a block without.
-            tp: tensor-parallel axis.
+            shape: of the model.
+            context: how to compute.
             name: this module's, `<block>.attention`.
-            sp: sequence-parallel axis (Ulysses).
+            rope: rotary embedding; None for a block without.
+            qk_norm: number of heads -> norm of queries or keys (B, p, heads/tp, D), before the
+                rotary embedding; None: no norms.
 
         Raises:
             ValueError: the key/value heads are not a multiple of TP, or the query heads of TP x SP.
         """
         super().__init__()
-        shard_size(config.num_key_value_heads, tp, "NUM_KV_HEAD")
-        if config.num_attention_heads % (tp.size * sp.size):
-            raise ValueError(
-                f"HEADS={config.num_attention_heads} is not a multiple of TP x SP = "
-                f"{tp.size} x {sp.size}"
-            )
+        heads, tp, sp = shape.num_attention_heads, context.tp, context.sp
+        shard_size(shape.num_key_value_heads, tp, "NUM_KV_HEAD")
+        if heads % (tp.size * sp.size):
+            raise ValueError(f"HEADS={heads} is not a multiple of TP x SP = {tp.size} x {sp.size}")
         self.sp = sp
         self.rope = rope
-        self.head_dim = config.head_dim
-        self.no_flash = config.no_flash_attention
-        self.recompute = config.recompute == "selective"
-        hidden, std = config.hidden_size, config.weight_std
-        kv_size = config.num_key_value_heads * config.head_dim
-        shared: dict[str, Any] = {
-            "seed": config.seed,
-            "sequence_parallel": config.sequence_parallel,
-        }
+        self.head_width = shape.head_width
+        self.no_flash = context.no_flash_attention
+        self.recompute = context.recompute == "selective"
+        q, kv, options = shape.query_size, shape.key_value_size, context.linear_options
 
         def column(letter: str, size: int) -> ColumnParallelLinear:
-            weight = f"{name}.{letter}.weight"
-            return ColumnParallelLinear(hidden, size, tp, name=weight, std=std, **shared)
+            weight, std = f"{name}.{letter}.weight", shape.weight_std
+            return ColumnParallelLinear(shape.hidden_size, size, name=weight, std=std, **options)
 
-        self.q = column("q", hidden)
-        self.k = column("k", kv_size)
-        self.v = column("v", kv_size)
+        self.q, self.k, self.v = column("q", q), column("k", kv), column("v", kv)
         self.o = RowParallelLinear(
-            hidden, hidden, tp, name=f"{name}.o.weight", std=config.residual_std, **shared
+            q, shape.hidden_size, name=f"{name}.o.weight", std=shape.residual_std, **options
         )
+        self.q_norm = qk_norm(heads) if qk_norm else None
+        self.k_norm = qk_norm(shape.num_key_value_heads) if qk_norm else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Normed residual stream (B, s, H) -> (B, s, H).
 
         Without Megatron's sequence parallelism both are equal on all tensor-parallel ranks.
         """
-        projected = column_products(x, (self.q, self.k, self.v))
+        projected = column_parallel_linears(x, (self.q, self.k, self.v))
         # (B, p, heads/tp * D) -> (B, p, heads/tp, D)
-        q, k, v = (y.unflatten(2, (-1, self.head_dim)) for y in projected)
-        q, k, v = pieces_to_heads(q, k, v, self.sp)  # (B, S, heads/tp/sp, D)
+        q, k, v = (y.view(*y.shape[:2], -1, self.head_width) for y in projected)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.sp.size > 1:
+            q, k, v = seq_to_head_all_to_all(q, k, v, self.sp)  # (B, S, heads/tp/sp, D)
         if self.recompute:
             return recomputed(self._core, q, k, v)
         return self._core(q, k, v)
@@ -115,9 +116,11 @@ class Attention(nn.Module):
     def _core(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, heads/tp/sp, S, D)
         if self.rope is not None:
-            # All positions are here, whatever the cut of the sequence outside.
+            # All positions are here, however the sequence is sharded outside.
             tables = tables_for(self.rope, q)
             q, k = apply_rope(q, tables), apply_rope(k, tables)
-        y = causal_attention(q, k, v, self.no_flash)
-        y = heads_to_pieces(y.transpose(1, 2), self.sp)  # (B, p, N/tp, D)
-        return self.o(y.flatten(2))  # (B, s, H)
+        y = causal_attention(q, k, v, self.no_flash).transpose(1, 2)
+        if self.sp.size > 1:
+            y = head_to_seq_all_to_all(y, self.sp)  # (B, p, N/tp, D)
+        x: Tensor = self.o(y.flatten(2))  # (B, s, H)
+        return x

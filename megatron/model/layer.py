@@ -1,11 +1,18 @@
-"""One entry of a model's list of layers: how to build it, and what a checkpoint calls it."""
+"""What a model is made of: entries of a list of layers, and how their modules compute."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megatron.parallel.groups import SERIAL, Axis
+
+RECOMPUTE = ("none", "selective", "full")
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,50 @@ class Layer:
     recompute: bool = False
 
 
-def layer_name(index: int, tied_key: str | None = None) -> str:
-    """Prefix of the parameters of the layer at `index` of the list."""
-    return str(index) if tied_key is None else f"tied_modules.{tied_key}"
+@dataclass(frozen=True)
+class ModelContext:
+    """How a model's modules compute, beside its shape; no field changes the function they compute.
+
+    Attributes:
+        tp: tensor-parallel axis.
+        sp: sequence-parallel axis (Ulysses); B and S are then those of this rank's shard.
+        seed: of the initial weights.
+        recompute: what the backward pass recomputes: "none", "selective" (all but matrix products)
+            or "full" (blocks).
+        sequence_parallel: Megatron's: shards the residual stream along the sequence over `tp`.
+        no_flash_attention: attention by plain matrix products.
+    """
+
+    tp: Axis = SERIAL
+    sp: Axis = SERIAL
+    seed: int = 1234
+    recompute: str = "none"
+    sequence_parallel: bool = False
+    no_flash_attention: bool = False
+
+    def __post_init__(self) -> None:
+        if self.recompute not in RECOMPUTE:
+            raise ValueError(f"recompute={self.recompute!r} is not one of {', '.join(RECOMPUTE)}")
+
+    @property
+    def linear_options(self) -> dict[str, Any]:
+        """What every sharded layer takes."""
+        return {"tp": self.tp, "seed": self.seed, "sequence_parallel": self.sequence_parallel}
+
+    @property
+    def residual_axis(self) -> Axis:
+        """The axis whose ranks hold different positions of the residual stream."""
+        return self.tp if self.sequence_parallel else SERIAL
+
+
+def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """function(*inputs), which keeps its inputs only and runs again in the backward pass.
+
+    The second run stops as soon as the last tensor the backward needs is there. So a matrix product
+    at the end of `function`, and the all-reduce after it, are not done twice: only their input is.
+    """
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    # Nothing here is random, so there is no generator state to keep.
+    result: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return result

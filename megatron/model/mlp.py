@@ -5,15 +5,16 @@ Legend: B batch, S sequence, s = S or, with sequence parallelism, S/tp; H hidden
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron.model.llama_config import LlamaConfig
-from megatron.model.recompute import recomputed
-from megatron.parallel.groups import Axis
-from megatron.parallel.layers import ColumnParallelLinear, RowParallelLinear, column_products
+from megatron.config.shape import ModelShape
+from megatron.model.layer import ModelContext, recomputed
+from megatron.parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    column_parallel_linears,
+)
 
 
 class MLP(nn.Module):
@@ -23,38 +24,35 @@ class MLP(nn.Module):
     sequence parallelism a reduce-scatter and an all-gather instead of each.
     """
 
-    def __init__(self, config: LlamaConfig, tp: Axis, name: str) -> None:
+    def __init__(self, shape: ModelShape, context: ModelContext, name: str) -> None:
         """Builds the layers.
 
         Args:
-            config: shape of the model.
-            tp: tensor-parallel axis.
+            shape: of the model.
+            context: how to compute.
             name: this module's, `<block>.mlp`.
         """
         super().__init__()
-        self.recompute = config.recompute == "selective"
-        hidden, ffn = config.hidden_size, config.ffn_hidden_size
-        shared: dict[str, Any] = {
-            "seed": config.seed,
-            "sequence_parallel": config.sequence_parallel,
-        }
+        self.recompute = context.recompute == "selective"
+        hidden, ffn = shape.hidden_size, shape.ffn_hidden_size
+        options = context.linear_options
 
         def column(part: str) -> ColumnParallelLinear:
-            weight, std = f"{name}.{part}.weight", config.weight_std
-            return ColumnParallelLinear(hidden, ffn, tp, name=weight, std=std, **shared)
+            weight, std = f"{name}.{part}.weight", shape.weight_std
+            return ColumnParallelLinear(hidden, ffn, name=weight, std=std, **options)
 
-        self.gate = column("gate")
-        self.up = column("up")
+        self.gate, self.up = column("gate"), column("up")
         self.down = RowParallelLinear(
-            ffn, hidden, tp, name=f"{name}.down.weight", std=config.residual_std, **shared
+            ffn, hidden, name=f"{name}.down.weight", std=shape.residual_std, **options
         )
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, s, H) -> (B, s, H); without sequence parallelism equal on all ranks of the axis."""
-        gate, up = column_products(x, (self.gate, self.up))  # (B, S, F/tp)
+        gate, up = column_parallel_linears(x, (self.gate, self.up))  # (B, S, F/tp)
         if self.recompute:
             return recomputed(self._product, gate, up)
         return self._product(gate, up)
 
     def _product(self, gate: Tensor, up: Tensor) -> Tensor:
-        return self.down(F.silu(gate) * up)
+        x: Tensor = self.down(F.silu(gate) * up)
+        return x

@@ -7,27 +7,33 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron.parallel.groups import SERIAL, Axis
-from megatron.parallel.layers import mark
+from megatron.parallel.layers import set_tensor_parallel_attributes
 from megatron.parallel.mappings import copy_to_tensor_parallel
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm over the last dimension; every tensor-parallel rank holds the whole weight.
+    """RMSNorm over the last dimension; the weight is replicated over the tensor-parallel ranks.
 
-    Forward: no communication. Backward: where the positions are cut, one all-reduce of the weight's
-    gradient: each rank's is that of its own positions, and whoever takes norms and steps must find
-    the same weight with the same gradient on all ranks.
+    Forward: no communication. Backward: one all-reduce of the weight's gradient where the ranks
+    norm different vectors: clipping and the optimizer need identical gradients on all of them.
     """
 
-    def __init__(self, size: int, eps: float, cut: Axis = SERIAL) -> None:
-        """Args: cut is the tensor-parallel axis where it cuts the positions, else one rank."""
+    def __init__(self, size: int, eps: float, tp: Axis = SERIAL) -> None:
+        """Builds the weight, all ones.
+
+        Args:
+            size: of the last dimension.
+            eps: added to the mean square.
+            tp: axis whose ranks norm different vectors (positions or heads); SERIAL where all
+                norm the same.
+        """
         super().__init__()
         self.size = size
         self.eps = eps
-        self.cut = cut
-        self.weight = mark(nn.Parameter(torch.ones(size)), (size,), partition_dim=None)
+        self.tp = tp
+        self.weight = set_tensor_parallel_attributes(nn.Parameter(torch.ones(size)), (size,), None)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., size) -> (..., size)."""
-        weight = copy_to_tensor_parallel(self.weight, self.cut)
+        weight = copy_to_tensor_parallel(self.weight, self.tp)
         return F.rms_norm(x, (self.size,), weight, self.eps)

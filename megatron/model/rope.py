@@ -12,22 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
-class RopeScaling(NamedTuple):
-    """Llama 3.1's stretching of the low frequencies, to read beyond the length trained on.
-
-    Attributes:
-        factor: low frequencies are divided by it.
-        low_freq_factor: wavelengths above original_length / low_freq_factor are low frequencies.
-        high_freq_factor: wavelengths below original_length / high_freq_factor stay as they are;
-            between, a blend.
-        original_length: tokens of the first training.
-    """
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_length: int
+from megatron.config.rope_scaling import Llama3Scaling
 
 
 class Rope(NamedTuple):
@@ -35,19 +20,19 @@ class Rope(NamedTuple):
 
     head_dim: int
     theta: float
-    scaling: RopeScaling | None = None
+    scaling: Llama3Scaling | None = None
 
 
 def inverse_frequencies(rope: Rope, device: torch.device | None = None) -> Tensor:
-    """(D/2,) fp32 angles a position."""
+    """(D/2,) fp32 angles per position."""
     exponents = torch.arange(0, rope.head_dim, 2, dtype=torch.int64, device=device).to(
         torch.float32
     )
     frequencies = 1.0 / (rope.theta ** (exponents / rope.head_dim))
-    return frequencies if rope.scaling is None else _stretched(frequencies, rope.scaling)
+    return frequencies if rope.scaling is None else _apply_llama3_scaling(frequencies, rope.scaling)
 
 
-def _stretched(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+def _apply_llama3_scaling(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:
     longest_kept = scaling.original_length / scaling.high_freq_factor
     shortest_divided = scaling.original_length / scaling.low_freq_factor
     wavelengths = 2 * math.pi / frequencies
@@ -85,9 +70,8 @@ def tables_for(rope: Rope, x: Tensor) -> tuple[Tensor, Tensor]:
         x: gives length, device and dtype.
     """
     length = x.shape[-2]
-    if (
-        torch.compiler.is_compiling()
-    ):  # inside a graph they fuse with their use, and a Python cache does not exist
+    # Inside a graph they fuse with their use, and a Python cache does not exist.
+    if torch.compiler.is_compiling():
         return rotary_tables(rope, torch.arange(length, device=x.device), x.dtype)
     return _kept_tables(rope, length, x.device, x.dtype)
 

@@ -11,8 +11,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from megatron.model.layer import Layer
-from megatron.model.recompute import recomputed
+from megatron.model.layer import Layer, recomputed
 
 
 class Stack(nn.Module):
@@ -24,8 +23,7 @@ class Stack(nn.Module):
         Args:
             layers: the model.
             recompute_num_layers: keeps the input of every n-th of the layers that allow it, and
-                computes the rest again in the backward pass; 0: leaves that to the layers
-                themselves.
+                recomputes the rest in the backward pass; 0: leaves that to the layers themselves.
         """
         super().__init__()
         self.tied_modules = nn.ModuleDict()

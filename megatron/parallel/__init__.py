@@ -1,1 +1,1 @@
-"""Collectives and layers cut over ranks, given plain integers and process groups (floor 1)."""
+"""Collectives and layers sharded over ranks, given plain integers and process groups (floor 1)."""

@@ -1,7 +1,7 @@
-"""Cross entropy of logits whose vocabulary is cut over ranks: no rank ever holds a whole row.
+"""Cross entropy of logits whose vocabulary is sharded over ranks: no rank gathers a whole row.
 
 In fp32 whatever the logits' dtype, a block of tokens at a time. Kept for the backward are the
-logits as they came and one number a token, never a softmax. Legend: B batch, S sequence, T = B*S
+logits as they came and one number per token, never a softmax. Legend: B batch, S sequence, T = B*S
 tokens, V padded vocabulary.
 """
 
@@ -17,15 +17,15 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from megatron.parallel.groups import Axis
-from megatron.parallel.vocabulary import check_token_ids
+from megatron.parallel.layers import check_token_ids
 
-ELEMENTS_A_BLOCK = 1 << 24
+ELEMENTS_PER_BLOCK = 1 << 24
 """Logits turned into fp32 at once: 64 MiB."""
 
 
 def _blocks(logits: Tensor) -> Iterator[slice]:
     tokens, columns = logits.shape
-    step = max(1, ELEMENTS_A_BLOCK // columns)
+    step = max(1, ELEMENTS_PER_BLOCK // columns)
     return (slice(first, min(first + step, tokens)) for first in range(0, tokens, step))
 
 

@@ -1,4 +1,4 @@
-"""The process groups of a rank, made once and passed to whatever needs one.
+"""The process groups of a rank, made once and passed to what needs one.
 
 A layer takes an `Axis`; the axis of size one has no group and is the serial case. Nothing here is
 global.
@@ -46,7 +46,7 @@ class Groups:
         layout: sizes of the axes.
         rank: this one, in the world.
         tp, dp, pp, sp: the axes of the layout.
-        sequence_data: dp and sp as one axis, data the slower: the ranks that hold the same weights.
+        dp_sp: dp and sp as one axis, dp the slower: the ranks that hold the same weights.
     """
 
     layout: Layout
@@ -55,19 +55,19 @@ class Groups:
     dp: Axis
     pp: Axis
     sp: Axis
-    sequence_data: Axis
+    dp_sp: Axis
 
     def without_sequence(self) -> Groups:
-        """The groups of `Layout.without_sequence`: dp is `sequence_data`, sp this rank alone."""
+        """The groups of `Layout.without_sequence`: dp is `dp_sp`, sp this rank alone."""
         alone = Axis(group=None, rank=0, size=1, ranks=(self.rank,))
         return Groups(
             layout=self.layout.without_sequence(),
             rank=self.rank,
             tp=self.tp,
-            dp=self.sequence_data,
+            dp=self.dp_sp,
             pp=self.pp,
             sp=alone,
-            sequence_data=self.sequence_data,
+            dp_sp=self.dp_sp,
         )
 
 
@@ -99,9 +99,9 @@ def make_groups(layout: Layout, timeout: timedelta | None = None) -> Groups:
 
     sp, dp = axis(layout.sp_ranks(rank)), axis(layout.dp_ranks(rank))
     if sp.size == 1 or dp.size == 1:
-        sequence_data = dp if sp.size == 1 else sp  # one of the two is all of it
+        dp_sp = dp if sp.size == 1 else sp  # one of the two is all of it
     else:
-        sequence_data = axis(layout.without_sequence().dp_ranks(rank))
+        dp_sp = axis(layout.without_sequence().dp_ranks(rank))
     return Groups(
         layout=layout,
         rank=rank,
@@ -109,5 +109,5 @@ def make_groups(layout: Layout, timeout: timedelta | None = None) -> Groups:
         dp=dp,
         pp=axis(layout.pp_ranks(rank)),
         sp=sp,
-        sequence_data=sequence_data,
+        dp_sp=dp_sp,
     )

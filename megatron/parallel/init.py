@@ -1,8 +1,8 @@
 """Initial weights free of the layout: each a function of (seed, name, full shape, std).
 
-A weight is drawn in blocks of rows, each from its own generator, so a rank draws only the blocks it
-holds rows of and still has the numbers it would have as part of the whole. Always fp32 on the CPU,
-then cast: no device changes a weight.
+A weight is drawn in blocks of rows, each from its own generator, so a rank draws only the blocks
+that its shard touches and still gets the numbers of the whole matrix. Always fp32 on the CPU, then
+cast: no device changes a weight.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-ROWS_A_BLOCK = 128
+ROWS_PER_BLOCK = 128
 """Rows drawn from one generator. Changing it changes the initial weights of all models."""
 
 
@@ -42,7 +42,7 @@ def sharded_normal_(
         name: the parameter's name; each name has its own numbers.
         shape: the whole matrix. Rows of `out` beyond it are zero (padding of the vocabulary).
         std: standard deviation; the mean is 0.
-        dim: the dimension that is cut; along the other `out` is whole.
+        dim: the dimension that is sharded; along the other `out` is whole.
         start: where `out` begins along `dim`.
 
     Returns:
@@ -57,10 +57,10 @@ def sharded_normal_(
     if last_row <= first_row:
         return out.zero_()
     out[last_row - first_row :].zero_()
-    for block in range(first_row // ROWS_A_BLOCK, -(-last_row // ROWS_A_BLOCK)):
-        top = block * ROWS_A_BLOCK
-        rows = _draw_block(seed, name, block, min(ROWS_A_BLOCK, shape[0] - top), shape[1], std)
-        low, high = max(top, first_row), min(top + ROWS_A_BLOCK, last_row)
+    for block in range(first_row // ROWS_PER_BLOCK, -(-last_row // ROWS_PER_BLOCK)):
+        top = block * ROWS_PER_BLOCK
+        rows = _draw_block(seed, name, block, min(ROWS_PER_BLOCK, shape[0] - top), shape[1], std)
+        low, high = max(top, first_row), min(top + ROWS_PER_BLOCK, last_row)
         out[low - first_row : high - first_row].copy_(rows[low - top : high - top, columns])
     return out
 

@@ -1,7 +1,7 @@
-"""Linear layers and the embedding, cut over the tensor-parallel axis they are given. No biases.
+"""Linear layers and the embedding, sharded over the tensor-parallel axis they get. No biases.
 
 On an axis of size one they are the serial layers. With `sequence_parallel` what lies between them
-is cut along the sequence (`megatron.parallel.sequence`).
+is sharded along the sequence (`megatron.parallel.sequence`).
 Legend: B batch, S sequence, s = S/tp with sequence_parallel, else S, H hidden, V padded vocabulary.
 """
 
@@ -17,7 +17,6 @@ from megatron.parallel.groups import Axis
 from megatron.parallel.init import sharded_normal_
 from megatron.parallel.mappings import copy_to_tensor_parallel, reduce_from_tensor_parallel
 from megatron.parallel.sequence import gathered_linear, reduce_scatter_positions
-from megatron.parallel.vocabulary import check_token_ids
 
 
 def shard_size(size: int, tp: Axis, what: str) -> int:
@@ -31,25 +30,29 @@ def shard_size(size: int, tp: Axis, what: str) -> int:
     return size // tp.size
 
 
-def mark(
-    parameter: nn.Parameter, full_shape: tuple[int, ...], partition_dim: int | None
+def set_tensor_parallel_attributes(
+    parameter: nn.Parameter,
+    full_shape: tuple[int, ...],
+    partition_dim: int | None,
+    is_vocabulary: bool = False,
 ) -> nn.Parameter:
-    """Writes on a parameter how it is cut: what gradient norms and checkpoints need to know.
+    """Records on a parameter what gradient norms, checkpoints and optimizers need to know.
 
     Args:
-        parameter: this rank's slice.
+        parameter: this rank's shard.
         full_shape: of the whole parameter, padding of the vocabulary included.
-        partition_dim: the dimension cut over the axis; None where every rank holds the whole.
+        partition_dim: the dimension sharded over the axis; None where it is replicated.
+        is_vocabulary: it has one row per token: an embedding or a head.
 
     Returns:
-        The parameter with `full_shape` and, where cut, `partition_dim` and
-        `tensor_model_parallel = True`. Without the last DeepSpeed counts a cut parameter on one
-        rank only in the gradient norm, and clips wrongly without a word.
+        The parameter with `full_shape`, `is_vocabulary` and, where sharded, `partition_dim` and
+        `tensor_model_parallel = True`. Without the last DeepSpeed counts a shard on one rank only
+        in the gradient norm, and silently clips wrongly.
     """
-    marks: dict[str, object] = {"full_shape": full_shape}
+    attributes: dict[str, object] = {"full_shape": full_shape, "is_vocabulary": is_vocabulary}
     if partition_dim is not None:
-        marks |= {"partition_dim": partition_dim, "tensor_model_parallel": True}
-    for key, value in marks.items():
+        attributes |= {"partition_dim": partition_dim, "tensor_model_parallel": True}
+    for key, value in attributes.items():
         setattr(parameter, key, value)
     return parameter
 
@@ -64,16 +67,16 @@ def sharded_weight(
     std: float,
     used_rows: int | None = None,
 ) -> nn.Parameter:
-    """This rank's slice of a normal matrix, marked.
+    """This rank's shard of a normal matrix, with its attributes.
 
     Args:
         shape: the whole matrix.
-        dim: the dimension cut over `tp`.
+        dim: the dimension sharded over `tp`.
         tp: tensor-parallel axis.
         seed: of the run.
         name: of the parameter; decides its numbers together with the seed.
         std: standard deviation.
-        used_rows: rows that are not padding (which is zero); default all.
+        used_rows: of a vocabulary matrix, the rows that are not padding (which is zero).
 
     Raises:
         ValueError: the dimension is not a multiple of TP.
@@ -86,13 +89,14 @@ def sharded_weight(
     sharded_normal_(
         local, seed=seed, name=name, shape=drawn, std=std, dim=dim, start=tp.rank * size
     )
-    return mark(nn.Parameter(local), shape, dim)
+    return set_tensor_parallel_attributes(nn.Parameter(local), shape, dim, used_rows is not None)
 
 
 class ColumnParallelLinear(nn.Module):
-    """y = x W^T, the rows of W (the outputs) cut over the axis: x (B, s, in) -> y (B, S, out/tp).
+    """y = x W^T, rows of W (the outputs) sharded: x (B, s, in) -> y (B, S, out/tp).
 
-    Communicates as `column_product`; layers that read the same x do so once: `column_products`.
+    Communicates as `column_parallel_linear`; layers that read the same x do so once, with
+    `column_parallel_linears`.
     """
 
     def __init__(
@@ -119,14 +123,14 @@ class ColumnParallelLinear(nn.Module):
 
         Args:
             x: without sequence_parallel equal on all ranks.
-            communicate: False for x (B, S, in) whose gradient the caller adds up.
+            communicate: False for x (B, S, in) whose gradient the caller all-reduces.
         """
         if not communicate:
             return F.linear(x, self.weight)
-        return column_product(x, self.weight, self.tp, self.sequence_parallel)
+        return column_parallel_linear(x, self.weight, self.tp, self.sequence_parallel)
 
 
-def column_product(x: Tensor, weight: Tensor, tp: Axis, sequence_parallel: bool) -> Tensor:
+def column_parallel_linear(x: Tensor, weight: Tensor, tp: Axis, sequence_parallel: bool) -> Tensor:
     """x (B, s, in) with this rank's rows (out/tp, in) of a matrix -> (B, S, out/tp).
 
     Forward: no communication. Backward: one all-reduce of x's gradient. With `sequence_parallel` as
@@ -137,7 +141,9 @@ def column_product(x: Tensor, weight: Tensor, tp: Axis, sequence_parallel: bool)
     return F.linear(copy_to_tensor_parallel(x, tp), weight)
 
 
-def column_products(x: Tensor, layers: Sequence[ColumnParallelLinear]) -> tuple[Tensor, ...]:
+def column_parallel_linears(
+    x: Tensor, layers: Sequence[ColumnParallelLinear]
+) -> tuple[Tensor, ...]:
     """x through several layers of one axis, which communicate as one.
 
     Args:
@@ -156,7 +162,7 @@ def column_products(x: Tensor, layers: Sequence[ColumnParallelLinear]) -> tuple[
 
 
 class RowParallelLinear(nn.Module):
-    """y = x W^T, the columns of W (the inputs) cut over the axis: x (B, S, in/tp) -> y (B, s, out).
+    """y = x W^T, columns of W (the inputs) sharded: x (B, S, in/tp) -> y (B, s, out).
 
     Forward: one all-reduce of the partial products. Backward: no communication. With
     `sequence_parallel` a reduce-scatter, and an all-gather.
@@ -182,11 +188,11 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """This rank's x (B, S, in/tp) -> (B, s, out); without sequence_parallel equal on all."""
-        return summed(F.linear(x, self.weight), self.tp, self.sequence_parallel)
+        return reduce_partial_output(F.linear(x, self.weight), self.tp, self.sequence_parallel)
 
 
-def summed(x: Tensor, tp: Axis, sequence_parallel: bool) -> Tensor:
-    """The sum of the ranks' x (B, S, H): all of it on all ranks, or own positions (B, s, H).
+def reduce_partial_output(x: Tensor, tp: Axis, sequence_parallel: bool) -> Tensor:
+    """The sum of the ranks' x (B, S, H): whole on all ranks, or own positions (B, s, H).
 
     Forward: all-reduce, or reduce-scatter. Backward: the identity, or all-gather.
     """
@@ -195,8 +201,39 @@ def summed(x: Tensor, tp: Axis, sequence_parallel: bool) -> Tensor:
     return reduce_from_tensor_parallel(x, tp)
 
 
+def check_token_ids(ids: Tensor, vocab_size: int, what: str) -> None:
+    """Stops the run where an id is outside [0, vocab_size), at every TP.
+
+    Over several ranks an id that none owns would give a zero embedding and a zero logit: the bad
+    data that stops a serial run would train silently. On the CPU the check raises here. On an
+    accelerator it is queued with the kernels, so that the step never waits for it, and fails as a
+    device-side assertion.
+
+    Args:
+        ids: integers, any shape.
+        vocab_size: the vocabulary without padding.
+        what: "token" or "label", for the message.
+
+    Raises:
+        ValueError: an id is outside (CPU).
+    """
+    if ids.is_meta or ids.numel() == 0:
+        return
+    if ids.device.type != "cpu":
+        message = f"{what} id outside the vocabulary [0, {vocab_size})"
+        torch._assert_async(((ids >= 0) & (ids < vocab_size)).all(), message)
+        return
+    lowest, highest = (int(value) for value in torch.aminmax(ids))
+    if lowest < 0 or highest >= vocab_size:
+        worst = lowest if lowest < 0 else highest
+        raise ValueError(
+            f"{what} id {worst} is outside the vocabulary [0, {vocab_size}): "
+            "the data was made with another tokenizer than TOKENIZER_MODEL, or VOCAB_SIZE is wrong"
+        )
+
+
 class VocabParallelEmbedding(nn.Module):
-    """Rows of W (V, H) looked up by token, the rows cut over the axis; padded rows are zero.
+    """Rows of W (V, H) looked up by token, the rows sharded over the axis; padded rows are zero.
 
     Forward: one all-reduce (each token's row comes from the rank that owns it). Backward: no
     communication. With `sequence_parallel` a reduce-scatter, and an all-gather.
@@ -243,4 +280,4 @@ class VocabParallelEmbedding(nn.Module):
         elsewhere = (local < 0) | (local >= self.rows)
         hidden = F.embedding(local.masked_fill(elsewhere, 0), self.weight)  # (B, S, H)
         hidden = hidden.masked_fill(elsewhere.unsqueeze(-1), 0.0)
-        return summed(hidden, self.tp, self.sequence_parallel)
+        return reduce_partial_output(hidden, self.tp, self.sequence_parallel)

@@ -1,8 +1,7 @@
 """The two conjugate collectives of tensor parallelism.
 
-Each is an autograd function that is the identity on an axis of size one. None of them writes into
-its argument or into a gradient it was given: autograd may hand the same tensor to a neighbouring
-branch.
+Each is an autograd function that is the identity on an axis of size one. None writes into its
+argument or into a gradient: autograd may pass the same tensor to another branch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Megatron's sequence parallelism: between matrices, a tensor-parallel rank holds a run of S/tp
-neighbouring positions instead of a copy of all (Korthikanti et al. 2022, arXiv:2205.05198).
+"""Megatron's sequence parallelism: between matrices, a tensor-parallel rank holds S/tp consecutive
+positions instead of all of them (Korthikanti et al. 2022, arXiv:2205.05198).
 
-The all-reduces of tensor parallelism come apart into reduce-scatter and all-gather, which carry the
+Each all-reduce of tensor parallelism becomes a reduce-scatter and an all-gather, which move the
 same bytes. All functions are the identity, or a plain product, on an axis of size one.
 Legend: B batch, S sequence, s = S/tp, H hidden.
 """
@@ -30,7 +30,7 @@ def _gathered(x: Tensor, tp: Axis) -> Tensor:
 
 
 def _reduce_scattered(x: Tensor, tp: Axis) -> Tensor:
-    """(B, S, H), another on each rank -> own positions (B, s, H) of their sum."""
+    """(B, S, H), different on each rank -> own positions (B, s, H) of their sum."""
     assert x.shape[1] % tp.size == 0, f"{x.shape[1]} positions over {tp.size} ranks"
     batch, length, width = x.shape
     pieces = x.reshape(batch, tp.size, length // tp.size, width).movedim(1, 0).contiguous()
@@ -83,9 +83,9 @@ class _GatheredLinear(Function):
 
 
 def gathered_linear(x: Tensor, weights: Sequence[Tensor], tp: Axis) -> tuple[Tensor, ...]:
-    """The products of all positions with this rank's rows of some matrices.
+    """All positions times this rank's rows of several matrices.
 
-    The gathered positions are not kept for the backward: it gathers them again.
+    The gathered positions are not kept: the backward gathers them again.
 
     Forward: one all-gather of x. Backward: one all-gather of x, one reduce-scatter of its gradient.
 

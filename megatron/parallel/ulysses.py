@@ -1,8 +1,8 @@
-"""Ulysses' sequence parallelism: a rank holds a piece of each sequence, but for attention some of
+"""Ulysses' sequence parallelism: a rank holds a shard of each sequence, but for attention some of
 the heads over the whole sequence (Jacobs et al. 2023, arXiv:2309.14509).
 
-One all-to-all turns the first cut into the second, another one turns it back. In between every
-position is there, in order, so neither masks nor rotary positions know of the cut.
+One all-to-all exchanges the first for the second, another one reverses it. In between every
+position is there, in order, so masks and rotary positions are those of one rank.
 Legend: B batch, S sequence, s = S/sp, N query heads, K key/value heads, D head width.
 """
 
@@ -20,7 +20,7 @@ from megatron.parallel.groups import Axis
 
 
 def own_positions(x: Tensor, sp: Axis) -> Tensor:
-    """This rank's piece (B, S/sp) of tokens or labels (B, S): the sp.rank-th run of neighbours."""
+    """This rank's S/sp consecutive positions of tokens or labels (B, S)."""
     assert x.shape[1] % sp.size == 0, f"{x.shape[1]} positions over {sp.size} ranks"
     return x.chunk(sp.size, dim=1)[sp.rank]
 
@@ -36,11 +36,13 @@ def all_positions(x: Tensor, sp: Axis) -> Tensor:
     return torch.cat(pieces, dim=1)
 
 
-def pieces_to_heads(q: Tensor, k: Tensor, v: Tensor, sp: Axis) -> tuple[Tensor, Tensor, Tensor]:
-    """From a piece of the sequence and all heads to the whole sequence and a share of the heads.
+def seq_to_head_all_to_all(
+    q: Tensor, k: Tensor, v: Tensor, sp: Axis
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From some positions of all heads to all positions of some heads.
 
     A rank gets the key/value heads that its query heads read. Where there are fewer than ranks, a
-    head goes to several; its gradient is the sum of theirs.
+    head is replicated; its gradient is the sum over the replicas.
 
     Forward: one all-to-all of q, k and v together. Backward: the reverse one.
 
@@ -56,28 +58,28 @@ def pieces_to_heads(q: Tensor, k: Tensor, v: Tensor, sp: Axis) -> tuple[Tensor, 
     if sp.size == 1:
         return q, k, v
     assert q.shape[2] % sp.size == 0, f"{q.shape[2]} query heads over {sp.size} ranks"
-    copies = sp.size // math.gcd(k.shape[2], sp.size)
-    if copies > 1:
-        k, v = k.repeat_interleave(copies, dim=2), v.repeat_interleave(copies, dim=2)
+    replicas = sp.size // math.gcd(k.shape[2], sp.size)
+    if replicas > 1:
+        k, v = k.repeat_interleave(replicas, dim=2), v.repeat_interleave(replicas, dim=2)
     # (B, s, sp, heads/sp, D) -> (sp, B, s, heads/sp, D): the first index is where it goes.
-    batch, piece, _, width = q.shape
-    shares = [x.reshape(batch, piece, sp.size, -1, width).movedim(2, 0) for x in (q, k, v)]
-    received = _all_to_all(torch.cat(shares, dim=3), sp)  # the first index is the piece
+    batch, length, _, width = q.shape
+    shards = [x.reshape(batch, length, sp.size, -1, width).movedim(2, 0) for x in (q, k, v)]
+    received = _all_to_all(torch.cat(shards, dim=3), sp)  # the first index: whose positions
     whole = received.movedim(0, 1).flatten(1, 2)  # (B, S, heads/sp, D)
-    q, k, v = torch.split(whole, [share.shape[3] for share in shares], dim=2)
+    q, k, v = torch.split(whole, [shard.shape[3] for shard in shards], dim=2)
     return q, k, v
 
 
-def heads_to_pieces(x: Tensor, sp: Axis) -> Tensor:
-    """The attention's output (B, S, N/sp, D) back to a piece of the sequence (B, s, N, D).
+def head_to_seq_all_to_all(x: Tensor, sp: Axis) -> Tensor:
+    """The attention's output (B, S, N/sp, D) back to own positions (B, s, N, D).
 
     Forward: one all-to-all. Backward: the reverse one.
     """
     if sp.size == 1:
         return x
     batch, length, heads, width = x.shape
-    pieces = x.reshape(batch, sp.size, length // sp.size, heads, width).movedim(1, 0)
-    received = _all_to_all(pieces, sp)  # (sp, B, s, N/sp, D), the first index the share of heads
+    shards = x.reshape(batch, sp.size, length // sp.size, heads, width).movedim(1, 0)
+    received = _all_to_all(shards, sp)  # (sp, B, s, N/sp, D), the first index: whose heads
     return received.movedim(0, 2).flatten(2, 3)
 
 

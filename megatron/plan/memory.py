@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from megatron.config.formulas import layer_parameters
 from megatron.config.optimizers import RULES
 from megatron.config.pipeline_stages import num_stages_per_rank
 from megatron.config.schema import RunConfig
 
 LOSS_BLOCK = 1 << 24  # logits that the cross entropy turns into fp32 at once
+
 
 class MemoryEstimate(NamedTuple):
     """Bytes on the device of the fullest rank."""
@@ -49,9 +49,8 @@ def _rank(run: RunConfig, rank: int) -> MemoryEstimate:
     tables = 1 if first and last and run.model.tie_embeddings else first + last
     table = tables * run.padded_vocab_size * run.model.hidden_size
     norm = last * run.model.hidden_size
-    count = -(
-        -(layers * layer_parameters(run.model) + table + norm) // run.parallel.tensor_parallel
-    )
+    blocks = layers * run.architecture.layer_parameters(run.model)
+    count = -(-(blocks + table + norm) // run.parallel.tensor_parallel)
     return MemoryEstimate(
         weights=_weights(count, run),
         gradients=_gradients(count, run),
@@ -125,15 +124,16 @@ def _block(run: RunConfig, recompute: str) -> int:
     sharded with Megatron's sequence parallelism; the rest is always sharded over them: rotated q
     and k, v and the attention's output, gate, up, silu(gate) and its product with up.
     """
-    h, f, d = run.model.hidden_size, run.model.ffn_hidden_size, run.model.key_value_size
+    h, f = run.model.hidden_size, run.model.ffn_hidden_size
+    q, d = run.model.query_size, run.model.key_value_size
     width, scores = _value_bytes(run), 0
-    norms, sharded = {"0": (4 * h, 2 * h + 2 * d + 4 * f), "1": (h, 0)}.get(
-        recompute, (4 * h, h + 2 * d + 2 * f)
+    norms, sharded = {"0": (4 * h, 2 * q + 2 * d + 4 * f), "1": (h, 0)}.get(
+        recompute, (4 * h, q + 2 * d + 2 * f)
     )
     if recompute == "0" and run.train.no_flash_attention:
         # The plain kernel works in fp32: every head's q, k and v, and the scores of all positions.
-        sharded -= h + 2 * d
-        scores = 4 * (3 * h + run.model.num_attention_heads * run.model.seq_length)
+        sharded -= q + 2 * d
+        scores = 4 * (3 * q + run.model.num_attention_heads * run.model.seq_length)
     tp = run.parallel.tensor_parallel
     norm_ranks = tp if run.parallel.megatron_sequence_parallel else 1
     per_token = -(-width * norms // norm_ranks) + -(-(width * sharded + scores) // tp)

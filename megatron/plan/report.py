@@ -76,7 +76,7 @@ def stages_text(run: RunConfig) -> str:
     if parallel.pipeline_parallel == 1:
         return ""
     blocks, bounds = run.stage_blocks, stages.stage_bounds(run.stage_blocks)
-    costs = stages.stage_costs(run.model, blocks, parallel.tensor_parallel)
+    costs = stages.stage_costs(blocks, *run.layer_costs)
     rows = [("stage", "rank", "layers", "cost", "")]
     for stage, (count, cost) in enumerate(zip(blocks, costs, strict=True)):
         ends = (["embedding"] if stage == 0 else []) + [f"{count} blocks"]

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 
 from megatron.config.schema import RunConfig
 from megatron.engine import LossFunction
-from megatron.model.layer import Layer
-from megatron.model.llama import llama_layers
-from megatron.model.llama_config import LlamaConfig
-from megatron.model.rope import RopeScaling
+from megatron.model.layer import Layer, ModelContext
 from megatron.parallel.cross_entropy import (
     mean_vocab_parallel_cross_entropy,
     vocab_parallel_cross_entropy,
@@ -22,37 +18,21 @@ from megatron.training.optimizers.sophia import with_sampled_labels
 RECOMPUTE = {"0": "none", "1": "full", "selective": "selective"}
 
 
-def llama_config(run: RunConfig) -> LlamaConfig:
-    """The model's shape and how its parts are computed."""
-    model, scaling = run.model, run.model.rope_scaling_factors
+def model_layers(run: RunConfig, tp: Axis = SERIAL, sp: Axis = SERIAL) -> list[Layer]:
+    """The run's model on these axes: tokens (B, S) in, this rank's logits (B, S, V/tp) out."""
     recompute = RECOMPUTE[run.train.activation_checkpointing]
     # Several blocks to a kept activation are grouped by the engine, one by the block itself.
     if recompute == "full" and run.train.checkpoint_num_layers > 1:
         recompute = "none"
-    return LlamaConfig(
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        num_attention_heads=model.num_attention_heads,
-        num_key_value_heads=model.num_key_value_heads,
-        ffn_hidden_size=model.ffn_hidden_size,
-        vocab_size=model.vocab_size,
-        padded_vocab_size=run.padded_vocab_size,
-        tie_embeddings=model.tie_embeddings,
-        nope_interval=model.nope_interval,
-        rope_theta=model.rope_theta,
-        rope_scaling=RopeScaling(*scaling) if scaling else None,
-        rms_norm_eps=model.rms_norm_eps,
-        init_method_std=model.init_method_std,
+    context = ModelContext(
+        tp=tp,
+        sp=sp,
         seed=run.train.seed,
-        no_flash_attention=run.train.no_flash_attention,
         recompute=recompute,
-        sequence_parallel=run.parallel.megatron_sequence_parallel,
+        sequence_parallel=run.parallel.megatron_sequence_parallel and tp.size > 1,
+        no_flash_attention=run.train.no_flash_attention,
     )
-
-
-def model_layers(run: RunConfig, tp: Axis = SERIAL, sp: Axis = SERIAL) -> Sequence[Layer]:
-    """The run's model on these axes: tokens (B, S) in, this rank's logits (B, S, V/tp) out."""
-    return llama_layers(llama_config(run), tp, sp)
+    return run.architecture.layers(run.model, context)
 
 
 def loss_function(

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron.checkpoint.state import RunState
-from megatron.config import formulas
 from megatron.config.pipeline_stages import modelled_bubble
 from megatron.config.schema import RunConfig
 from megatron.training.device import Device
@@ -74,10 +73,11 @@ class Interval:
                 counts, recompute included; causal: as lm with half the attention.
         """
         run, tp = self.run, self.run.parallel.tensor_parallel
+        counts = run.architecture
         per_token = {
-            "lm": formulas.flops_per_token_lm(run.model, tp),
-            "ds": formulas.flops_per_token_ds(run.model, run.train.activation_checkpointing, tp),
-            "causal": formulas.flops_per_token_causal(run.model, tp),
+            "lm": counts.flops_per_token_lm(run.model, tp),
+            "ds": counts.flops_per_token_ds(run.model, run.train.activation_checkpointing, tp),
+            "causal": counts.flops_per_token_causal(run.model, tp),
         }
         return self.tokens_per_gpu_per_s * per_token[count] / 1e12
 

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron.config import formulas
 from megatron.config.shape import ModelShape
+from megatron.model.registry import ARCHITECTURES
 from tests.config.helpers import configured
 
+LLAMA = ARCHITECTURES["llama"]
 FIGURES = json.loads((Path(__file__).parent / "seed_figures.json").read_text())
 
 
@@ -42,8 +43,8 @@ def test_small_models(row):
     assert run.parameters == row["parameters"]
     assert (run.train.global_batch_size, run.data_parallel, run.model.seq_length) == (48, 24, 8192)
     flops = {
-        "LM": formulas.flops_per_token_lm(run.model),
-        "DS": formulas.flops_per_token_ds(run.model),
+        "LM": LLAMA.flops_per_token_lm(run.model),
+        "DS": LLAMA.flops_per_token_ds(run.model),
     }[row["formula"]]
     assert row["tokens_per_gpu_per_second"] * flops / 1e12 == pytest.approx(row["tflops"], rel=5e-3)
 
@@ -60,6 +61,10 @@ def test_small_models(row):
         ({"MODEL_ARCH": "SmolLM2-1.7B"}, 1_711_376_384),
         ({"MODEL_ARCH": "Llama-3.2-1B"}, 1_235_814_400),
         ({"MODEL_ARCH": "Llama-3.1-8B"}, 8_030_261_248),
+        ({"MODEL_ARCH": "Qwen3-0.6B"}, 596_049_920),
+        ({"MODEL_ARCH": "Qwen3-1.7B"}, 1_720_574_976),
+        ({"MODEL_ARCH": "Qwen3-4B"}, 4_022_468_096),
+        ({"MODEL_ARCH": "Qwen3-8B"}, 8_190_735_360),
     ],
 )
 def test_parameters_of_presets(settings, count):
@@ -68,15 +73,15 @@ def test_parameters_of_presets(settings, count):
 
 def test_70b_rows():
     shape = _shape(FIGURES["shape_70B"])
-    assert formulas.parameters(shape) == FIGURES["shape_70B"]["parameters"]
-    flops = formulas.flops_per_token_lm(shape)
+    assert LLAMA.parameters(shape) == FIGURES["shape_70B"]["parameters"]
+    flops = LLAMA.flops_per_token_lm(shape)
     for row in FIGURES["pipeline_70B"] + FIGURES["zero3_70B"]:
         tflops = row["tokens_per_gpu_per_second"] * flops / 1e12
         assert tflops == pytest.approx(row["tflops"], rel=5e-3)
 
 
 def test_42b_rows():
-    flops = formulas.flops_per_token_lm(_shape(FIGURES["shape_42B"]))
+    flops = LLAMA.flops_per_token_lm(_shape(FIGURES["shape_42B"]))
     for row in FIGURES["tensor_parallel_42B"]:
         tflops = row["tokens_per_gpu_per_second"] * flops / 1e12
         assert tflops == pytest.approx(row["tflops"], rel=5e-3)
@@ -86,21 +91,21 @@ def test_log_with_checkpointing():
     run = configured(MODEL_ARCH="7B", NLAYERS=3, VOCAB_SIZE=32000, USE_ACTIVATION_CHECKPOINTING=1)
     mode = run.train.activation_checkpointing
     for row in FIGURES["log_7B_3_layers"]:
-        lm = row["tgs"] * formulas.flops_per_token_lm(run.model) / 1e12
-        ds = row["tgs"] * formulas.flops_per_token_ds(run.model, mode) / 1e12
+        lm = row["tgs"] * LLAMA.flops_per_token_lm(run.model) / 1e12
+        ds = row["tgs"] * LLAMA.flops_per_token_ds(run.model, mode) / 1e12
         assert (lm, ds) == (pytest.approx(row["LM"], rel=5e-3), pytest.approx(row["DS"], rel=5e-3))
 
 
 def test_causal_drops_half_of_the_attention():
     shape = configured(MODEL_ARCH="7B", VOCAB_SIZE=32000).model
     attention = 12 * shape.num_layers * shape.hidden_size * shape.seq_length
-    full = formulas.flops_per_token_lm(shape)
-    assert full - formulas.flops_per_token_causal(shape) == attention // 2
+    full = LLAMA.flops_per_token_lm(shape)
+    assert full - LLAMA.flops_per_token_causal(shape) == attention // 2
 
 
 def test_selective_recompute_adds_attention_once():
     shape = configured(MODEL_ARCH="2B", VOCAB_SIZE=32000).model
-    extra = formulas.flops_per_token_ds(shape, "selective") - formulas.flops_per_token_ds(shape)
+    extra = LLAMA.flops_per_token_ds(shape, "selective") - LLAMA.flops_per_token_ds(shape)
     assert extra == 4 * shape.num_layers * shape.hidden_size * shape.seq_length
 
 

@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron.config.errors import ConfigError
-from megatron.config.formulas import block_flops, flops_per_token_lm, head_flops
 from megatron.config.pipeline_stages import (
     balanced_blocks,
     modelled_bubble,
@@ -16,8 +15,11 @@ from megatron.config.pipeline_stages import (
     stage_costs,
 )
 from megatron.config.shape import ModelShape
+from megatron.model.registry import ARCHITECTURES
 from megatron.plan.report import dry_run_text
 from tests.config.helpers import configured, resolved
+
+LLAMA = ARCHITECTURES["llama"]
 
 
 def shape(layers: int, vocabulary: int = 32000) -> ModelShape:
@@ -27,25 +29,31 @@ def shape(layers: int, vocabulary: int = 32000) -> ModelShape:
     )  # fmt: skip
 
 
+def costs(model: ModelShape) -> tuple[int, int]:
+    """FLOPs of a block and of the head."""
+    return LLAMA.block_flops(model), LLAMA.head_flops(model)
+
+
 def test_costs_are_the_formulas() -> None:
     """Forward FLOPs of all stages are a third of those of a step."""
     model = shape(5)
-    forward = 5 * block_flops(model) + head_flops(model)
-    assert 3 * forward == flops_per_token_lm(model)
+    block, head = costs(model)
+    assert 3 * (5 * block + head) == LLAMA.flops_per_token_lm(model)
 
 
 @given(st.integers(1, 5), st.integers(0, 5), st.integers(128, 100_000))
 def test_no_cut_has_a_faster_slowest_stage(stages: int, more: int, vocabulary: int) -> None:
     model = shape(stages + more, vocabulary)
-    blocks = balanced_blocks(model, stages)
+    blocks = balanced_blocks(model.num_layers, stages, *costs(model))
     assert sum(blocks) == model.num_layers and len(blocks) == stages
     assert all(count > 0 for count in blocks[:-1]) or stages == 1
     others = (
-        cut
-        for cut in product(range(model.num_layers + 1), repeat=stages)
-        if sum(cut) == model.num_layers
+        other
+        for other in product(range(model.num_layers + 1), repeat=stages)
+        if sum(other) == model.num_layers
     )
-    assert max(stage_costs(model, blocks)) <= min(max(stage_costs(model, cut)) for cut in others)
+    slowest = max(stage_costs(blocks, *costs(model)))
+    assert slowest <= min(max(stage_costs(other, *costs(model))) for other in others)
 
 
 @pytest.mark.parametrize(

@@ -103,12 +103,13 @@ def test_presets_are_overridable_in_every_field():
         run = configured(
             MODEL_ARCH=name, NLAYERS=4, HIDDEN=64, HEADS=4, NUM_KV_HEAD=2, FFN_HIDDEN_SIZE=32,
             SEQ=16, TIE_EMBEDDINGS=1, NOPE_INTERVAL=4, ROPE_THETA=1e4, ROPE_SCALING="llama3",
-            VOCAB_SIZE=99, TP=1,
+            VOCAB_SIZE=99, TP=1, ARCHITECTURE="llama", HEAD_DIM=32,
         ).model  # fmt: skip
         assert (run.num_layers, run.hidden_size, run.num_attention_heads) == (4, 64, 4)
         assert (run.num_key_value_heads, run.ffn_hidden_size, run.seq_length) == (2, 32, 16)
         assert (run.tie_embeddings, run.nope_interval, run.rope_theta) == (True, 4, 1e4)
         assert (run.rope_scaling, run.vocab_size) == ("llama3:8,1,4,8192", 99)
+        assert (run.architecture, run.head_width) == ("llama", 32)
 
 
 def test_published_70b_command():

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megatron.engine import bubble as bubble_file
 from megatron.engine.bubble import StageClock
-from megatron.model.llama import Block
+from megatron.model.block import Block
 from megatron.parallel.groups import Axis
 from megatron.training import build as build_file
 from megatron.training.generate import generate

@@ -187,7 +187,7 @@ def held_bytes(parameters: list[nn.Parameter]) -> int:
 def watched(peaks: list[int]) -> Iterator[None]:
     """Notes at every draw the bytes held, those of the matrix being drawn included."""
     parameters: list[nn.Parameter] = []
-    draw, mark = layers.sharded_normal_, layers.mark
+    draw, mark = layers.sharded_normal_, layers.set_tensor_parallel_attributes
 
     def noting_draw(out, **arguments):
         peaks.append(held_bytes(parameters) + out.untyped_storage().nbytes())
@@ -197,11 +197,11 @@ def watched(peaks: list[int]) -> Iterator[None]:
         parameters.append(parameter)
         return mark(parameter, *arguments)
 
-    layers.sharded_normal_, layers.mark = noting_draw, noting_mark
+    layers.sharded_normal_, layers.set_tensor_parallel_attributes = noting_draw, noting_mark
     try:
         yield
     finally:
-        layers.sharded_normal_, layers.mark = draw, mark
+        layers.sharded_normal_, layers.set_tensor_parallel_attributes = draw, mark
 
 
 def peak_while_building(variables: dict[str, str]) -> tuple[int, int]:

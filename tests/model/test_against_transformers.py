@@ -10,12 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from megatron.model.llama import LlamaConfig
-from megatron.model.rope import RopeScaling
 from megatron.model.stack import Stack
 from megatron.parallel.cross_entropy import mean_vocab_parallel_cross_entropy
 from megatron.parallel.groups import SERIAL
-from tests.model.tiny import KINDS, batch, build, tiny
+from tests.model.tiny import KINDS, Tiny, batch, build, tiny
 
 transformers = pytest.importorskip("transformers")
 
@@ -24,11 +22,12 @@ PARTS = {
     "input_norm": "input_layernorm",
     "post_attention_norm": "post_attention_layernorm",
     **{f"attention.{letter}": f"self_attn.{letter}_proj" for letter in "qkvo"},
+    **{f"attention.{letter}_norm": f"self_attn.{letter}_norm" for letter in "qk"},
     **{f"mlp.{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")},
 }
 
 
-def their_name(ours: str, config: LlamaConfig) -> str:
+def their_name(ours: str, config: Tiny) -> str:
     layer, rest = ours.split(".", 1)
     if layer == "tied_modules" or layer == "0":
         return "model.embed_tokens.weight"
@@ -40,11 +39,11 @@ def their_name(ours: str, config: LlamaConfig) -> str:
     return f"model.layers.{int(layer) - 1}.{PARTS[part]}.{parameter}"
 
 
-def theirs(config: LlamaConfig, model: Stack) -> nn.Module:
+def theirs(config: Tiny, model: Stack) -> nn.Module:
     """transformers' model of the same shape with the same weights."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
-    if config.rope_scaling is not None:
-        scaling = config.rope_scaling
+    scaling = config.rope_scaling_factors
+    if scaling is not None:
         rope |= {
             "rope_type": "llama3",
             "factor": scaling.factor,
@@ -68,11 +67,15 @@ def theirs(config: LlamaConfig, model: Stack) -> nn.Module:
         "eos_token_id": None,
         "attn_implementation": "eager",
     }
+    if config.head_dim is not None:
+        shape["head_dim"] = config.head_dim
     if config.nope_interval:
         their_config = transformers.SmolLM3Config(
             **shape, no_rope_layer_interval=config.nope_interval
         )
         them = transformers.SmolLM3ForCausalLM(their_config)
+    elif config.architecture == "qwen3":
+        them = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**shape))
     else:
         them = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape))
     parameters = dict(them.named_parameters())
@@ -87,7 +90,7 @@ def theirs(config: LlamaConfig, model: Stack) -> nn.Module:
     return them
 
 
-def compare(config: LlamaConfig) -> None:
+def compare(config: Tiny) -> None:
     model = build(config)
     them = theirs(config, model)
     tokens, labels = batch(config)
@@ -130,15 +133,13 @@ def test_logits_loss_and_gradients(kind: str, no_flash_attention: bool) -> None:
     layers=st.integers(1, 4),
     vocab=st.integers(3, 128),
     theta=st.sampled_from([100.0, 10000.0, 500000.0]),
-    scaling=st.sampled_from(
-        [None, RopeScaling(8.0, 1.0, 4.0, 16), RopeScaling(32.0, 1.0, 4.0, 64)]
-    ),
+    scaling=st.sampled_from([None, "llama3:8,1,4,16", "llama3:32,1,4,64"]),
     nope=st.integers(0, 3),
     tied=st.booleans(),
 )
 def test_any_shape(
     kv_heads: int, group: int, half_head: int, layers: int, vocab: int, theta: float,
-    scaling: RopeScaling | None, nope: int, tied: bool,
+    scaling: str | None, nope: int, tied: bool,
 ) -> None:  # fmt: skip
     heads = kv_heads * group
     config = tiny(

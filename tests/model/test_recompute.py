@@ -4,9 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron.model.llama import llama_layers
-from megatron.parallel.groups import SERIAL
-from tests.model.tiny import KINDS, batch, build, loss_and_gradients, tiny
+from tests.model.tiny import KINDS, batch, build, layers, loss_and_gradients, tiny
 
 
 class Counted(TorchDispatchMode):
@@ -25,7 +23,7 @@ class Counted(TorchDispatchMode):
 
 def counts(recompute: str) -> tuple[int, int, int, int]:
     """Matrix products and attention kernels of a block's forward, then of its backward."""
-    block = llama_layers(tiny(num_layers=1, recompute=recompute), SERIAL)[1].build()
+    block = layers(tiny(num_layers=1, recompute=recompute))[1].build()
     x = torch.randn(2, 8, 32, requires_grad=True)
     with Counted() as forward:
         y = block(x)
@@ -40,7 +38,7 @@ HIDDEN_BYTES, FFN_BYTES = TOKENS * 32 * 4, TOKENS * 44 * 4
 
 def kept_bytes(recompute: str, part: str = "") -> int:
     """Bytes kept for the backward of a block or a part of it, parameters left out."""
-    block = llama_layers(tiny(num_layers=1, recompute=recompute), SERIAL)[1].build()
+    block = layers(tiny(num_layers=1, recompute=recompute))[1].build()
     module = block.get_submodule(part)
     parameters = {p.data_ptr() for p in module.parameters()}
     kept: dict[int, int] = {}

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
+from megatron.config.rope_scaling import Llama3Scaling
 from megatron.model.rope import (
     Rope,
-    RopeScaling,
     apply_rope,
     inverse_frequencies,
     rotary_tables,
@@ -39,7 +39,9 @@ def test_each_pair_of_coordinates_is_turned_by_its_angle() -> None:
 
 
 def test_scaling_keeps_high_frequencies_and_divides_low_ones() -> None:
-    scaling = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=64)
+    scaling = Llama3Scaling(
+        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_length=64
+    )
     plain = inverse_frequencies(ROPE)
     scaled = inverse_frequencies(ROPE._replace(scaling=scaling))
     wavelengths = 2 * math.pi / plain  # 6.3, 63, 630, 6300

@@ -3,10 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron.model.llama import Block, llama_layers, loss_function
+from megatron.model.block import Block
 from megatron.model.stack import Stack
-from megatron.parallel.groups import SERIAL
-from tests.model.tiny import batch, build, loss_and_gradients, tiny
+from tests.model.tiny import batch, build, layers, loss_and_gradients, loss_of, tiny
 from tests.parallel.axis import whole_world
 from tests.spawn import run
 
@@ -25,16 +24,16 @@ def pipeline_names(tied: bool) -> tuple[list[str], float]:
             layer.tied_key,
             layer.module,
             config,
-            SERIAL,
+            config.context(),
             layer.name,
             forward_fn=layer.forward,
             tied_weight_attr=["weight"],
         )
-        for layer in llama_layers(config, SERIAL)
+        for layer in layers(config)
     ]
     model = PipelineModule(specs, num_stages=1, partition_method="uniform")
     tokens, labels = batch(config)
-    loss = loss_function(config, SERIAL)(model(tokens), labels)
+    loss = loss_of(config, model(tokens), labels)
     return [name for name, _ in model.named_parameters()], loss.item()
 
 
@@ -42,9 +41,9 @@ def pipeline_names(tied: bool) -> tuple[list[str], float]:
 def test_names_order_and_loss_are_those_of_deepspeeds_pipeline_module(tied: bool) -> None:
     pytest.importorskip("deepspeed")
     config = tiny(num_layers=2, tie_embeddings=tied)
-    model = Stack(llama_layers(config, SERIAL))
+    model = Stack(layers(config))
     tokens, labels = batch(config)
-    loss = loss_function(config, SERIAL)(model(tokens), labels)
+    loss = loss_of(config, model(tokens), labels)
     ((names, their_loss),) = run(pipeline_names, 1, tied)
     assert [name for name, _ in model.named_parameters()] == names
     assert loss.item() == their_loss

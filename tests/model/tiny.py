@@ -3,24 +3,43 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron.model.llama import LlamaConfig, llama_layers, loss_function
-from megatron.model.rope import RopeScaling
+from megatron.config.shape import ModelShape
+from megatron.model.layer import Layer, ModelContext
+from megatron.model.registry import ARCHITECTURES
 from megatron.model.stack import Stack
+from megatron.parallel.cross_entropy import mean_vocab_parallel_cross_entropy
 from megatron.parallel.groups import SERIAL, Axis
 
-TINY = LlamaConfig(
+
+@dataclass(frozen=True)
+class Tiny(ModelShape):
+    """A shape, with what a context adds beside the axes."""
+
+    seed: int = 1234
+    recompute: str = "none"
+    sequence_parallel: bool = False
+    no_flash_attention: bool = False
+
+    def context(self, tp: Axis = SERIAL, sp: Axis = SERIAL) -> ModelContext:
+        """The context on a rank."""
+        return ModelContext(
+            tp, sp, self.seed, self.recompute, self.sequence_parallel, self.no_flash_attention
+        )
+
+
+TINY = Tiny(
     num_layers=4,
     hidden_size=32,
     num_attention_heads=4,
     num_key_value_heads=4,
     ffn_hidden_size=44,
     vocab_size=61,
-    padded_vocab_size=128,
     rope_theta=10000.0,
     init_method_std=0.2,
 )
@@ -31,19 +50,31 @@ KINDS: dict[str, dict[str, Any]] = {
     "gqa2": {"num_key_value_heads": 2},
     "mqa": {"num_key_value_heads": 1},
     "tied": {"tie_embeddings": True, "num_key_value_heads": 2},
-    "llama3-scaling": {"rope_theta": 500000.0, "rope_scaling": RopeScaling(8.0, 1.0, 4.0, 16)},
+    "llama3-scaling": {"rope_theta": 500000.0, "rope_scaling": "llama3:8,1,4,16"},
     "nope": {"nope_interval": 2, "num_key_value_heads": 2},
     "smollm3": {"nope_interval": 4, "tie_embeddings": True, "num_key_value_heads": 1},
+    "wide-heads": {"head_dim": 12, "num_key_value_heads": 2},
+    "qwen3": {"architecture": "qwen3", "head_dim": 16, "num_key_value_heads": 2},
 }
 """Every feature of the shape at least once."""
 
 
-def tiny(kind: str = "plain", **changes: Any) -> LlamaConfig:
+def tiny(kind: str = "plain", **changes: Any) -> Tiny:
     """TINY with the changes of a kind, and more changes."""
     return dataclasses.replace(TINY, **{**KINDS[kind], **changes})
 
 
-def batch(config: LlamaConfig, size: int = 2, length: int = 24) -> tuple[Tensor, Tensor]:
+def layers(config: Tiny, tp: Axis = SERIAL, sp: Axis = SERIAL) -> list[Layer]:
+    """The list of layers on a rank."""
+    return ARCHITECTURES[config.architecture].layers(config, config.context(tp, sp))
+
+
+def loss_of(config: ModelShape, logits: Tensor, labels: Tensor, tp: Axis = SERIAL) -> Tensor:
+    """Mean loss of this rank's logits (B, S, V/tp)."""
+    return mean_vocab_parallel_cross_entropy(logits, labels, tp, config.vocab_size)
+
+
+def batch(config: Tiny, size: int = 2, length: int = 24) -> tuple[Tensor, Tensor]:
     """Tokens and labels, each (size, length), all over the vocabulary."""
     generator = torch.Generator().manual_seed(7)
     sample = torch.randint(0, config.vocab_size, (size, length + 1), generator=generator)
@@ -51,10 +82,10 @@ def batch(config: LlamaConfig, size: int = 2, length: int = 24) -> tuple[Tensor,
 
 
 def build(
-    config: LlamaConfig, tp: Axis = SERIAL, recompute_num_layers: int = 0, sp: Axis = SERIAL
+    config: Tiny, tp: Axis = SERIAL, recompute_num_layers: int = 0, sp: Axis = SERIAL
 ) -> Stack:
     """The model of a configuration as one stage, with norms that are not all one."""
-    model = Stack(llama_layers(config, tp, sp), recompute_num_layers)
+    model = Stack(layers(config, tp, sp), recompute_num_layers)
     generator = torch.Generator().manual_seed(3)
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight") or name == f"{config.num_layers + 1}.weight":
@@ -63,11 +94,11 @@ def build(
 
 
 def loss_and_gradients(
-    config: LlamaConfig, model: Stack, tp: Axis = SERIAL
+    config: Tiny, model: Stack, tp: Axis = SERIAL
 ) -> tuple[float, dict[str, Tensor]]:
     """Loss of `batch(config)`, and this rank's gradient of every parameter."""
     tokens, labels = batch(config)
-    loss = loss_function(config, tp)(model(tokens), labels)
+    loss = loss_of(config, model(tokens), labels, tp)
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert all(gradient is not None for gradient in gradients.values())

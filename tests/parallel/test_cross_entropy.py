@@ -34,7 +34,7 @@ def token_weights() -> Tensor:
 
 
 def on_ranks(vocab: int, padded: int, dtype: torch.dtype, block: int) -> tuple[Tensor, Tensor]:
-    cross_entropy.ELEMENTS_A_BLOCK = block
+    cross_entropy.ELEMENTS_PER_BLOCK = block
     tp = whole_world()
     logits = logits_of(vocab, padded, dtype).chunk(tp.size, -1)[tp.rank].clone().requires_grad_()
     losses = vocab_parallel_cross_entropy(logits, labels_of(vocab), tp, vocab)

@@ -13,7 +13,7 @@ from tests.spawn import RankError, run
 def sums(layout: Layout) -> dict[str, object]:
     groups = make_groups(layout)
     result: dict[str, object] = {"rank": groups.rank}
-    for name in ("tp", "dp", "pp", "sp", "sequence_data"):
+    for name in ("tp", "dp", "pp", "sp", "dp_sp"):
         axis = getattr(groups, name)
         total = torch.tensor([dist.get_rank()])
         if axis.group is not None:
@@ -46,7 +46,7 @@ def test_each_group_joins_the_ranks_of_its_axis(layout: Layout) -> None:
             "dp": (sum(layout.dp_ranks(rank)), layout.dp),
             "pp": (sum(layout.pp_ranks(rank)), layout.pp),
             "sp": (sum(layout.sp_ranks(rank)), layout.sp),
-            "sequence_data": (
+            "dp_sp": (
                 sum(layout.without_sequence().dp_ranks(rank)),
                 layout.dp * layout.sp,
             ),
@@ -55,7 +55,7 @@ def test_each_group_joins_the_ranks_of_its_axis(layout: Layout) -> None:
 
 def merged() -> tuple[object, ...]:
     groups = make_groups(Layout(tp=2, dp=2, sp=2)).without_sequence()
-    assert groups.dp is groups.sequence_data and groups.sp.size == 1
+    assert groups.dp is groups.dp_sp and groups.sp.size == 1
     assert groups.layout == Layout(tp=2, dp=4)
     return groups.dp.ranks, groups.dp.rank
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron.parallel.groups import Axis
-from megatron.parallel.init import ROWS_A_BLOCK, block_seed, sharded_normal_
+from megatron.parallel.init import ROWS_PER_BLOCK, block_seed, sharded_normal_
 from megatron.parallel.layers import sharded_weight
 
 
@@ -61,12 +61,12 @@ def test_padding_is_zero_and_changes_no_other_row(used: int, padding: int, tp: i
 
 
 def test_numbers_depend_on_seed_and_name_and_block_only() -> None:
-    rows = 2 * ROWS_A_BLOCK
+    rows = 2 * ROWS_PER_BLOCK
     base = whole((rows, 16))
     assert torch.equal(base, whole((rows, 16)))
     assert not torch.equal(base, whole((rows, 16), name="v"))
     assert not torch.equal(base, whole((rows, 16), seed=2))
-    assert not torch.equal(base[:ROWS_A_BLOCK], base[ROWS_A_BLOCK:])
+    assert not torch.equal(base[:ROWS_PER_BLOCK], base[ROWS_PER_BLOCK:])
     torch.manual_seed(5)
     assert torch.equal(base, whole((rows, 16)))  # nothing is taken from the global generator
 

@@ -7,9 +7,9 @@ from torch import Tensor
 from megatron.parallel.groups import SERIAL
 from megatron.parallel.ulysses import (
     all_positions,
-    heads_to_pieces,
+    head_to_seq_all_to_all,
     own_positions,
-    pieces_to_heads,
+    seq_to_head_all_to_all,
 )
 from tests.parallel.axis import whole_sequence
 from tests.spawn import RankError, run
@@ -35,11 +35,11 @@ def around_the_heads(kv_heads: int) -> dict[str, Tensor]:
     sp = whole_sequence()
     pieces = [own_positions(whole(heads, i), sp) for i, heads in enumerate((N, kv_heads, kv_heads))]
     q, k, v = (piece.clone().requires_grad_() for piece in pieces)
-    inside = pieces_to_heads(q, k, v, sp)
+    inside = seq_to_head_all_to_all(q, k, v, sp)
     assert inside[0].shape == (B, S, N // sp.size, D)
     assert inside[1].shape == inside[2].shape
     assert inside[0].shape[2] % inside[1].shape[2] == 0
-    y = heads_to_pieces(mixed(*inside), sp)
+    y = head_to_seq_all_to_all(mixed(*inside), sp)
     y.backward(own_positions(whole(N, 9), sp))
     grads = {name: x.grad for name, x in zip("qkv", (q, k, v), strict=True)}
     return {"y": y.detach(), **grads, "inside": torch.tensor(inside[1].shape[2])}
@@ -66,7 +66,7 @@ def odd_shares() -> int:
     """Six query heads of two key heads over three ranks: neither 2 nor 3 divides the other."""
     sp = whole_sequence()
     q, k, v = (torch.arange(h).view(1, 1, h, 1).expand(1, 1, h, 1) * 1.0 for h in (6, 2, 2))
-    inside = pieces_to_heads(q, k, v, sp)
+    inside = seq_to_head_all_to_all(q, k, v, sp)
     group = inside[0].shape[2] // inside[1].shape[2]
     read = inside[1].repeat_interleave(group, dim=2)
     assert torch.equal(read, inside[0].div(3, rounding_mode="floor"))
@@ -92,8 +92,8 @@ def test_pieces_make_up_the_sequence(ranks: int) -> None:
 
 def test_alone_nothing_is_copied() -> None:
     q = torch.ones(1, 4, 2, 2)
-    assert pieces_to_heads(q, q, q, SERIAL) == (q, q, q)
-    assert heads_to_pieces(q, SERIAL) is q
+    assert seq_to_head_all_to_all(q, q, q, SERIAL) == (q, q, q)
+    assert head_to_seq_all_to_all(q, SERIAL) is q
     assert all_positions(q, SERIAL) is q
 
 

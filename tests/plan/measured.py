@@ -13,9 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron.config.schema import RunConfig
-from megatron.model.llama import llama_layers, loss_function
-from megatron.parallel.groups import SERIAL
-from megatron.training.build import llama_config
+from megatron.training.build import loss_function, model_layers
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -23,11 +21,8 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 def blocks_and_loss(run: RunConfig) -> tuple[list[nn.Module], Loss]:
     """The run's blocks and its loss, on one rank: the only function here that knows the model."""
-    config = llama_config(run)
-    layers = llama_layers(config, SERIAL)[1:-2]
-    return [layer.build().to(DTYPES[run.train.dtype]) for layer in layers], loss_function(
-        config, SERIAL
-    )
+    blocks = model_layers(run)[1:-2]
+    return [layer.build().to(DTYPES[run.train.dtype]) for layer in blocks], loss_function(run)
 
 
 class _FusedRMSNorm(Function):

@@ -61,7 +61,6 @@ GROUND = {
 PLAIN = {
     "megatron.config.atomic",
     "megatron.config.errors",
-    "megatron.config.formulas",
     "megatron.config.layout",
     "megatron.config.optimizers",
     "megatron.config.pipeline_stages",

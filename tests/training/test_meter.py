@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron.checkpoint.state import RunState
-from megatron.config import formulas, schema
+from megatron.config import schema
 from megatron.training.meter import Meter
 from tests.training.run_config import tiny_run
 
@@ -30,6 +30,7 @@ LOG_RUN = dataclasses.replace(
         TINY.train, train_iters=635782, global_batch_size=768, activation_checkpointing="1"
     ),
 )  # fmt: skip
+COUNTS = TINY.architecture
 STATE = RunState(5, 20, 160)
 
 
@@ -106,7 +107,7 @@ def test_per_device_rates_are_the_global_ones_divided() -> None:
     assert found["samples_per_s"] == 8
     assert found["tokens_per_s"] == 64
     assert found["tokens_per_gpu_per_s"] == 32
-    assert found["tflops_lm"] == pytest.approx(32 * formulas.flops_per_token_lm(SMALL.model) / 1e12)
+    assert found["tflops_lm"] == pytest.approx(32 * COUNTS.flops_per_token_lm(SMALL.model) / 1e12)
     assert found["mfu"] is None
 
 
@@ -137,9 +138,9 @@ def test_a_step_record_has_the_contracted_fields(clock: Clock) -> None:
         "samples_per_s": 8.0,
         "tokens_per_s": 64.0,
         "tokens_per_gpu_per_s": 32.0,
-        "tflops_lm": 32 * formulas.flops_per_token_lm(SMALL.model) / 1e12,
-        "tflops_ds": 32 * formulas.flops_per_token_ds(SMALL.model) / 1e12,
-        "tflops_causal": 32 * formulas.flops_per_token_causal(SMALL.model) / 1e12,
+        "tflops_lm": 32 * COUNTS.flops_per_token_lm(SMALL.model) / 1e12,
+        "tflops_ds": 32 * COUNTS.flops_per_token_ds(SMALL.model) / 1e12,
+        "tflops_causal": 32 * COUNTS.flops_per_token_causal(SMALL.model) / 1e12,
         "mfu": None,
         "memory_max_gib": 1.5,
         "corpus_loss": {"code": 2.0},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,8 +10,6 @@ from torch import nn
 HIDDEN = "hidden"  # matrices inside blocks
 VOCABULARY = "vocabulary"  # embedding and head
 VECTORS = "vectors"  # norms; never decayed
-
-_BLOCK_MATRIX = re.compile(r"\d+\.(attention|mlp)\.")
 
 
 def parameter_groups(
@@ -25,8 +22,8 @@ def parameter_groups(
     A group with nothing in it is left out: a pipeline stage need not have all three.
     """
     members: dict[str, list[nn.Parameter]] = {HIDDEN: [], VOCABULARY: [], VECTORS: []}
-    for name, parameter in named_parameters:
-        members[_group_of(name, parameter)].append(parameter)
+    for _, parameter in named_parameters:
+        members[_group_of(parameter)].append(parameter)
     return [
         {
             "name": name,
@@ -39,9 +36,9 @@ def parameter_groups(
     ]
 
 
-def _group_of(name: str, parameter: nn.Parameter) -> str:
+def _group_of(parameter: nn.Parameter) -> str:
     # ZeRO-3 may have emptied the parameter already; its full shape is kept beside it.
     shape = getattr(parameter, "full_shape", parameter.shape)
     if len(shape) < 2:
         return VECTORS
-    return HIDDEN if _BLOCK_MATRIX.match(name) else VOCABULARY
+    return VOCABULARY if getattr(parameter, "is_vocabulary", False) else HIDDEN

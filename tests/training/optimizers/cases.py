@@ -28,9 +28,9 @@ from megatron.parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
-    mark,
+    set_tensor_parallel_attributes,
 )
-from megatron.training.optimizers.rules import counters, load_counters, make_optimizer
+from megatron.training.optimizers.rules import make_optimizer
 from megatron.training.optimizers.schedule_free import evaluation_weights
 from megatron.training.optimizers.sophia import (
     SophiaG,
@@ -70,7 +70,7 @@ class _Block(nn.Module):
     def __init__(self, tp: Axis) -> None:
         super().__init__()
         self.norm = nn.Parameter(torch.linspace(0.5, 1.5, HIDDEN))
-        mark(self.norm, (HIDDEN,), None)
+        set_tensor_parallel_attributes(self.norm, (HIDDEN,), None)
         self.mlp = _MLP(tp)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -262,7 +262,7 @@ def _train(case: Case, groups: Groups, mpu: ModelParallelUnit, start: _Start) ->
     if start.pieces is not None:
         pieces = start.pieces
         shards.load(lambda piece: pieces[piece.name])
-    load_counters(optimizer, start.numbers or {})
+    shards.load_counters(start.numbers or {})
 
     def step(tokens: Tensor, labels: Tensor, gradients: Weights) -> None:
         mine = slice(dp.rank * BATCH // dp.size, (dp.rank + 1) * BATCH // dp.size)
@@ -285,7 +285,7 @@ def _train(case: Case, groups: Groups, mpu: ModelParallelUnit, start: _Start) ->
         for piece in shards.pieces(owned_only=False)
     }
     kind = type(engine._zero).__name__
-    result = Result(_shards(model), evaluated, whole, pieces_now, counters(optimizer), kind)
+    result = Result(_shards(model), evaluated, whole, pieces_now, shards.counters(), kind)
     engine.close()
     return result
 

@@ -1,0 +1,152 @@
+"""The parts of a decoder-only transformer, and their list: embedding, blocks, final norm, head.
+
+Legend: B batch, S sequence (with Ulysses' sequence parallelism a rank's shard of it), s = S or,
+with Megatron's, S/tp; H hidden, V padded vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from torch import Tensor, nn
+
+from megatron.config.shape import ModelShape
+from megatron.model.attention import Attention
+from megatron.model.layer import Layer, ModelContext, recomputed
+from megatron.model.mlp import MLP
+from megatron.model.norm import RMSNorm
+from megatron.model.rope import Rope
+from megatron.parallel.layers import (
+    ColumnParallelLinear,
+    VocabParallelEmbedding,
+    column_parallel_linear,
+)
+
+TIED_KEY = "embedding"
+
+
+class Embedding(VocabParallelEmbedding):
+    """Tokens to vectors; where embeddings are tied, the same matrix turns vectors into logits."""
+
+    def __init__(self, shape: ModelShape, context: ModelContext, name: str) -> None:
+        super().__init__(
+            shape.vocab_size,
+            shape.padded_vocab_size(context.tp.size),
+            shape.hidden_size,
+            name=f"{name}.weight",
+            std=shape.weight_std,
+            **context.linear_options,
+        )
+
+    def forward(self, x: Tensor, as_head: bool = False) -> Tensor:
+        """Tokens (B, S) -> (B, s, H); as the head (B, s, H) -> this rank's logits (B, S, V/tp)."""
+        if as_head:
+            return column_parallel_linear(x, self.weight, self.tp, self.sequence_parallel)
+        return super().forward(x)
+
+
+def tied_head(embedding: nn.Module, hidden: Tensor) -> Tensor:
+    """The head of tied embeddings; calls the module, so that ZeRO-3's hooks gather the weight."""
+    logits: Tensor = embedding(hidden, as_head=True)
+    return logits
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then + mlp(norm(that)): (B, s, H) -> (B, s, H)."""
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        context: ModelContext,
+        block: int,
+        name: str,
+        qk_norm: Callable[[int], nn.Module] | None = None,
+    ) -> None:
+        """Builds attention, MLP and their norms.
+
+        Args:
+            shape: of the model.
+            context: how to compute.
+            block: its number from 0.
+            name: this module's in the list of layers.
+            qk_norm: as `Attention` takes it.
+        """
+        super().__init__()
+        self.recompute = context.recompute == "full"
+        rope = Rope(shape.head_width, shape.rope_theta, shape.rope_scaling_factors)
+        self.input_norm = residual_norm(shape, context)
+        self.attention = Attention(
+            shape, context, f"{name}.attention", rope if shape.has_rope(block) else None, qk_norm
+        )
+        self.post_attention_norm = residual_norm(shape, context)
+        self.mlp = MLP(shape, context, f"{name}.mlp")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, s, H) -> (B, s, H)."""
+        return recomputed(self._forward, x) if self.recompute else self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.input_norm(x))
+        y: Tensor = self.mlp(self.post_attention_norm(x))
+        return x + y
+
+
+class Head(ColumnParallelLinear):
+    """Hidden (B, s, H) -> this rank's logits (B, S, V/tp), those of the padding included."""
+
+    def __init__(self, shape: ModelShape, context: ModelContext, name: str) -> None:
+        super().__init__(
+            shape.hidden_size,
+            shape.padded_vocab_size(context.tp.size),
+            name=f"{name}.weight",
+            std=shape.weight_std,
+            used_rows=shape.vocab_size,
+            **context.linear_options,
+        )
+
+
+def residual_norm(shape: ModelShape, context: ModelContext) -> RMSNorm:
+    """A norm of the residual stream (B, s, H)."""
+    return RMSNorm(shape.hidden_size, shape.rms_norm_eps, context.residual_axis)
+
+
+def decoder_layers(
+    shape: ModelShape,
+    context: ModelContext,
+    block: type[Block] = Block,
+    qk_norm: Callable[[int], nn.Module] | None = None,
+) -> list[Layer]:
+    """The model: tokens (B, S) int64 in, this rank's logits (B, S, V/tp) out.
+
+    A parameter's name, and so its initial values, follow from the layer's index in the list.
+
+    Args:
+        shape: of the model.
+        context: how to compute.
+        block: class of the blocks.
+        qk_norm: as `Attention` takes it.
+    """
+    last = shape.num_layers + 2
+    tied_key = TIED_KEY if shape.tie_embeddings else None
+    first = f"tied_modules.{tied_key}" if tied_key else "0"
+    build_embedding = partial(Embedding, shape, context, first)
+    if tied_key:
+        head = Layer(first, Embedding, build_embedding, tied_key, forward=tied_head)
+    else:
+        head = Layer(str(last), Head, partial(Head, shape, context, str(last)))
+    blocks = [
+        Layer(
+            str(i + 1),
+            block,
+            partial(block, shape, context, i, str(i + 1), qk_norm),
+            recompute=True,
+        )
+        for i in range(shape.num_layers)
+    ]
+    return [
+        Layer(first, Embedding, build_embedding, tied_key),
+        *blocks,
+        Layer(str(last - 1), RMSNorm, partial(residual_norm, shape, context)),
+        head,
+    ]
