@@ -165,7 +165,7 @@ def add_schedule() -> None:
     """Half the rate after each step."""
     from megatron.config.schedule import STYLES
 
-    STYLES["halving"] = lambda iteration, schedule: schedule.max_lr / 2**iteration
+    STYLES["halving"] = lambda iteration, optimizer: optimizer.learning_rate / 2**iteration
 
 
 def test_a_schedule(tmp_path: Path) -> None:
@@ -174,10 +174,11 @@ def test_a_schedule(tmp_path: Path) -> None:
     assert [record["learning_rate"] for record in steps(result)] == [0.008, 0.004, 0.002]
 
 
-def add_metric() -> None:
-    """Bits per token."""
+def add_metric() -> list[str]:
+    """Bits per token; brings back the groups of the dashboards' charts."""
     import math
 
+    from megatron.training.events import groups
     from megatron.training.metrics import METRICS, Metric
 
     METRICS.append(
@@ -185,9 +186,10 @@ def add_metric() -> None:
             "bits",
             lambda interval: interval.losses[-1] / math.log(2),
             console="bits={bits:.3f}",
-            scalars=("loss/bits",),
+            scalars=("compression/bits",),
         )
     )
+    return [*groups()]
 
 
 def test_a_metric(tmp_path: Path) -> None:
@@ -196,7 +198,8 @@ def test_a_metric(tmp_path: Path) -> None:
         assert record["bits"] == pytest.approx(record["loss"] * 1.442695)
         assert f" | bits={record['bits']:.3f}" in result.printed
     (events,) = (tmp_path / "tensorboard").glob("events.*")
-    assert events.read_bytes().count(b"loss/bits") == STEPS
+    assert events.read_bytes().count(b"compression/bits") == STEPS
+    assert "compression" in result.brought
 
 
 def add_tracker() -> list[str]:
@@ -279,10 +282,10 @@ def test_a_machine(
 ) -> None:
     assert find_machine("attic7", {}) is machine
     monkeypatch.setattr("socket.gethostname", lambda: "attic7")
-    ready = start.check([], {"DRY_RUN": "1"})
-    assert ready.resolved.run.machine == "attic"
-    assert ready.resolved.run.parallel.tensor_parallel == 2
-    assert ready.planned.environ["NCCL_ATTIC"] == "1"
+    _, resolved, planned = start.check([], {"DRY_RUN": "1"})
+    assert resolved.run.machine == "attic"
+    assert resolved.run.parallel.tensor_parallel == 2
+    assert planned.environ["NCCL_ATTIC"] == "1"
     assert "-m megatron.launch -n 2 -- " in dry_run(capsys)  # a rank per device
 
 
