@@ -92,6 +92,28 @@ class Block(nn.Module):
         return x + y
 
 
+class PostNormBlock(Block):
+    """x + norm(attention(x)), then + norm(mlp(that)): (B, s, H) -> (B, s, H)."""
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        context: ModelContext,
+        block: int,
+        name: str,
+        qk_norm: Callable[[int], nn.Module] | None = None,
+    ) -> None:
+        """Args: as Block's."""
+        super().__init__(shape, context, block, name, qk_norm)
+        del self.input_norm  # nothing is normed before the attention
+        self.post_mlp_norm = residual_norm(shape, context)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        x = x + self.post_attention_norm(self.attention(x))
+        y: Tensor = self.post_mlp_norm(self.mlp(x))
+        return x + y
+
+
 class Head(ColumnParallelLinear):
     """Hidden (B, s, H) -> this rank's logits (B, S, V/tp), those of the padding included."""
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from megatron.model.architecture import Architecture
 from megatron.model.llama import Llama
+from megatron.model.olmo2 import Olmo2
 from megatron.model.qwen3 import Qwen3
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Llama(),
+    "olmo2": Olmo2(),
     "qwen3": Qwen3(),
 }
 
