@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -95,16 +96,8 @@ class Block(nn.Module):
 class PostNormBlock(Block):
     """x + norm(attention(x)), then + norm(mlp(that)): (B, s, H) -> (B, s, H)."""
 
-    def __init__(
-        self,
-        shape: ModelShape,
-        context: ModelContext,
-        block: int,
-        name: str,
-        qk_norm: Callable[[int], nn.Module] | None = None,
-    ) -> None:
-        """Args: as Block's."""
-        super().__init__(shape, context, block, name, qk_norm)
+    def __init__(self, shape: ModelShape, context: ModelContext, *more: Any) -> None:
+        super().__init__(shape, context, *more)
         del self.input_norm  # nothing is normed before the attention
         self.post_mlp_norm = residual_norm(shape, context)
 

@@ -1,4 +1,4 @@
-"""RMSNorm: x / rms(x) * weight, in fp32 inside whatever the dtype outside."""
+"""RMSNorm: x / rms(x) * weight, computed in fp32 for any dtype."""
 
 from __future__ import annotations
 
