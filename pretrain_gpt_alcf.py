@@ -8,6 +8,7 @@ torchrun --nproc-per-node 2 pretrain_gpt_alcf.py    # the ranks make it themselv
 from __future__ import annotations
 
 import faulthandler
+import io
 import logging
 import os
 import signal
@@ -135,6 +136,7 @@ def _refused(ranks: Ranks, error: Exception, status: int) -> int:
 
 
 if __name__ == "__main__":
+    assert isinstance(sys.stdout, io.TextIOWrapper)
     sys.stdout.reconfigure(errors="backslashreplace")  # a text may hold what a terminal cannot show
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR2, all_threads=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron.analysis.plot import plot, save_png, series
 from megatron.analysis.summary import flatten, throughput, training_steps
-from megatron.config.atomic import write_atomically
+from megatron.checkpoint.atomic import write_atomically
 from megatron.config.skip import merge, ranges_text
 from megatron.training import metrics_file
 

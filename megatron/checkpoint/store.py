@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from megatron.config.atomic import write_atomically
+from megatron.checkpoint.atomic import write_atomically
 
 MANIFEST = "manifest.json"
 FORMAT = 1

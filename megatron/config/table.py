@@ -5,8 +5,8 @@ from __future__ import annotations
 import textwrap
 from pathlib import Path
 
+from megatron.checkpoint.atomic import write_atomically
 from megatron.config import schema
-from megatron.config.atomic import write_atomically
 from megatron.config.option import Option
 
 USAGE = """usage: [VAR=value ...] bash train_alcf.sh [--flag value ...]

@@ -17,7 +17,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from megatron.config.atomic import replacing
+from megatron.checkpoint.atomic import replacing
 from megatron.config.errors import DataError
 from megatron.data.indexed_header import DTYPES, HEADER, MAGIC, VERSION, read_header
 

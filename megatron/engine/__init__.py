@@ -12,6 +12,7 @@ import gc
 from collections.abc import Sequence
 from typing import Any
 
+import deepspeed
 import torch
 from torch import nn
 
@@ -22,7 +23,7 @@ from megatron.engine.distributed import (
     stop_distributed,
 )
 from megatron.engine.interface import Engine, LossFunction, MakeOptimizer, MicroBatches
-from megatron.engine.patches import check_version
+from megatron.engine.patches import check_version, patch_new_group, patch_partition_tables
 from megatron.engine.pipeline import PipelineEngine
 from megatron.engine.pipeline_module import pipeline_module
 from megatron.engine.shards import Shards, Span
@@ -30,7 +31,7 @@ from megatron.engine.zero import ZeroEngine
 from megatron.engine.zero3 import make_secondary_group, mics_axes, partitioned_initialisation
 from megatron.model.layer import Layer
 from megatron.model.stack import Stack
-from megatron.parallel.groups import Groups
+from megatron.parallel.groups import SERIAL, Axis, Groups
 
 __all__ = [
     "Engine",
@@ -41,6 +42,7 @@ __all__ = [
     "Span",
     "make_engine",
     "start_distributed",
+    "start_engine",
     "stop_distributed",
 ]
 
@@ -88,7 +90,9 @@ def make_engine(
         stages = pipeline_module(
             layers, loss, merged, stage_bounds, recompute_num_layers, pipeline_schedule
         )
-        return PipelineEngine(stages, loss, make_optimizer, groups, device, deepspeed_config)
+        return start_engine(
+            PipelineEngine, stages, loss, make_optimizer, groups, device, deepspeed_config
+        )
     shard, replica = mics_axes(merged.dp, mics_shard_size)
     make_secondary_group(
         deepspeed_config["zero_optimization"].get("zero_hpz_partition_size", 1), merged.dp
@@ -96,7 +100,41 @@ def make_engine(
     mpu = ModelParallelUnit(groups.tp, shard)
     with quiet(), partitioned_initialisation(deepspeed_config, mpu):
         module = Stack(layers, recompute_num_layers)
-    return ZeroEngine(module, loss, make_optimizer, groups, device, deepspeed_config, mpu, replica)
+    return start_engine(
+        ZeroEngine, module, loss, make_optimizer, groups, device, deepspeed_config, mpu, replica
+    )
+
+
+def start_engine(
+    kind: type[ZeroEngine],
+    module: nn.Module,
+    loss: LossFunction,
+    make_optimizer: MakeOptimizer,
+    groups: Groups,
+    device: torch.device,
+    deepspeed_config: dict[str, Any],
+    mpu: ModelParallelUnit | None = None,
+    replica: Axis = SERIAL,
+) -> ZeroEngine:
+    """Starts DeepSpeed around a module; a collective of all ranks.
+
+    Args:
+        kind: of the engine.
+        module: this rank's part of the model.
+        loss, make_optimizer, groups, device, deepspeed_config: as `make_engine` has them.
+        mpu: DeepSpeed's look-ups; None where the module has them.
+        replica: MiCS' ranks with equal states.
+    """
+    optimizer = make_optimizer(module.named_parameters())
+    with quiet(), patch_new_group(), patch_partition_tables():
+        started, zero, _, _ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            config=deepspeed_config,
+            mpu=mpu,
+            dist_init_required=False,
+        )
+    return kind(module, optimizer, started, zero, loss, groups, device, replica)
 
 
 def _compiled(layer: Layer) -> Layer:

@@ -69,12 +69,6 @@ class Engine(Protocol):
     def loss_scale(self) -> float:
         """Factor on the fp16 loss; 1 in bf16 and fp32."""
 
-    def scaler_state(self) -> dict[str, float]:
-        """The numbers of fp16's loss scaler, for a checkpoint; empty in bf16 and fp32."""
-
-    def load_scaler_state(self, values: dict[str, float]) -> None:
-        """Takes back what `scaler_state` gave; does nothing where the precision has changed."""
-
     def unclipped(self) -> AbstractContextManager[None]:
         """Inside it, a step does not clip the gradient."""
 

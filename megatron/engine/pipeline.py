@@ -23,7 +23,7 @@ class PipelineEngine(ZeroEngine):
     module: Stages
 
     def __init__(self, module: Stages, *args: Any) -> None:
-        """Starts DeepSpeed; `args` are those of `ZeroEngine` after the module."""
+        """Args: those of `ZeroEngine`."""
         super().__init__(module, *args)
         self._clock = StageClock(self.device, self.groups.pp)
         patch_global_grad_norm(self._zero, self.device)

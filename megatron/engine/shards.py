@@ -22,6 +22,9 @@ ReadPiece = Callable[[Piece], tuple[Mapping[str, Tensor], Mapping[str, float]]]
 COUNTERS = ("k", "weight_sum", "lr_max", "scheduled_lr")
 """What schedule-free rules keep in their parameter groups instead of their states."""
 
+SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+"""What DeepSpeed's dynamic loss scaler remembers."""
+
 
 @dataclass(frozen=True)
 class Span:
@@ -55,6 +58,7 @@ class Shards:
         optimizer: the optimizer itself.
         tp: tensor-parallel axis.
         writes: False for MiCS' replicas after the first, which writes everything.
+        scales: whether the loss is scaled (fp16).
     """
 
     def __init__(
@@ -63,13 +67,16 @@ class Shards:
         zero: Any,
         optimizer: torch.optim.Optimizer,
         tp: Axis,
+        *,
         writes: bool = True,
+        scales: bool = False,
     ) -> None:
         self._names = {id(p): name for name, p in module.named_parameters()}
         self._zero = zero
         self._optimizer = optimizer
         self._tp = tp
         self._writes = writes
+        self._scales = scales
 
     def spans(self) -> list[Span]:
         """The runs this rank steps on, for ZeRO 1, 2, 3 and DeepSpeed's bf16 optimizer."""
@@ -151,6 +158,16 @@ class Shards:
         """Takes back what `counters` gave."""
         for group in self._optimizer.param_groups:
             group.update(values)
+
+    def scaler_state(self) -> dict[str, float]:
+        """The numbers of fp16's loss scaler; empty in bf16 and fp32."""
+        scaler = vars(self._zero.loss_scaler) if self._scales else {}
+        return {key: scaler[key] for key in SCALER_STATE if self._scales}
+
+    def load_scaler_state(self, values: Mapping[str, float]) -> None:
+        """Takes back what `scaler_state` gave; does nothing where the precision has changed."""
+        if values and self._scales:
+            vars(self._zero.loss_scaler).update(values)
 
     def _step(self, value: float, flat: Tensor) -> Tensor:
         # torch keeps the step as a tensor: on the host, or beside the weights when fused.

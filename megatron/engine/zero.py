@@ -6,21 +6,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron.engine.distributed import ModelParallelUnit, quiet
-from megatron.engine.interface import Engine, LossFunction, MakeOptimizer, MicroBatches
-from megatron.engine.patches import patch_new_group, patch_partition_tables
+from megatron.engine.interface import Engine, LossFunction, MicroBatches
 from megatron.engine.shards import Shards, refresh_weights
 from megatron.engine.zero3 import average_over_replicas
 from megatron.parallel.groups import SERIAL, Axis, Groups
 from megatron.parallel.ulysses import all_positions, own_positions
-
-_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 class ZeroEngine(Engine):
@@ -29,38 +24,29 @@ class ZeroEngine(Engine):
     def __init__(
         self,
         module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        deepspeed: Any,
+        zero: Any,
         loss: LossFunction,
-        make_optimizer: MakeOptimizer,
         groups: Groups,
         device: torch.device,
-        deepspeed_config: dict[str, Any],
-        mpu: ModelParallelUnit | None = None,
         replica: Axis = SERIAL,
     ) -> None:
-        """Starts DeepSpeed.
+        """Made by `start_engine`.
 
         Args:
             module: this rank's part of the model.
+            optimizer: of its parameters, which DeepSpeed has flattened.
+            deepspeed, zero: DeepSpeed's engine, and its optimizer around ours.
             loss: of the last layer's output.
-            make_optimizer: from named parameters, which DeepSpeed then flattens.
             groups: of this rank.
             device: where the model lives.
-            deepspeed_config: DeepSpeed's JSON as a dict.
-            mpu: DeepSpeed's look-ups; None where the module has them.
             replica: MiCS' ranks with equal states.
         """
-        self.module, self.groups, self.device = module, groups, device
+        self.module, self.optimizer, self.groups, self.device = module, optimizer, groups, device
+        self._deepspeed, self._zero = deepspeed, zero
         self._loss, self._replica = loss, replica
-        self._accumulation_steps: int = deepspeed_config["gradient_accumulation_steps"]
-        self.optimizer = make_optimizer(module.named_parameters())
-        with quiet(), patch_new_group(), patch_partition_tables():
-            self._deepspeed, self._zero, _, _ = deepspeed.initialize(
-                model=module,
-                optimizer=self.optimizer,
-                config=deepspeed_config,
-                mpu=mpu,
-                dist_init_required=False,
-            )
+        self._accumulation_steps = int(deepspeed.gradient_accumulation_steps())
 
     def train_batch(self, micro_batches: MicroBatches) -> Tensor:
         self.module.train()
@@ -111,16 +97,6 @@ class ZeroEngine(Engine):
     def loss_scale(self) -> float:
         return float(self._zero.loss_scale) if self._deepspeed.fp16_enabled() else 1.0
 
-    def scaler_state(self) -> dict[str, float]:
-        if not self._deepspeed.fp16_enabled():
-            return {}
-        scaler = vars(self._zero.loss_scaler)
-        return {key: scaler[key] for key in _SCALER_STATE}
-
-    def load_scaler_state(self, values: dict[str, float]) -> None:
-        if values and self._deepspeed.fp16_enabled():
-            vars(self._zero.loss_scaler).update(values)
-
     @contextmanager
     def unclipped(self) -> Iterator[None]:
         clip, self._zero.clip_grad = self._zero.clip_grad, 0.0
@@ -133,8 +109,14 @@ class ZeroEngine(Engine):
         refresh_weights(self._zero)
 
     def shards(self) -> Shards:
-        writes = self._replica.rank == 0
-        return Shards(self.module, self._zero, self.optimizer, self.groups.tp, writes)
+        return Shards(
+            self.module,
+            self._zero,
+            self.optimizer,
+            self.groups.tp,
+            writes=self._replica.rank == 0,
+            scales=self._deepspeed.fp16_enabled(),
+        )
 
     @property
     def last_stage(self) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
-from megatron.config.atomic import write_atomically
+from megatron.checkpoint.atomic import write_atomically
 from megatron.config.errors import ConfigError
 from megatron.launch import launch_plan
 from megatron.launch.command import LAUNCHERS

@@ -16,8 +16,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from megatron.checkpoint.atomic import write_atomically
 from megatron.config import table
-from megatron.config.atomic import write_atomically
 from megatron.config.deepspeed import deepspeed_config
 from megatron.config.errors import ConfigError, DataError
 from megatron.config.resolve import Resolved, resolve

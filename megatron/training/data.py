@@ -46,7 +46,7 @@ class Data:
     """
 
     stages: tuple[ListStage, ...]
-    headers: dict[str, IndexHeader]
+    headers: Mapping[str, IndexHeader]
     splits: StagedSplits | MegatronSplits
     tokenizer: Tokenizer
     record: DataRecord
@@ -64,7 +64,7 @@ def build_data(run: RunConfig) -> Data:
     headers = _checked(run, stages, tokenizer)
     if run.data.order == "megatron":
         require_plain(stages)
-        splits = megatron_splits(run, sources, log.info)
+        splits: StagedSplits | MegatronSplits = megatron_splits(run, sources, log.info)
     else:
         splits = build_stages(
             stages, run.model.seq_length, _shares(run), run.train.seed, headers=headers
@@ -189,7 +189,7 @@ def _open(run: RunConfig) -> tuple[tuple[ListStage, ...], Tokenizer]:
 
 def _checked(
     run: RunConfig, stages: Iterable[ListStage], tokenizer: Tokenizer
-) -> dict[str, IndexHeader]:
+) -> Mapping[str, IndexHeader]:
     """Headers of all files; each is read and checked by one rank."""
     rank, world = dist.get_rank(), dist.get_world_size()
     sources = [source for stage in stages for source in stage.sources]
@@ -207,7 +207,9 @@ def _shares(run: RunConfig) -> tuple[float, float, float]:
     return run.data.train_split, run.data.valid_split, run.data.test_split
 
 
-def _epochs(run: RunConfig, stages: tuple[ListStage, ...], headers: dict[str, IndexHeader]) -> str:
+def _epochs(
+    run: RunConfig, stages: tuple[ListStage, ...], headers: Mapping[str, IndexHeader]
+) -> str:
     shares = _shares(run)
     tokens, share = run.train.train_iters * run.tokens_per_step, shares[0] / sum(shares)
     survey = survey_stages(

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron.config.atomic import write_atomically
+from megatron.checkpoint.atomic import write_atomically
 from megatron.config.errors import ConfigError, DataError
 
 MetricsRecord = dict[str, Any]

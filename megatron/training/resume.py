@@ -58,10 +58,11 @@ def resume(run: RunConfig, engine: Engine, data: DataRecord | None = None) -> Ru
     with_optimizer = manifest["optimizer"] is not None
     if with_optimizer:
         _check_optimizer(run, manifest["optimizer"], checkpoint.folder)
-    engine.shards().load(reader.for_piece, load_optimizer=with_optimizer)
+    shards = engine.shards()
+    shards.load(reader.for_piece, load_optimizer=with_optimizer)
     if with_optimizer:
-        engine.shards().load_counters(manifest["counters"])
-        engine.load_scaler_state(manifest["loss_scaler"])
+        shards.load_counters(manifest["counters"])
+        shards.load_scaler_state(manifest["loss_scaler"])
         if isinstance(engine.optimizer, WholeMatrixOptimizer):
             engine.optimizer.load_pieces(reader)
     log.info(f"resumed from {checkpoint.folder} (written as {manifest['layout']})")

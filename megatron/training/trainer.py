@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch.optim import Optimizer
+
 from megatron.checkpoint import store
 from megatron.checkpoint.state import RunState
 from megatron.checkpoint.tensors import write_pieces
@@ -21,7 +23,7 @@ from megatron.config.schema import RunConfig
 from megatron.config.skip import is_skipped
 from megatron.data.dataset import SampleSource
 from megatron.data.loader import Loader, StepPlan, evaluation_loader
-from megatron.engine import Engine, MicroBatches
+from megatron.engine import Engine, MicroBatches, Shards
 from megatron.parallel.piece import Piece
 from megatron.training.data import Data, train_data
 from megatron.training.device import Device
@@ -65,13 +67,18 @@ def manifest_of(run: RunConfig) -> dict[str, Any]:
 
 
 def save_checkpoint(
-    folder: Path, engine: Engine, state: RunState, manifest: Mapping[str, Any]
+    folder: Path,
+    shards: Shards,
+    optimizer: Optimizer,
+    state: RunState,
+    manifest: Mapping[str, Any],
 ) -> Path:
     """Commits the weights and optimizer states of all ranks; called by all of them.
 
     Args:
         folder: of the run's checkpoints.
-        engine: whose states are saved.
+        shards: what this rank owns.
+        optimizer: whose states these are.
         state: of the run.
         manifest: of the run, by `manifest_of`.
 
@@ -81,14 +88,13 @@ def save_checkpoint(
     Raises:
         SaveError: it could not be written; older checkpoints are untouched.
     """
-    shards = engine.shards()
     pieces: Iterable[Piece] = shards.pieces()
-    if isinstance(engine.optimizer, WholeMatrixOptimizer):
-        pieces = itertools.chain(pieces, engine.optimizer.pieces())
+    if isinstance(optimizer, WholeMatrixOptimizer):
+        pieces = itertools.chain(pieces, optimizer.pieces())
     about = {
         "state": state.to_dict(),
         "counters": shards.counters(),
-        "loss_scaler": engine.scaler_state(),
+        "loss_scaler": shards.scaler_state(),
         **manifest,
     }
     return store.save(folder, state.iteration, lambda file: write_pieces(file, pieces), about)
@@ -139,6 +145,7 @@ class Trainer:
             self.curvature = Curvature(
                 engine, self.plan, interval, run.train.seed, run.model.seq_length
             )
+        self._shards = engine.shards()
         self._checkpoints, self._manifest = run.checkpoint_folder, manifest_of(run)
 
     def train(self) -> Outcome:
@@ -224,19 +231,23 @@ class Trainer:
         loader: AbstractContextManager[Loader | None] = nullcontext()
         if self.reads_data:
             loader = evaluation_loader(dataset, self.plan, run.log.eval_iters)
-        with loader as batches, self.evaluation_weights():
+        weights = evaluation_weights(self.engine.optimizer, self.engine.refresh_weights)
+        with loader as batches, weights:
             losses = [
                 float(self.engine.eval_batch(self._micro_batches(batches, number, marked=False)))
                 for number in range(1, run.log.eval_iters + 1)
             ]
         loss = sum(losses) / len(losses)
+        perplexity = math.exp(min(loss, 20.0))  # this order keeps a nan
+        samples = len(losses) * run.train.global_batch_size
+        elapsed = time.perf_counter() - start
         self._log_event(
             "eval",
             split=split,
             loss=loss,
-            perplexity=math.exp(min(loss, 20.0)),  # this order keeps a nan
-            samples=len(losses) * run.train.global_batch_size,
-            elapsed_s=time.perf_counter() - start,
+            perplexity=perplexity,
+            samples=samples,
+            elapsed_s=elapsed,
         )
 
     def save(self) -> bool:
@@ -247,7 +258,9 @@ class Trainer:
         """
         start = time.perf_counter()
         try:
-            path = save_checkpoint(self._checkpoints, self.engine, self.state, self._manifest)
+            path = save_checkpoint(
+                self._checkpoints, self._shards, self.engine.optimizer, self.state, self._manifest
+            )
         except store.SaveError as error:
             log.error(f"{error}; the run continues, older checkpoints are intact")
             return False
@@ -268,10 +281,6 @@ class Trainer:
             if not is_skipped(iteration, ranges)
         )
         return Loader(self.samples, self.plan, to_read)
-
-    def evaluation_weights(self) -> AbstractContextManager[None]:
-        """Within it the model has the weights to evaluate, which schedule-free rules keep apart."""
-        return evaluation_weights(self.engine.optimizer, self.engine.refresh_weights)
 
     def _micro_batches(
         self, loader: Loader | None, iteration: int, *, marked: bool = True
@@ -295,16 +304,13 @@ class Trainer:
         return last or (interval > 0 and iteration % interval == 0)
 
     def _log_event(self, event: str, **values: Any) -> None:
-        self.tracker.log(
-            {
-                "event": event,
-                "iteration": self.state.iteration,
-                "train_iters": self.run.train.train_iters,
-                "time": time.time(),
-                "consumed_tokens": self.state.consumed_tokens,
-                **values,
-            }
-        )
+        about = {
+            "iteration": self.state.iteration,
+            "train_iters": self.run.train.train_iters,
+            "time": time.time(),
+            "consumed_tokens": self.state.consumed_tokens,
+        }
+        self.tracker.log({"event": event, **about, **values})
 
     def _measured(self) -> dict[str, float]:
         """The pipeline's bubble since the last record, where there is one; a collective."""

@@ -135,7 +135,9 @@ def train_and_save(
 def save(run: RunConfig, engine: Engine, count: int) -> None:
     """Commits a checkpoint after `count` steps."""
     state = RunState(iteration=count)
-    save_checkpoint(run.checkpoint_folder, engine, state, manifest_of(run))
+    save_checkpoint(
+        run.checkpoint_folder, engine.shards(), engine.optimizer, state, manifest_of(run)
+    )
 
 
 def resume_and_train(variables: Mapping[str, str], count: int, large: bool = False) -> Curve:

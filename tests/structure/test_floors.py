@@ -44,6 +44,8 @@ BESIDE = {
 # Files of higher rooms that are known without torch. They stand on floor 0 file by file.
 GROUND = {
     "megatron",
+    "megatron.checkpoint",
+    "megatron.checkpoint.atomic",
     "megatron.data",
     "megatron.data.data_list",
     "megatron.data.indexed_header",
@@ -59,7 +61,7 @@ GROUND = {
 
 # Below training, of config, plan and launch: plain values, their formulas, and the one writer.
 PLAIN = {
-    "megatron.config.atomic",
+    "megatron.checkpoint.atomic",
     "megatron.config.errors",
     "megatron.config.layout",
     "megatron.config.optimizers",
@@ -216,7 +218,7 @@ def test_the_ground_is_loaded_from_the_ground() -> None:
         ("megatron.engine.shards", "megatron.parallel.piece.Piece", True),
         ("megatron.engine.shards", "megatron.checkpoint.tensors", False),
         ("megatron.checkpoint.store", "megatron.engine", False),
-        ("megatron.checkpoint.store", "megatron.config.atomic.write_atomically", True),
+        ("megatron.checkpoint.store", "megatron.checkpoint.atomic.write_atomically", True),
         ("megatron.checkpoint.store", "megatron.launch.ranks", False),
         ("megatron.engine", "megatron.training.log", False),
         ("megatron.training.loop", "megatron.engine.Engine", True),

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from megatron.config.atomic import PARTIAL, partial_prefix, replacing
+from megatron.checkpoint.atomic import PARTIAL, partial_prefix, replacing
 from megatron.config.errors import ConfigError
 from megatron.data.file_lock import locked
 from megatron.data.megatron_order.array_file import ArrayFile, Damaged, read_arrays

@@ -12,7 +12,7 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from megatron.config.atomic import write_atomically
+from megatron.checkpoint.atomic import write_atomically
 from megatron.config.errors import DataError
 from megatron.data.prepare.tokenizer import Tokenizer
 

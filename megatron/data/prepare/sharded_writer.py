@@ -17,7 +17,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron.config.atomic import write_atomically
+from megatron.checkpoint.atomic import write_atomically
 from megatron.config.errors import ConfigError, DataError
 from megatron.data.file_lock import locked
 from megatron.data.indexed import commit_pair

@@ -88,7 +88,7 @@ def _lamb(groups: ParameterGroups, settings: OptimizerConfig) -> Optimizer:
 
     def whole(matrix: nn.Parameter, group: Mapping[str, Any]) -> Optimizer:
         # The paper's rule: decay is part of the update whose norm makes the trust ratio.
-        return library.Lamb(
+        rule: Optimizer = library.Lamb(
             [matrix],
             lr=group["lr"],
             betas=_betas(settings),
@@ -96,14 +96,16 @@ def _lamb(groups: ParameterGroups, settings: OptimizerConfig) -> Optimizer:
             weight_decay=group["weight_decay"],
             weight_decouple=False,
         )
+        return rule
 
     return WholeMatrixOptimizer(groups, whole, {HIDDEN, VOCABULARY, VECTORS})
 
 
 def _adamw_schedule_free(groups: ParameterGroups, settings: OptimizerConfig) -> Optimizer:
     library = _library("adamwschedulefree", "schedulefree", "schedulefree")
-    optimizer = library.AdamWScheduleFree(groups, betas=_betas(settings), eps=settings.adam_eps)
-    optimizer.train()
+    rule = library.AdamWScheduleFree(groups, betas=_betas(settings), eps=settings.adam_eps)
+    rule.train()
+    optimizer: Optimizer = rule
     return optimizer
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ def evaluation_weights(optimizer: Optimizer, refresh: Callable[[], None]) -> Ite
         optimizer: with DeepSpeed's flat partitions in it (ZeRO-1 or 2).
         refresh: makes the model's weights from the fp32 partitions, on all ranks.
     """
+    rule: Any = optimizer  # only schedule-free ones have the two modes
     if "train_mode" not in optimizer.param_groups[0]:
         yield
         return
@@ -31,7 +33,7 @@ def evaluation_weights(optimizer: Optimizer, refresh: Callable[[], None]) -> Ite
     assert flats, "ZeRO-3 keeps its partitions out of the groups"
     # Going back by the formula would round, and an evaluation would change the training.
     kept = [flat.detach().clone() for flat in flats]
-    optimizer.eval()
+    rule.eval()
     refresh()
     try:
         yield

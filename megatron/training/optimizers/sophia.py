@@ -48,7 +48,7 @@ class SophiaG(Optimizer):
         self.hessian_tokens = 0  # > 0: the next step is an estimate from a gradient over so many
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Updates the weights; inside `hessian_step` the diagonal alone."""
         assert closure is None, "DeepSpeed gives no closure"
         for group in self.param_groups:
@@ -62,7 +62,7 @@ class SophiaG(Optimizer):
                 if self.hessian_tokens > 0:
                     _update_hessian(group, parameter.grad, state, self.hessian_tokens)
                 else:
-                    _update_weight(group, parameter, state)
+                    _update_weight(group, parameter, parameter.grad, state)
 
 
 def _update_hessian(group: dict[str, Any], grad: Tensor, state: dict[str, Tensor], n: int) -> None:
@@ -70,9 +70,11 @@ def _update_hessian(group: dict[str, Any], grad: Tensor, state: dict[str, Tensor
     state["hessian"].mul_(beta2).addcmul_(grad, grad, value=(1 - beta2) * n)
 
 
-def _update_weight(group: dict[str, Any], parameter: Tensor, state: dict[str, Tensor]) -> None:
+def _update_weight(
+    group: dict[str, Any], parameter: Tensor, grad: Tensor, state: dict[str, Tensor]
+) -> None:
     beta1, _ = group["betas"]
-    momentum = state["exp_avg"].lerp_(parameter.grad, 1 - beta1)
+    momentum = state["exp_avg"].lerp_(grad, 1 - beta1)
     curvature = state["hessian"].mul(group["rho"]).add_(group["eps"])
     parameter.mul_(1 - group["lr"] * group["weight_decay"])
     parameter.sub_(momentum.div(curvature).clamp_(-1, 1), alpha=group["lr"])
@@ -149,7 +151,9 @@ def sample_labels(logits: Tensor, draws: Tensor, tp: Axis, vocab_size: int) -> T
     at_once = max(1, _SAMPLED_ELEMENTS // rows.shape[-1])
     labels = [
         _sample(part, used, draw, tp)
-        for part, draw in zip(rows.split(at_once), draws.reshape(-1).split(at_once), strict=True)
+        for part, draw in zip(
+            torch.split(rows, at_once), torch.split(draws.reshape(-1), at_once), strict=True
+        )
     ]
     return torch.cat(labels).view(draws.shape)
 

@@ -132,7 +132,7 @@ class WholeMatrixOptimizer(Optimizer):
             self._matrices[group["name"]] = matrices
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One step of the groups in `param_groups` (DeepSpeed hands them over one at a time)."""
         assert closure is None, "DeepSpeed gives no closure"
         if self._matrices is None:
@@ -303,7 +303,7 @@ def _matrix(
     rows = full_shape[0]
     if group_name == VOCABULARY:
         rows = min(rows, vocabulary_size)
-    dim = parameter.partition_dim if sharded else None
+    dim = getattr(parameter, "partition_dim", None) if sharded else None
     return _Matrix(name, parameter.shape, full_shape, rows, dim, (0, 0), span)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from megatron.config.layout import Layout
 from megatron.config.schema import OptimizerConfig
-from megatron.engine import start_distributed
+from megatron.engine import start_distributed, start_engine
 from megatron.engine.distributed import ModelParallelUnit
 from megatron.engine.zero import ZeroEngine
 from megatron.parallel.cross_entropy import mean_vocab_parallel_cross_entropy
@@ -245,7 +245,8 @@ def _train(case: Case, groups: Groups, mpu: ModelParallelUnit, start: _Start) ->
     def base(logits: Tensor, labels: Tensor) -> Tensor:
         return mean_vocab_parallel_cross_entropy(logits, labels, tp, VOCAB)
 
-    engine = ZeroEngine(
+    engine = start_engine(
+        ZeroEngine,
         model,
         with_sampled_labels(base, tp, VOCAB),
         optimizer_of,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.config.atomic import replacing, write_atomically
+from megatron.checkpoint.atomic import replacing, write_atomically
 
 
 def test_a_reader_finds_the_old_file_or_the_new_one(tmp_path: Path) -> None:
