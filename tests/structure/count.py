@@ -35,21 +35,27 @@ class Journey:
         title: for the printed table.
         entry: `module:function` whose call is traced; empty for the way of VARIABLE.
         own_file: whether the entry's file counts; peers' figures for a save leave the caller out.
+        types: whether files count that only define types in the annotations of what is called.
         files, lines, folders: most that are allowed; 0 is no limit.
     """
 
     title: str
     entry: str
     own_file: bool
+    types: bool
     files: int
     lines: int = 0
     folders: int = 0
 
 
 JOURNEYS = {
-    "step": Journey("one training step", "megatron.training.trainer:Trainer.step", True, 22, 2800),
-    "save": Journey("one save", "megatron.training.trainer:save_checkpoint", False, 5, folders=2),
-    "setting": Journey(f"{VARIABLE} to DeepSpeed", "", True, 8),
+    "step": Journey(
+        "one training step", "megatron.training.trainer:Trainer.step", True, True, 22, 2800
+    ),
+    "save": Journey(
+        "one save", "megatron.training.trainer:save_checkpoint", False, True, 5, folders=2
+    ),
+    "setting": Journey(f"{VARIABLE} to DeepSpeed", "", True, False, 8),
 }
 
 RUN = {
@@ -236,7 +242,9 @@ def _trace() -> dict[str, dict[str, int]]:
 
     found = {}
     for name, noted in calls.items():
-        files = {code.co_filename for code in noted.codes} | _files_of_types(noted.codes)
+        files = {code.co_filename for code in noted.codes}
+        if JOURNEYS[name].types:
+            files |= _files_of_types(noted.codes)
         if not JOURNEYS[name].own_file:
             files.discard(entries[name].__code__.co_filename)
         found[name] = files
