@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from megatron.checkpoint import store
 from megatron.checkpoint.state import DataStage, RunState
@@ -60,7 +59,8 @@ class RunHistory:
             )
         self.folder = folder
         self.run: RunConfig = read_run(folder / RUN_FILE)
-        self.checkpoints = store.committed(self.run.checkpoint_folder)
+        checkpoints = store.committed(self.run.checkpoint_folder)  # the newest first
+        self._states = [RunState.from_dict(one.manifest["state"]) for one in checkpoints]
         self._stages = self._data_stages()
         self._orders: dict[int, StagedDataset | MegatronDataset] = {}  # by first sample
 
@@ -87,8 +87,8 @@ class RunHistory:
         if step > self._points[-1][0]:
             return "to come"
         ranges = [*self.run.skip_ranges]
-        for checkpoint in self.checkpoints[:1]:
-            ranges += _state(checkpoint).skip_ranges
+        for state in self._states[:1]:
+            ranges += state.skip_ranges
         return "skipped" if any(a <= step <= b for a, b in ranges) else "taken"
 
     def step_of(self, sample: int) -> int:
@@ -156,8 +156,7 @@ class RunHistory:
         for record in read(metrics) if metrics.is_file() else []:
             if "consumed_samples" in record:
                 points[record["iteration"]] = record["consumed_samples"]
-        for checkpoint in self.checkpoints:
-            points[checkpoint.iteration] = _state(checkpoint).consumed_samples
+        points |= {state.iteration: state.consumed_samples for state in self._states}
         return sorted(points.items())
 
     def _stretch(self, after: int) -> tuple[int, int, int, int]:
@@ -189,8 +188,7 @@ class RunHistory:
 
     def _data_stages(self) -> tuple[DataStage, ...]:
         """What the run was trained on; without a checkpoint, what its settings say."""
-        states = [_state(checkpoint) for checkpoint in self.checkpoints]
-        known = next((state.data for state in states if state.data), None)
+        known = next((state.data for state in self._states if state.data), None)
         if known is not None:
             return known
         lists = self._lists()
@@ -220,8 +218,3 @@ def _stateless_uses(
                 dataset, prefix, tokens, sequence, min(stop, end) - first
             ):
                 yield first + position, epoch
-
-
-def _state(checkpoint: store.Checkpoint) -> RunState:
-    manifest: dict[str, Any] = checkpoint.manifest
-    return RunState.from_dict(manifest["state"])

@@ -5,11 +5,13 @@ Steps, taken or skipped, are shown as METRICS says; every other event has its ro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from megatron.training.metrics import METRICS, SEPARATOR
+from megatron.training.metrics import METRICS, SEPARATOR, Text, render
 from megatron.training.metrics_file import MetricsRecord
+
+_ITERATION = "iteration={iteration:8d}/{train_iters:8d} | "
 
 
 @dataclass(frozen=True)
@@ -17,13 +19,13 @@ class Event:
     """How the records of an event are shown.
 
     Attributes:
-        fields: of its line; empty ones are left out.
+        line: what is printed.
         scalars: its numbers, named `<group>/<name>`.
         groups: the groups of these names.
     """
 
-    fields: Callable[[MetricsRecord], list[str]]
-    scalars: Callable[[MetricsRecord], Mapping[str, float]] = lambda record: {}
+    line: Text
+    scalars: Callable[[MetricsRecord], dict[str, float]] = lambda record: {}
     groups: tuple[str, ...] = ()
 
 
@@ -33,7 +35,7 @@ def line(record: MetricsRecord) -> str:
     Raises:
         KeyError: EVENTS has no such event.
     """
-    return SEPARATOR.join(field for field in EVENTS[record["event"]].fields(record) if field)
+    return render(EVENTS[record["event"]].line, record)
 
 
 def scalars(record: MetricsRecord, parameters: int) -> dict[str, float]:
@@ -43,7 +45,7 @@ def scalars(record: MetricsRecord, parameters: int) -> dict[str, float]:
         record: a record of metrics.jsonl; what is unknown (None) is left out.
         parameters: parameters of the model.
     """
-    named = dict(EVENTS[record["event"]].scalars(record))
+    named = EVENTS[record["event"]].scalars(record)
     if record["event"] == "step":
         named["throughput/approx_params_in_billions"] = parameters / 1e9
     return named | {f"{_group(name)}/iteration": record["iteration"] for name in named}
@@ -60,26 +62,22 @@ def _group(name: str) -> str:
     return name.partition("/")[0]
 
 
-def _metrics_fields(record: MetricsRecord) -> list[str]:
-    return [metric.text(record) for metric in sorted(METRICS, key=lambda metric: metric.place)]
+def _step_line(record: MetricsRecord) -> str:
+    fields = [metric.text(record) for metric in sorted(METRICS, key=lambda metric: metric.place)]
+    return SEPARATOR.join(field for field in fields if field)
 
 
-def _metrics_scalars(record: MetricsRecord) -> dict[str, float]:
+def _step_scalars(record: MetricsRecord) -> dict[str, float]:
     return {name: value for metric in METRICS for name, value in metric.numbers(record).items()}
 
 
-def _iteration(record: MetricsRecord) -> str:
-    return "iteration={iteration:8d}/{train_iters:8d}".format_map(record)
-
-
-def _eval_fields(record: MetricsRecord) -> list[str]:
-    return [
-        _iteration(record),
-        f"{record['split']} lm loss={record['loss']:.6f}",
-        f"{record['split']} perplexity={record['perplexity']:.4f}",
-        f"samples={record['samples']}",
-        f"elapsed_s={record['elapsed_s']:.1f}",
-    ]
+def _save_line(record: MetricsRecord) -> str:
+    size, seconds = record["bytes"] / 1e9, record["elapsed_s"]
+    rate = size / seconds if seconds else float("inf")
+    return (
+        f"{_ITERATION.format_map(record)}saved={record['path']} | size_gb={size:.3f} | "
+        f"elapsed_s={seconds:.1f} | gb_per_second={rate:.3f}"
+    )
 
 
 def _eval_scalars(record: MetricsRecord) -> dict[str, float]:
@@ -87,28 +85,17 @@ def _eval_scalars(record: MetricsRecord) -> dict[str, float]:
     return {f"{group}/lm loss": record["loss"], f"{group}/ppl_lm loss": record["perplexity"]}
 
 
-def _save_fields(record: MetricsRecord) -> list[str]:
-    gigabytes = record["bytes"] / 1e9
-    rate = gigabytes / record["elapsed_s"] if record["elapsed_s"] else float("inf")
-    return [
-        _iteration(record),
-        f"saved={record['path']}",
-        f"size_gb={gigabytes:.3f}",
-        f"elapsed_s={record['elapsed_s']:.1f}",
-        f"gb_per_second={rate:.3f}",
-    ]
-
-
-def _stop_fields(record: MetricsRecord) -> list[str]:
-    return [_iteration(record), f"stopped: {record['reason']}"]
-
-
 EVENTS: dict[str, Event] = {
-    "step": Event(_metrics_fields, _metrics_scalars),
-    "skip": Event(_metrics_fields, _metrics_scalars),
-    "eval": Event(_eval_fields, _eval_scalars, ("val", "test")),
-    "save": Event(
-        _save_fields, lambda r: {"timers/save-checkpoint-time": r["elapsed_s"]}, ("timers",)
+    "step": Event(_step_line, _step_scalars),
+    "skip": Event(_step_line, _step_scalars),
+    "eval": Event(
+        _ITERATION + "{split} lm loss={loss:.6f} | {split} perplexity={perplexity:.4f} | "
+        "samples={samples} | elapsed_s={elapsed_s:.1f}",
+        _eval_scalars,
+        ("val", "test"),
     ),
-    "stop": Event(_stop_fields),
+    "save": Event(
+        _save_line, lambda r: {"timers/save-checkpoint-time": r["elapsed_s"]}, ("timers",)
+    ),
+    "stop": Event(_ITERATION + "stopped: {reason}"),
 }

@@ -19,6 +19,14 @@ from megatron.training.metrics_file import MetricsRecord
 
 SEPARATOR = " | "  # between the fields of a line
 
+Text = str | Callable[[MetricsRecord], str]
+"""Text about a record: a format over its keys, or a function of it."""
+
+
+def render(text: Text, record: MetricsRecord) -> str:
+    """The text that is printed of a record."""
+    return text(record) if callable(text) else text.format_map(record)
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -104,8 +112,7 @@ class Metric:
     Attributes:
         key: its key in metrics.jsonl.
         value: computes it; None is unknown: null in metrics.jsonl, left out everywhere else.
-        console: its field of the line: a format over the record's keys, or a function of the
-            record; an empty field is left out.
+        console: its field of the line; an empty one is left out.
         place: where the field stands in the line; without one, at the end.
         scalars: its names in W&B and TensorBoard; a mapping's entries are `<name>/<entry>`.
         derived: name in W&B and TensorBoard -> a number made from the record of a step.
@@ -115,7 +122,7 @@ class Metric:
 
     key: str
     value: Callable[[Interval], Any]
-    console: str | Callable[[MetricsRecord], str] = ""
+    console: Text = ""
     place: float = math.inf
     scalars: tuple[str, ...] = ()
     derived: Mapping[str, Callable[[MetricsRecord], float]] = field(default_factory=dict)
@@ -124,11 +131,7 @@ class Metric:
 
     def text(self, record: MetricsRecord) -> str:
         """Its field of the record's line; empty where it is unknown or not shown."""
-        if record.get(self.key) is None:
-            return ""
-        if callable(self.console):
-            return self.console(record)
-        return self.console.format_map(record)
+        return "" if record.get(self.key) is None else render(self.console, record)
 
     def numbers(self, record: MetricsRecord) -> dict[str, float]:
         """Its numbers in W&B and TensorBoard by name; none where it is unknown."""

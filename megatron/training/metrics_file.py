@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from megatron.config.atomic import write_atomically
 from megatron.config.errors import ConfigError, DataError
 
 MetricsRecord = dict[str, Any]
-"""One line of the file: what a step, an evaluation or a save is to those who read about it."""
+"""One line of the file: an event (step, skip, eval, save, stop), its step and its numbers."""
 
 MARK = "non_finite"
 
@@ -86,21 +86,18 @@ def truncate_after(path: Path, iteration: int) -> int:
     if not path.exists():
         return 0
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    kept = list(_until(lines, iteration))
+    kept = [line for line in lines if _is_until(line, iteration)]
     dropped = sum(1 for line in lines if line) - len(kept)
-    unfinished = lines[-1] != ""  # the next record would be glued to a line without its newline
-    if dropped or unfinished:
+    if dropped or lines[-1]:  # the next record would be glued to a line without its newline
         write_atomically(path, "".join(f"{line}\n" for line in kept))
     return dropped
 
 
-def _until(lines: list[str], iteration: int) -> Iterator[str]:
-    for line in lines:
-        try:
-            if decode(line)["iteration"] <= iteration:
-                yield line
-        except (ValueError, KeyError, TypeError):  # torn, or without a usable iteration
-            continue
+def _is_until(line: str, iteration: int) -> bool:
+    try:
+        return bool(decode(line)["iteration"] <= iteration)
+    except (ValueError, KeyError, TypeError):  # torn, or without a usable iteration
+        return False
 
 
 def _mark(record: Mapping[str, Any]) -> dict[str, Any]:

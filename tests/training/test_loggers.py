@@ -13,6 +13,7 @@ import pytest
 from megatron.training import loggers, metrics_file
 from megatron.training.loggers import Progress
 from tests.training import records_factory as make
+from tests.training.run_config import tiny_run
 
 
 class Collecting:
@@ -106,6 +107,26 @@ def test_the_console_prints_lines_and_now_and_then_the_time_left(
         "progress",
         "iteration",
     ]
+
+
+def test_a_tracker_added_to_the_table_gets_the_records_of_the_rank_that_logs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, added = tiny_run(tmp_path, no_tensorboard=True, wandb_disabled=True), Collecting()
+    started: list[int] = []
+    monkeypatch.setitem(loggers.TRACKERS, "off", lambda run, iteration: None)
+    monkeypatch.setitem(
+        loggers.TRACKERS, "own", lambda run, iteration: started.append(iteration) or added
+    )
+    loggers.make_tracker(run, logs=False, iteration=4).log(make.step(5))
+    assert not started and not list(tmp_path.iterdir())
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(f"{metrics_file.encode(make.step(i))}\n" for i in range(1, 8)))
+    tracker = loggers.make_tracker(run, logs=True, iteration=4)
+    tracker.log(make.step(5))
+    tracker.close()
+    assert (started, [record["iteration"] for record in added.records]) == ([4], [5])
+    assert [record["iteration"] for record in metrics_file.read(path)] == [1, 2, 3, 4, 5]
 
 
 def test_without_trackers_anything_is_taken() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ import torch
 
 from megatron.checkpoint.state import RunState
 from megatron.config import schema
+from megatron.training import events
 from megatron.training.meter import Meter
+from megatron.training.metrics import METRICS, Metric
 from tests.training.run_config import tiny_run
 
 TINY = tiny_run(Path("runs/tiny"))  # 4 samples of 8 tokens
@@ -116,7 +118,7 @@ def test_a_step_record_has_the_contracted_fields(clock: Clock) -> None:
     clock.now += 0.5
     meter.step(2.5, 1.25, 4.0)
     record = meter.record(STATE, 1e-3, {"code": 2.0})
-    assert record == {
+    expected = {
         "event": "step",
         "iteration": 5,
         "train_iters": 100,
@@ -145,6 +147,8 @@ def test_a_step_record_has_the_contracted_fields(clock: Clock) -> None:
         "memory_max_gib": 1.5,
         "corpus_loss": {"code": 2.0},
     }
+    assert record == expected
+    assert list(record) == list(expected)
 
 
 def test_skipped_steps_and_what_is_off_the_clock_change_no_rate(clock: Clock) -> None:
@@ -212,6 +216,29 @@ def test_a_nan_is_counted_and_not_averaged_away(clock: Clock) -> None:
     record = meter.record(STATE, 1e-3)
     assert math.isnan(record["loss"])
     assert record["nan_iterations"] == 1
+
+
+@pytest.fixture
+def added_row() -> Iterator[Metric]:
+    row = Metric("watts", lambda i: 90.0 / i.seconds, "watts={watts:.1f}", 8.5, ("power/watts",))
+    METRICS.append(row)
+    yield row
+    METRICS.remove(row)
+
+
+@pytest.mark.usefixtures("added_row")
+def test_a_metric_is_one_row(clock: Clock) -> None:
+    """In the file, in the line, on dashboards; steps without work do not ask for it."""
+    meter = make(clock)
+    clock.now += 2.0
+    meter.step(2.5, 1.25)
+    record = meter.record(STATE, 1e-3)
+    meter.skip()
+    assert record["watts"] == 45.0
+    assert "| lm loss=2.500000 | watts=45.0 | loss_scale=1.0 |" in events.line(record)
+    assert events.scalars(record, 1)["power/watts"] == 45.0
+    assert "power" in events.groups()
+    assert "watts" not in meter.record(STATE, 1e-3)
 
 
 class Counting:
