@@ -76,7 +76,7 @@ def export_weights(
     unmatched = sorted(set(names) ^ set(parameters))
     if unmatched:
         raise ValueError(
-            f"the weights and ARCHITECTURE={shape.architecture} of Hugging Face differ in "
+            f"ARCHITECTURE={shape.architecture} and the weights do not fit: one lacks "
             f"{', '.join(unmatched)}"
         )
     shards: list[dict[str, Tensor]] = [{}]

@@ -7,7 +7,7 @@ What the user set must agree; the rest is derived from it.
 from __future__ import annotations
 
 from megatron.config.errors import ConfigError
-from megatron.config.option import Draft
+from megatron.config.option import Draft, Setting
 
 MICRO = "train.micro_batch_size"
 ACCUMULATION = "train.gradient_accumulation_steps"
@@ -26,66 +26,49 @@ def resolve_batch(draft: Draft, data_parallel: int) -> None:
     """
     draft.fill(MICRO, 1, "default")
     draft.fill(ACCUMULATION, 1, "default")
+    micro, accumulation, total = draft[MICRO], draft[ACCUMULATION], draft[GLOBAL]
+    product = micro.value * accumulation.value * data_parallel
     if GLOBAL not in draft.given:
-        product = draft.get(MICRO) * draft.get(ACCUMULATION) * data_parallel
         draft.replace(GLOBAL, product, "MICRO_BATCH x GRAD_ACC_STEPS x DP")
         return
-    total = draft.get(GLOBAL)
-    if total % data_parallel:
+    samples, rest = divmod(total.value, data_parallel)  # of one data-parallel rank
+    if rest:
         raise ConfigError(
-            f"{draft.show(GLOBAL)} is not a multiple of DP={data_parallel} (world size / (TP x PP "
-            f"x SP)): {total} / {data_parallel} leaves {total % data_parallel}. Set "
-            f"{draft.name(GLOBAL)}={_nearest_multiple(total, data_parallel)}"
+            f"{total} is not a multiple of DP={data_parallel} (world size / (TP x PP x SP)): "
+            f"{total.value} / {data_parallel} leaves {rest}. Set "
+            f"{total.name}={_nearest_multiple(total.value, data_parallel)}"
         )
-    samples = total // data_parallel  # of one data-parallel rank
     if MICRO in draft.given and ACCUMULATION in draft.given:
-        _require_product(draft, data_parallel)
+        if product != total.value:
+            raise ConfigError(
+                f"{total}, but {micro} x {accumulation} x DP={data_parallel} = {product}. Unset "
+                f"one of them, or set {total.name}={product}"
+            )
     elif ACCUMULATION in draft.given:
-        draft.replace(
-            MICRO,
-            _quotient(draft, ACCUMULATION, data_parallel),
-            "GLOBAL_BATCH / (GRAD_ACC_STEPS x DP)",
-        )
+        size = _quotient(total, accumulation, data_parallel)
+        draft.replace(MICRO, size, "GLOBAL_BATCH / (GRAD_ACC_STEPS x DP)")
     else:
         if MICRO not in draft.given:
-            usual = min(draft.get(MICRO), samples)
+            usual = min(micro.value, samples)
             largest = next(size for size in range(usual, 0, -1) if samples % size == 0)
-            if largest != draft.get(MICRO):
-                draft.replace(
-                    MICRO, largest, f"largest divisor of GLOBAL_BATCH / DP up to {draft.get(MICRO)}"
-                )
-        draft.replace(
-            ACCUMULATION,
-            _quotient(draft, MICRO, data_parallel),
-            "GLOBAL_BATCH / (MICRO_BATCH x DP)",
-        )
+            if largest != micro.value:
+                source = f"largest divisor of GLOBAL_BATCH / DP up to {micro.value}"
+                draft.replace(MICRO, largest, source)
+        steps = _quotient(total, draft[MICRO], data_parallel)
+        draft.replace(ACCUMULATION, steps, "GLOBAL_BATCH / (MICRO_BATCH x DP)")
 
 
-def _require_product(draft: Draft, data_parallel: int) -> None:
-    """Refuse three batch sizes that do not multiply up."""
-    micro, accumulation, total = draft.get(MICRO), draft.get(ACCUMULATION), draft.get(GLOBAL)
-    product = micro * accumulation * data_parallel
-    if product != total:
-        raise ConfigError(
-            f"{draft.show(GLOBAL)}, but {draft.show(MICRO)} x {draft.show(ACCUMULATION)} x "
-            f"DP={data_parallel} = {product}. Unset one of them, or set "
-            f"{draft.name(GLOBAL)}={product}"
-        )
-
-
-def _quotient(draft: Draft, divisor_key: str, data_parallel: int) -> int:
+def _quotient(total: Setting, divisor: Setting, data_parallel: int) -> int:
     """GLOBAL_BATCH / (the other factor x DP), which must be whole."""
-    total, divisor = draft.get(GLOBAL), draft.get(divisor_key)
-    step: int = divisor * data_parallel
-    if total % step:
+    step: int = divisor.value * data_parallel
+    quotient, rest = divmod(total.value, step)
+    if rest:
         raise ConfigError(
-            f"{draft.show(GLOBAL)} is not a multiple of {draft.show(divisor_key)} x "
-            f"DP={data_parallel} = {step}: {total} / {step} leaves {total % step}. Set "
-            f"{draft.name(GLOBAL)}={_nearest_multiple(total, step)} or another "
-            f"{draft.name(divisor_key)}"
+            f"{total} is not a multiple of {divisor} x DP={data_parallel} = {step}: {total.value} "
+            f"/ {step} leaves {rest}. Set {total.name}={_nearest_multiple(total.value, step)} or "
+            f"another {divisor.name}"
         )
-    quotient: int = total // step
-    return quotient
+    return int(quotient)
 
 
 def _nearest_multiple(number: int, step: int) -> int:
@@ -99,25 +82,24 @@ def resolve_train_iters(draft: Draft) -> None:
     Raises:
         ConfigError: where the user set both and they differ, or the tokens make no step.
     """
-    per_step = draft.get(GLOBAL) * draft.get("model.seq_length")
-    factors = f"GLOBAL_BATCH {draft.get(GLOBAL)} x SEQ {draft.get('model.seq_length')}"
-    arithmetic = f"{factors} = {per_step} tokens per step"
-    if ITERS in draft.given and TOKENS in draft.given:
-        steps = draft.get(TOKENS) // per_step
-        if steps != draft.get(ITERS):
-            raise ConfigError(
-                f"{draft.show(ITERS)}, but {draft.show(TOKENS)} is {steps} steps ({arithmetic}). "
-                f"Unset one of them, or set {draft.name(TOKENS)}={draft.get(ITERS) * per_step}"
-            )
-        return
-    if TOKENS not in draft.given and draft.get(ITERS) is not None:
-        draft.replace(TOKENS, draft.get(ITERS) * per_step, "TRAIN_ITERS x GLOBAL_BATCH x SEQ")
+    batch, length, iters = draft.get(GLOBAL), draft.get("model.seq_length"), draft[ITERS]
+    per_step = batch * length
+    arithmetic = f"GLOBAL_BATCH {batch} x SEQ {length} = {per_step} tokens per step"
+    if TOKENS not in draft.given and iters.value is not None:
+        draft.replace(TOKENS, iters.value * per_step, "TRAIN_ITERS x GLOBAL_BATCH x SEQ")
         return
     draft.fill(TOKENS, PRODUCTION_TOKENS, "default")
-    steps = draft.get(TOKENS) // per_step
+    tokens = draft[TOKENS]
+    steps = tokens.value // per_step
+    if ITERS in draft.given:
+        if steps != iters.value:
+            raise ConfigError(
+                f"{iters}, but {tokens} is {steps} steps ({arithmetic}). Unset one of them, or "
+                f"set {tokens.name}={iters.value * per_step}"
+            )
+        return
     if steps < 1:
         raise ConfigError(
-            f"{draft.show(TOKENS)} is less than one step ({arithmetic}). Set "
-            f"{draft.name(TOKENS)}={per_step} or more"
+            f"{tokens} is less than one step ({arithmetic}). Set {tokens.name}={per_step} or more"
         )
     draft.replace(ITERS, steps, "TRAIN_TOKENS / (GLOBAL_BATCH x SEQ)")

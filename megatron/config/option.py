@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron.config.errors import ConfigError
 
@@ -120,6 +120,17 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+class Setting(NamedTuple):
+    """An option's value, and the name under which the user set it, else its canonical one."""
+
+    name: str
+    value: Any
+
+    def __str__(self) -> str:
+        """`NAME=value` for messages."""
+        return f"{self.name}={self.value}"
+
+
 class Draft:
     """The configuration while it is resolved: values by option key, with where each came from.
 
@@ -154,13 +165,10 @@ class Draft:
         """The value, or None."""
         return self.values.get(key)
 
-    def name(self, key: str) -> str:
-        """The name under which the user set it, else its canonical one."""
-        return self.given.get(key, self.options[key].name)
-
-    def show(self, key: str) -> str:
-        """`NAME=value` for messages."""
-        return f"{self.name(key)}={self.values.get(key)}"
+    def __getitem__(self, key: str) -> Setting:
+        """The value with its name, for messages."""
+        name = self.given.get(key) or self.options[key].name
+        return Setting(name, self.values.get(key))
 
 
 def _boolean(text: str, name: str) -> bool:

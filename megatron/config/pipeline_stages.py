@@ -1,6 +1,6 @@
 """Which layers a pipeline stage holds: pure, so that the dry run draws what the engine builds.
 
-A model is [embedding, L blocks, final norm, head]; a split is given by the blocks per stage.
+A model is [embedding, L blocks, final norm, head]; the blocks of each stage define the stages.
 """
 
 from __future__ import annotations

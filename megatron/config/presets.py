@@ -59,8 +59,10 @@ def _llama3(model: str, tied: bool, scaling: str) -> dict[str, Value]:
 
 
 def _qwen3(size: str, tied: bool) -> dict[str, Value]:
-    more: dict[str, Value] = {"ARCHITECTURE": "qwen3", "HEAD_DIM": 128}
-    return _hub(f"Qwen/Qwen3-{size}", 151936, tied, 1000000.0, **more)
+    return _hub(
+        f"Qwen/Qwen3-{size}", 151936, tied, 1000000.0,
+        ARCHITECTURE="qwen3", HEAD_DIM=128, RMS_NORM_EPS=1e-6,
+    )  # fmt: skip
 
 
 # Sources: the AuroraGPT launcher's shapes; config.json of each Hub model. The AuroraGPT, llama3-3B,

@@ -119,7 +119,7 @@ def _give_all(draft: Draft, settings: Sequence[tuple[str, str, str]]) -> list[st
             continue
         if key in draft.given and draft.get(key) != value:
             problems.append(
-                f"{draft.show(key)} and {name}={text} set the same option to different values: "
+                f"{draft[key]} and {name}={text} set the same option to different values: "
                 "unset one of them"
             )
         draft.give(key, value, name)
@@ -191,9 +191,9 @@ def _fill_derived(draft: Draft) -> None:
     draft.fill("optimizer.lr_decay_iters", draft.get(batch.ITERS), "TRAIN_ITERS")
     scaling, ranges = "model.rope_scaling", "data.train_range_to_skip"
     if draft.get(scaling):
-        draft.values[scaling] = rope_scaling.canonical(draft.get(scaling), draft.name(scaling))
+        draft.values[scaling] = rope_scaling.canonical(draft.get(scaling), draft[scaling].name)
     if draft.get(ranges):
-        merged = skip.parse_ranges(draft.get(ranges), draft.name(ranges))
+        merged = skip.parse_ranges(draft.get(ranges), draft[ranges].name)
         draft.values[ranges] = skip.ranges_text(merged) or None
     label = presets.label(draft.get(ARCH), draft.get("model.num_layers"))
     stem = Path(draft.get("data.data_file_list")).stem
@@ -218,11 +218,11 @@ def _require_ready(run: RunConfig, draft: Draft, site: Site) -> None:
     devices = run.launch.num_hosts * run.launch.devices_per_host
     if site.devices_per_host and run.parallel.world_size > devices:
         raise ConfigError(
-            f"{draft.show(validate.WORLD)} ranks need one device each, but "
+            f"{draft[validate.WORLD]} ranks need one device each, but "
             f"NHOSTS={run.launch.num_hosts} x NGPU_PER_HOST={run.launch.devices_per_host} = "
             f"{devices}. Set WORLD_SIZE={devices} or less"
         )
-    survey_of(run, draft.name("data.data_file_list")).require()
+    survey_of(run, draft["data.data_file_list"].name).require()
 
 
 def survey_of(run: RunConfig, name: str = "DATA_FILE_LIST") -> data_survey.DataSurvey:

@@ -29,7 +29,7 @@ class ModelShape:
     nope_interval: int = option(0, "NOPE_INTERVAL", "--nope-interval", "every n-th layer has no rotary embedding (SmolLM3: 4); 0: rotary everywhere")
     rope_theta: float = option(50000.0, "ROPE_THETA", "--rope-theta --rotary-position-embeddings-theta", "base of the rotary frequencies", above=0)
     rope_scaling: str | None = option(None, "ROPE_SCALING", "--rope-scaling", "`llama3` or `llama3:factor,low,high,original_length`; unset: none")
-    rms_norm_eps: float = option(1e-5, "", "--layernorm-epsilon --rms-norm-eps", "epsilon of RMSNorm", above=0)
+    rms_norm_eps: float = option(1e-5, "RMS_NORM_EPS", "--layernorm-epsilon --rms-norm-eps", "epsilon of RMSNorm", above=0)
     init_method_std: float = option(None, "", "--init-method-std", "standard deviation of the initial weights; default sqrt(2 / (5 HIDDEN))", above=0)
     vocab_size: int = option(None, "VOCAB_SIZE", "--vocab-size", "vocabulary before padding; default: the tokenizer's", least=1)
 

@@ -12,19 +12,18 @@ from pathlib import Path
 
 from megatron.config import optimizers, rope_scaling
 from megatron.config.errors import ConfigError
-from megatron.config.option import Draft
+from megatron.config.option import Draft, Setting
 from megatron.config.pipeline_stages import num_stages_per_rank, parse_cuts
 from megatron.model.registry import ARCHITECTURES
 
 TP, PP, SP = "parallel.tensor_parallel", "parallel.pipeline_parallel", "parallel.sequence_parallel"
-MEGATRON_SP = "parallel.megatron_sequence_parallel"
 ZERO, WORLD = "parallel.zero_stage", "parallel.world_size"
-HOSTS = "launch.num_hosts"
+HPZ, MICS = "parallel.zero_hpz_partition_size", "parallel.mics_shard_size"
 SCHEDULE, CUTS = "parallel.pipeline_schedule", "parallel.pipeline_cuts"
 HEADS, KV_HEADS = "model.num_attention_heads", "model.num_key_value_heads"
 ARCHITECTURE, HEAD_DIM = "model.architecture", "model.head_dim"
 HIDDEN, FFN, LAYERS = "model.hidden_size", "model.ffn_hidden_size", "model.num_layers"
-LENGTH = "model.seq_length"
+CPU_OPTIMIZER = "parallel.cpu_optimizer"
 
 
 def model_parallel_size(draft: Draft) -> int:
@@ -34,17 +33,21 @@ def model_parallel_size(draft: Draft) -> int:
 
 def divides(draft: Draft, part: str, *wholes: str) -> Iterator[str]:
     """The option `part` must divide every option of `wholes`."""
-    divisor = draft.get(part)
+    divisor = draft[part]
     common = math.gcd(*(draft.get(whole) for whole in wholes))
-    fitting = next(d for d in range(divisor, 0, -1) if common % d == 0)
-    for whole in wholes:
-        number = draft.get(whole)
-        if number % divisor:
+    fitting = next(d for d in range(divisor.value, 0, -1) if common % d == 0)
+    for whole in (draft[key] for key in wholes):
+        if whole.value % divisor.value:
             yield (
-                f"{draft.show(part)} does not divide {draft.show(whole)}: {number} / {divisor} "
-                f"leaves {number % divisor}. Set {draft.name(part)}={fitting}, or "
-                f"{draft.name(whole)}={-(-number // divisor) * divisor}"
+                f"{divisor} does not divide {whole}: {whole.value} / {divisor.value} leaves "
+                f"{whole.value % divisor.value}. Set {divisor.name}={fitting}, or "
+                f"{whole.name}={_multiple(whole.value, divisor.value)}"
             )
+
+
+def _multiple(number: int, of: int) -> int:
+    """The smallest multiple of `of` that is not below `number`."""
+    return -(-number // of) * of
 
 
 def check_shape(draft: Draft) -> Iterator[str]:
@@ -54,27 +57,28 @@ def check_shape(draft: Draft) -> Iterator[str]:
         yield from divides(draft, HEADS, HIDDEN)
         width, rest = divmod(draft.get(HIDDEN), draft.get(HEADS))
     yield from divides(draft, KV_HEADS, HEADS)
-    if width % 2 and draft.get(HEAD_DIM):
+    hidden, heads, head_dim = draft[HIDDEN], draft[HEADS], draft[HEAD_DIM]
+    scaling, architecture = draft["model.rope_scaling"], draft[ARCHITECTURE]
+    if head_dim.value is not None and head_dim.value % 2:
         yield (
-            f"{draft.show(HEAD_DIM)} is odd, but rotary embeddings rotate pairs: set "
-            f"{draft.name(HEAD_DIM)}={width + 1}"
+            f"{head_dim} is odd, but rotary embeddings rotate pairs: set "
+            f"{head_dim.name}={head_dim.value + 1}"
         )
     elif width % 2 and rest == 0:
         yield (
-            f"{draft.show(HIDDEN)} / {draft.show(HEADS)} = {width} is odd, but rotary "
-            f"embeddings rotate pairs: set {draft.name(HIDDEN)}={draft.get(HEADS) * (width + 1)}"
+            f"{hidden} / {heads} = {width} is odd, but rotary embeddings rotate pairs: set "
+            f"{hidden.name}={heads.value * (width + 1)}"
         )
-    for field, value in ARCHITECTURES[draft.get(ARCHITECTURE)].fixed.items():
-        key = f"model.{field}"
-        if draft.get(key) != value:
+    for field, value in ARCHITECTURES[architecture.value].fixed.items():
+        fixed = draft[f"model.{field}"]
+        if fixed.value != value:
             yield (
-                f"{draft.show(key)}, but {draft.show(ARCHITECTURE)} has {value} only: set "
-                f"{draft.name(key)}={value}, or another {draft.name(ARCHITECTURE)}"
+                f"{fixed}, but {architecture} has {value} only: set {fixed.name}={value}, or "
+                f"another {architecture.name}"
             )
-    scaling = draft.get("model.rope_scaling")
-    if scaling is not None:
+    if scaling.value is not None:
         try:
-            rope_scaling.parse(scaling, draft.name("model.rope_scaling"))
+            rope_scaling.parse(scaling.value, scaling.name)
         except ConfigError as error:
             yield str(error)
 
@@ -86,86 +90,84 @@ def check_tensor_parallel(draft: Draft) -> Iterator[str]:
 
 def check_sequence_parallel(draft: Draft) -> Iterator[str]:
     """Both kinds of sequence parallelism divide the sequence evenly, Ulysses the heads too."""
-    tp, sp, heads, length = (draft.get(key) for key in (TP, SP, HEADS, LENGTH))
-    if sp > 1 and heads % tp == 0 and heads % (tp * sp):
-        fitting = next(size for size in range(sp, 0, -1) if heads // tp % size == 0)
+    tp, sp, heads, length = draft[TP], draft[SP], draft[HEADS], draft["model.seq_length"]
+    ranks = tp.value * sp.value
+    if sp.value > 1 and heads.value % tp.value == 0 and heads.value % ranks:
+        own = heads.value // tp.value
+        fitting = next(size for size in range(sp.value, 0, -1) if own % size == 0)
         yield (
-            f"{draft.show(TP)} x {draft.show(SP)} does not divide {draft.show(HEADS)}: {heads} / "
-            f"{tp * sp} leaves {heads % (tp * sp)}. Each rank computes "
-            f"the attention of some heads: set {draft.name(SP)}={fitting}, or "
-            f"{draft.name(HEADS)}={-(-heads // (tp * sp)) * tp * sp}"
+            f"{tp} x {sp} does not divide {heads}: {heads.value} / {ranks} leaves "
+            f"{heads.value % ranks}. Each rank computes the attention of some heads: set "
+            f"{sp.name}={fitting}, or {heads.name}={_multiple(heads.value, ranks)}"
         )
-    sharded = draft.get(MEGATRON_SP) and tp > 1
-    ranks = sp * tp if sharded else sp
-    if length % ranks:
-        names = f"{draft.show(SP)} x {draft.show(TP)}" if sharded else draft.show(SP)
-        why = f" ({draft.name(MEGATRON_SP)} also shards it over the TP ranks)" if sharded else ""
+    names, why, megatron = f"{sp} x {tp}", "", draft["parallel.megatron_sequence_parallel"]
+    if megatron.value and tp.value > 1:
+        why = f" ({megatron.name} also shards it over the TP ranks)"
+    else:
+        names, ranks = str(sp), sp.value
+    if length.value % ranks:
         yield (
-            f"{names} does not divide {draft.show(LENGTH)}: {length} / {ranks} leaves "
-            f"{length % ranks}{why}. Set {draft.name(LENGTH)}={-(-length // ranks) * ranks}"
+            f"{names} does not divide {length}: {length.value} / {ranks} leaves "
+            f"{length.value % ranks}{why}. Set {length.name}={_multiple(length.value, ranks)}"
         )
 
 
 def check_pipeline(draft: Draft) -> Iterator[str]:
     """At least one layer per stage, and a ZeRO stage that the pipeline engine supports."""
-    stages, layers, zero = draft.get(PP), draft.get(LAYERS), draft.get(ZERO)
-    if layers < stages:
+    stages, layers, zero = draft[PP], draft[LAYERS], draft[ZERO]
+    if layers.value < stages.value:
         yield (
-            f"{draft.show(PP)} stages need at least one layer each, but {draft.show(LAYERS)}: "
-            f"{layers} < {stages}. Set {draft.name(PP)}={layers} or less, or "
-            f"{draft.name(LAYERS)}={stages} or more"
+            f"{stages} stages need at least one layer each, but {layers}: {layers.value} < "
+            f"{stages.value}. Set {stages.name}={layers.value} or less, or "
+            f"{layers.name}={stages.value} or more"
         )
-    if stages > 1 and zero > 1:
+    if stages.value > 1 and zero.value > 1:
         yield (
-            f"{draft.show(ZERO)} does not work with {draft.show(PP)}: ZeRO 2 and 3 shard "
-            "gradients after every micro-batch, a pipeline accumulates them over the step. Set "
-            f"{draft.name(ZERO)}=1, or {draft.name(PP)}=1"
+            f"{zero} does not work with {stages}: ZeRO 2 and 3 shard gradients after every "
+            "micro-batch, a pipeline accumulates them over the step. Set "
+            f"{zero.name}=1, or {stages.name}=1"
         )
-    yield from _check_schedule(draft)
+    yield from _check_schedule(draft[SCHEDULE], stages, layers)
     yield from _check_cuts(draft)
-    kept = draft.get("train.checkpoint_num_layers")
-    if draft.get("train.activation_checkpointing") == "1" and kept > max(1, layers // stages):
-        yield (
-            f"{draft.show('train.checkpoint_num_layers')} is more than the layers of a pipeline "
-            f"stage: {draft.show(LAYERS)} / {draft.show(PP)} = {layers // stages}"
-        )
+    kept, each = draft["train.checkpoint_num_layers"], layers.value // stages.value
+    if draft.get("train.activation_checkpointing") == "1" and kept.value > max(1, each):
+        yield f"{kept} is more than the layers of a pipeline stage: {layers} / {stages} = {each}"
 
 
-def _check_schedule(draft: Draft) -> Iterator[str]:
+def _check_schedule(schedule: Setting, stages: Setting, layers: Setting) -> Iterator[str]:
     """DualPipeV has two stages per rank."""
-    stages, layers = draft.get(PP), draft.get(LAYERS)
-    if num_stages_per_rank(draft.get(SCHEDULE)) == 1:
+    if num_stages_per_rank(schedule.value) == 1:
         return
-    if stages == 1:
+    if stages.value == 1:
         yield (
-            f"{draft.show(SCHEDULE)} is a pipeline schedule, but {draft.show(PP)}. Set "
-            f"{draft.name(PP)}=2 or more, or unset {draft.name(SCHEDULE)}"
+            f"{schedule} is a pipeline schedule, but {stages}. Set {stages.name}=2 or more, or "
+            f"unset {schedule.name}"
         )
-    if layers < 2 * stages:
+    if layers.value < 2 * stages.value:
         yield (
-            f"{draft.show(SCHEDULE)} splits the model into 2 x {draft.show(PP)} = {2 * stages} "
-            f"stages, but {draft.show(LAYERS)}. Set {draft.name(PP)}={max(1, layers // 2)} or less"
+            f"{schedule} splits the model into 2 x {stages} = {2 * stages.value} stages, but "
+            f"{layers}. Set {stages.name}={max(1, layers.value // 2)} or less"
         )
 
 
 def check_accumulation(draft: Draft) -> Iterator[str]:
     """DualPipeV fills its two directions with micro-batches."""
-    least, accumulation = 2 * draft.get(PP), "train.gradient_accumulation_steps"
-    if num_stages_per_rank(draft.get(SCHEDULE)) == 2 and draft.get(accumulation) < least:
+    stages, steps = draft[PP], draft["train.gradient_accumulation_steps"]
+    schedule, least = draft[SCHEDULE], 2 * stages.value
+    if num_stages_per_rank(schedule.value) == 2 and steps.value < least:
         yield (
-            f"{draft.show(SCHEDULE)} needs 2 x {draft.show(PP)} = {least} micro-batches per step, "
-            f"but {draft.show(accumulation)}. Set {draft.name(accumulation)}={least} or more, or "
-            f"unset {draft.name(SCHEDULE)}"
+            f"{schedule} needs 2 x {stages} = {least} micro-batches per step, but {steps}. Set "
+            f"{steps.name}={least} or more, or unset {schedule.name}"
         )
 
 
 def _check_cuts(draft: Draft) -> Iterator[str]:
     """The layers per stage add up to the model."""
-    text, layers = draft.get(CUTS), draft.get(LAYERS)
-    if not text:
+    cuts, layers = draft[CUTS], draft[LAYERS]
+    if not cuts.value:
         return
     try:
-        blocks = parse_cuts(text, draft.name(CUTS))
+        blocks = parse_cuts(cuts.value, cuts.name)
     except ConfigError as error:
         yield str(error)
         return
@@ -174,195 +176,161 @@ def _check_cuts(draft: Draft) -> Iterator[str]:
     if len(blocks) != stages:
         doubled = " x 2 (dualpipev)" if each == 2 else ""
         yield (
-            f"{draft.show(CUTS)} names {len(blocks)} stages, but {draft.show(PP)}{doubled} = "
-            f"{stages}. Give {stages} numbers"
+            f"{cuts} names {len(blocks)} stages, but {draft[PP]}{doubled} = {stages}. Give "
+            f"{stages} numbers"
         )
-    elif sum(blocks) != layers:
-        yield (
-            f"{draft.show(CUTS)} has {' + '.join(map(str, blocks))} = {sum(blocks)} layers, but "
-            f"{draft.show(LAYERS)}. Change one of the numbers"
-        )
+    elif sum(blocks) != layers.value:
+        total = f"{' + '.join(map(str, blocks))} = {sum(blocks)}"
+        yield f"{cuts} has {total} layers, but {layers}. Change one of the numbers"
     elif 0 in blocks[:-1]:
-        yield f"{draft.show(CUTS)}: all stages but the last, which holds the head, need a layer"
+        yield f"{cuts}: all stages but the last, which holds the head, need a layer"
 
 
 def check_world(draft: Draft) -> Iterator[str]:
     """The world holds whole replicas of the model."""
-    world, size = draft.get(WORLD), model_parallel_size(draft)
-    if world % size:
+    world, size, hosts = draft[WORLD], model_parallel_size(draft), draft["launch.num_hosts"]
+    whence = f"{world} ({draft.sources[WORLD]})"
+    if world.value % size:
         yield (
-            f"{draft.name(WORLD)}={world} ({draft.sources[WORLD]}) is not a multiple of "
-            f"{draft.show(TP)} x {draft.show(PP)} x {draft.show(SP)} = {size}: {world} / {size} "
-            f"leaves {world % size}. Set WORLD_SIZE={-(-world // size) * size} or a smaller TP, PP "
-            "or SP"
+            f"{whence} is not a multiple of {draft[TP]} x {draft[PP]} x {draft[SP]} = {size}: "
+            f"{world.value} / {size} leaves {world.value % size}. Set "
+            f"WORLD_SIZE={_multiple(world.value, size)} or a smaller TP, PP or SP"
         )
-    if HOSTS in draft.given and draft.get(HOSTS) > world:
+    if "launch.num_hosts" in draft.given and hosts.value > world.value:
         yield (
-            f"{draft.show(HOSTS)}, but {draft.name(WORLD)}={world} ({draft.sources[WORLD]}) leaves "
-            f"{draft.get(HOSTS) - world} of them without a rank. Set NGPU_PER_HOST, WORLD_SIZE or "
-            f"{draft.name(HOSTS)}={world}"
+            f"{hosts}, but {whence} leaves {hosts.value - world.value} of them without a rank. Set "
+            f"NGPU_PER_HOST, WORLD_SIZE or {hosts.name}={world.value}"
         )
 
 
 def check_zero(draft: Draft) -> Iterator[str]:
-    """Options that only some ZeRO stages support."""
-    zero, hpz = draft.get(ZERO), "parallel.zero_hpz_partition_size"
-    size = draft.get(hpz)
-    if size > 1 and zero != 3:
+    """Options that only some ZeRO stages support: hpZ, and MiCS, which is ZeRO-3 in groups."""
+    zero, hpz, mics, host = (draft[key] for key in (ZERO, HPZ, MICS, CPU_OPTIMIZER))
+    ranks = draft.get(WORLD) // (draft.get(TP) * draft.get(PP))
+    axes = "DP" if draft.get(SP) == 1 else "DP x SP"
+    if hpz.value > 1 and zero.value != 3:
         yield (
-            f"{draft.show(hpz)} is a secondary partition of ZeRO-3's parameters, but "
-            f"{draft.show(ZERO)}. Set {draft.name(ZERO)}=3 or unset {draft.name(hpz)}"
+            f"{hpz} is a secondary partition of ZeRO-3's parameters, but {zero}. Set "
+            f"{zero.name}=3 or unset {hpz.name}"
         )
-    zero_ranks = draft.get(WORLD) // (draft.get(TP) * draft.get(PP))
-    if size > 1 and zero_ranks % size:
-        yield _uneven_shards(draft, hpz, zero_ranks)
-    yield from _check_mics(draft, zero_ranks)
-
-
-def _uneven_shards(draft: Draft, key: str, zero_ranks: int) -> str:
-    """Why the ranks that ZeRO shards over do not make groups of the option's size."""
-    size = draft.get(key)
-    ranks = "DP" if draft.get(SP) == 1 else "DP x SP"
-    return (
-        f"{draft.show(key)} does not divide {ranks}={zero_ranks}: {zero_ranks} / {size} leaves "
-        f"{zero_ranks % size}. Set it to the number of ranks per host"
-    )
-
-
-def _check_mics(draft: Draft, zero_ranks: int) -> Iterator[str]:
-    """MiCS is ZeRO-3 within equal groups of the ranks that ZeRO shards over."""
-    key, size = "parallel.mics_shard_size", draft.get("parallel.mics_shard_size")
-    if size == 0:
-        return
-    if draft.get(ZERO) != 3:
+    if mics.value and zero.value != 3:
+        yield (f"{mics} shards as ZeRO-3 does, but {zero}. Set {zero.name}=3 or unset {mics.name}")
+    for group in (hpz, mics):
+        if group.value > 1 and ranks % group.value:
+            yield (
+                f"{group} does not divide {axes}={ranks}: {ranks} / {group.value} leaves "
+                f"{ranks % group.value}. Set it to the number of ranks per host"
+            )
+    if mics.value == 1:
+        yield (f"{mics} shards nothing. Unset it and {zero.name}, or set {mics.name}=2 or more")
+    if mics.value and hpz.value > 1:
+        yield f"{mics} and {hpz} both keep parameters within a host: unset one"
+    if mics.value and host.value:
         yield (
-            f"{draft.show(key)} shards as ZeRO-3 does, but {draft.show(ZERO)}. Set "
-            f"{draft.name(ZERO)}=3 or unset {draft.name(key)}"
-        )
-    if size == 1:
-        yield (
-            f"{draft.show(key)} shards nothing. Unset it and {draft.name(ZERO)}, or set "
-            f"{draft.name(key)}=2 or more"
-        )
-    if zero_ranks % size:
-        yield _uneven_shards(draft, key, zero_ranks)
-    hpz, host = "parallel.zero_hpz_partition_size", "parallel.cpu_optimizer"
-    if draft.get(hpz) > 1:
-        yield (
-            f"{draft.show(key)} and {draft.show(hpz)} both keep parameters within a host: unset one"
-        )
-    if draft.get(host):
-        yield (
-            f"{draft.show(key)} averages gradients on the device, but {draft.name(host)} "
-            "moves them to the host before that. Unset one of them"
+            f"{mics} averages gradients on the device, but {host.name} moves them to the host "
+            "before that. Unset one of them"
         )
 
 
 def check_reduction(draft: Draft) -> Iterator[str]:
     """Only bf16 gradients have a choice."""
-    key, dtype = "train.grad_reduce_in_bf16", "train.dtype"
-    if draft.get(key) and draft.get(dtype) != "bf16":
+    reduction, dtype = draft["train.grad_reduce_in_bf16"], draft["train.dtype"]
+    if reduction.value and dtype.value != "bf16":
         yield (
-            f"{draft.name(key)} is an option for bf16 gradients, but {draft.show(dtype)}. Unset "
-            f"{draft.name(key)}, or set {draft.name(dtype)}=bf16"
+            f"{reduction.name} is an option for bf16 gradients, but {dtype}. Unset "
+            f"{reduction.name}, or set {dtype.name}=bf16"
         )
 
 
 def check_optimizer(draft: Draft) -> Iterator[str]:
     """A known optimizer that works with the layout."""
-    key = "optimizer.optimizer"
-    rule, name = draft.get(key), draft.name(key)
-    problem = optimizers.problem(rule, name)
+    rule, zero, host = draft["optimizer.optimizer"], draft[ZERO], draft[CPU_OPTIMIZER]
+    problem = optimizers.problem(rule.value, rule.name)
     if problem:
         yield problem
         return
-    if optimizers.RULES[rule].whole_matrix and draft.get(ZERO) > 1:
+    if optimizers.RULES[rule.value].whole_matrix and zero.value > 1:
         yield (
-            f"{draft.show(key)} needs whole matrices, which {draft.show(ZERO)} "
-            f"partitions. Set {draft.name(ZERO)}=1 or {name}=adamw"
+            f"{rule} needs whole matrices, which {zero} partitions. Set {zero.name}=1 or "
+            f"{rule.name}=adamw"
         )
-    if rule == "adamwschedulefree" and draft.get(ZERO) == 3:
+    if rule.value == "adamwschedulefree" and zero.value == 3:
         yield (
-            f"{draft.show(key)} counts steps and swaps weights per parameter group, which "
-            f"{draft.show(ZERO)} partitions. Set {draft.name(ZERO)}=2 or {name}=adamw"
+            f"{rule} counts steps and swaps weights per parameter group, which {zero} partitions. "
+            f"Set {zero.name}=2 or {rule.name}=adamw"
         )
     on_host = [name for name, known in optimizers.RULES.items() if known.on_the_host]
-    if draft.get("parallel.cpu_optimizer") and rule not in on_host:
+    if host.value and rule.value not in on_host:
         yield (
-            f"{draft.show(key)} does not run on the host: {draft.name('parallel.cpu_optimizer')} "
-            f"supports {', '.join(on_host)}. Set {name}=adamw or unset "
-            f"{draft.name('parallel.cpu_optimizer')}"
+            f"{rule} does not run on the host: {host.name} supports "
+            f"{', '.join(on_host)}. Set {rule.name}=adamw or unset {host.name}"
         )
 
 
 def check_learning_rate(draft: Draft) -> Iterator[str]:
     """Rates in order, and phases that fit into the decay steps."""
-    peak, low = "optimizer.learning_rate", "optimizer.min_learning_rate"
-    if draft.get(low) > draft.get(peak):
-        yield f"{draft.show(low)} is above {draft.show(peak)}. Lower {draft.name(low)}"
-    style, warmup = draft.get("optimizer.lr_decay_style"), "optimizer.lr_warmup_fraction"
-    phases = [warmup]
-    if style.startswith("infinite-"):
-        phases += ["optimizer.lr_cooldown_fraction", "optimizer.lr_constant_fraction"]
-        constant = "optimizer.lr_constant"
-        if not draft.get(low) <= draft.get(constant) <= draft.get(peak):
+    peak, low = draft["optimizer.learning_rate"], draft["optimizer.min_learning_rate"]
+    constant, style = draft["optimizer.lr_constant"], draft["optimizer.lr_decay_style"]
+    if low.value > peak.value:
+        yield f"{low} is above {peak}. Lower {low.name}"
+    names = ["warmup"]
+    if style.value.startswith("infinite-"):
+        names += ["cooldown", "constant"]
+        if not low.value <= constant.value <= peak.value:
             yield (
-                f"{draft.show(constant)} is not between {draft.show(low)} and {draft.show(peak)}, "
-                f"as {draft.show('optimizer.lr_decay_style')} needs. Set "
-                f"{draft.name(constant)}={draft.get(peak) / 2:g}"
+                f"{constant} is not between {low} and {peak}, as {style} needs. Set "
+                f"{constant.name}={peak.value / 2:g}"
             )
-    elif style == "warmup-stable-decay":
-        phases.append("optimizer.lr_decay_fraction")
-    share = sum(draft.get(phase) for phase in phases)
-    if share > 1 + 1e-9:  # 0.1 + 0.2 + 0.7 is not above 1
+    elif style.value == "warmup-stable-decay":
+        names.append("decay")
+    phases = [draft[f"optimizer.lr_{name}_fraction"] for name in names]
+    total = sum(phase.value for phase in phases)
+    if total > 1 + 1e-9:  # 0.1 + 0.2 + 0.7 is not above 1
         yield (
-            f"{' + '.join(draft.show(phase) for phase in phases)} = {share:g} is more than the "
-            "whole run (1). Lower one of them"
+            f"{' + '.join(map(str, phases))} = {total:g} is more than the whole run (1). Lower one "
+            "of them"
         )
 
 
 def check_evaluation(draft: Draft) -> Iterator[str]:
     """Evaluation has data to evaluate on."""
-    interval, share = "log.eval_interval", "data.valid_split"
-    if draft.get(interval) > 0 and draft.get(share) == 0:
+    interval, share = draft["log.eval_interval"], draft["data.valid_split"]
+    if interval.value > 0 and share.value == 0:
         yield (
-            f"{draft.show(share)} leaves no data for the evaluation every {draft.show(interval)} "
-            f"steps. Set {draft.name(interval)}=0 or {draft.name(share)} above 0"
+            f"{share} leaves no data for the evaluation every {interval} steps. Set "
+            f"{interval.name}=0 or {share.name} above 0"
         )
 
 
 def check_data_order(draft: Draft) -> Iterator[str]:
     """Options that only one sample order supports."""
-    order, seed = "data.order", "train.seed"
-    if draft.get(order) == "megatron":
-        if draft.get(seed) >= 2**32:
+    order, seed = draft["data.order"], draft["train.seed"]
+    epochs, shuffle = (
+        draft["data.train_data_exact_num_epochs"],
+        draft["data.shuffle_sample_in_corpus"],
+    )
+    if order.value == "megatron":
+        if seed.value >= 2**32:
             yield (
-                f"{draft.show(seed)} is above 2^32 - 1, the largest seed of numpy's RandomState, "
-                f"which {draft.show(order)} draws with. Set a smaller {draft.name(seed)}"
+                f"{seed} is above 2^32 - 1, the largest seed of numpy's RandomState, which {order} "
+                f"draws with. Set a smaller {seed.name}"
             )
         return
-    epochs, shuffle = "data.train_data_exact_num_epochs", "data.shuffle_sample_in_corpus"
-    for key, usual in ((epochs, None), (shuffle, True)):
-        if draft.get(key) != usual:
-            yield (
-                f"{draft.show(key)} has no effect with {draft.show(order)}. Unset it, or set "
-                f"{draft.name(order)}=megatron"
-            )
+    for setting, usual in ((epochs, None), (shuffle, True)):
+        if setting.value != usual:
+            yield f"{setting} has no effect with {order}. Unset it, or set {order.name}=megatron"
 
 
 def check_folders(draft: Draft) -> Iterator[str]:
     """What the run writes can be written."""
-    run_dir, run_name = "checkpoint.run_dir", "checkpoint.run_name"
-    name = draft.get(run_name)
-    if "/" in name or name in (".", ".."):
-        yield f"{draft.show(run_name)} is a name under runs/, not a path. Use RUN_DIR for a path"
-    run = draft.get(run_dir)
-    yield from _unwritable(
-        Path(run or Path("runs") / name), draft.name(run_dir if run else run_name)
-    )
-    for key in ("checkpoint.save", "data.cache_path"):
-        if draft.get(key):
-            yield from _unwritable(Path(draft.get(key)), draft.name(key))
+    run_dir, run_name = draft["checkpoint.run_dir"], draft["checkpoint.run_name"]
+    if "/" in run_name.value or run_name.value in (".", ".."):
+        yield f"{run_name} is a name under runs/, not a path. Use RUN_DIR for a path"
+    run = Path(run_dir.value or Path("runs") / run_name.value)
+    yield from _unwritable(run, run_dir.name if run_dir.value else run_name.name)
+    for folder in (draft["checkpoint.save"], draft["data.cache_path"]):
+        if folder.value:
+            yield from _unwritable(Path(folder.value), folder.name)
 
 
 def _unwritable(folder: Path, name: str) -> Iterator[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -89,6 +90,20 @@ class Block(nn.Module):
     def _forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.input_norm(x))
         y: Tensor = self.mlp(self.post_attention_norm(x))
+        return x + y
+
+
+class PostNormBlock(Block):
+    """x + norm(attention(x)), then + norm(mlp(that)): (B, s, H) -> (B, s, H)."""
+
+    def __init__(self, shape: ModelShape, context: ModelContext, *more: Any) -> None:
+        super().__init__(shape, context, *more)
+        del self.input_norm  # nothing is normed before the attention
+        self.post_mlp_norm = residual_norm(shape, context)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        x = x + self.post_attention_norm(self.attention(x))
+        y: Tensor = self.post_mlp_norm(self.mlp(x))
         return x + y
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from megatron.model.architecture import Architecture
 from megatron.model.llama import Llama
+from megatron.model.olmo2 import Olmo2
 from megatron.model.qwen3 import Qwen3
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Llama(),
+    "olmo2": Olmo2(),
     "qwen3": Qwen3(),
 }
 
@@ -18,11 +20,8 @@ def architecture_of(hugging_face_class: str) -> str:
     Raises:
         ValueError: none does.
     """
-    known = [(theirs, name) for name, kind in ARCHITECTURES.items() for theirs in kind.hugging_face]
-    found = dict(known).get(hugging_face_class)
-    if found is None:
-        raise ValueError(
-            f"architecture {hugging_face_class} is not supported; "
-            f"{', '.join(theirs for theirs, _ in known)} are"
-        )
-    return found
+    for name, architecture in ARCHITECTURES.items():
+        if hugging_face_class in architecture.hugging_face:
+            return name
+    known = [theirs for kind in ARCHITECTURES.values() for theirs in kind.hugging_face]
+    raise ValueError(f"architecture {hugging_face_class} is not supported; {', '.join(known)} are")

@@ -37,10 +37,10 @@ def _apply_llama3_scaling(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor
     shortest_divided = scaling.original_length / scaling.low_freq_factor
     wavelengths = 2 * math.pi / frequencies
     divided = frequencies / scaling.factor
-    kept_share = (scaling.original_length / wavelengths - scaling.low_freq_factor) / (
+    kept_fraction = (scaling.original_length / wavelengths - scaling.low_freq_factor) / (
         scaling.high_freq_factor - scaling.low_freq_factor
     )
-    blend = (1 - kept_share) * divided + kept_share * frequencies
+    blend = (1 - kept_fraction) * divided + kept_fraction * frequencies
     result = torch.where(wavelengths > shortest_divided, divided, blend)
     return torch.where(wavelengths < longest_kept, frequencies, result)
 

@@ -55,7 +55,7 @@ class Stack(nn.Module):
 def recompute_runs(
     calls: list[Callable[[Tensor], Tensor]], allowed: list[bool], length: int
 ) -> list[Callable[[Tensor], Tensor]]:
-    """The calls, each run of up to `length` neighbours that allow it made one recomputed call."""
+    """The calls, with up to `length` consecutive ones that allow it joined to a recomputed one."""
     if length == 0:
         return calls
     result: list[Callable[[Tensor], Tensor]] = []

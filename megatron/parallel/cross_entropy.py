@@ -1,7 +1,7 @@
 """Cross entropy of logits whose vocabulary is sharded over ranks: no rank gathers a whole row.
 
-In fp32 whatever the logits' dtype, a block of tokens at a time. Kept for the backward are the
-logits as they came and one number per token, never a softmax. Legend: B batch, S sequence, T = B*S
+Computed in fp32, a block of tokens at a time. The backward needs the logits in their own dtype and
+one number per token, never a softmax. Legend: B batch, S sequence, T = B*S
 tokens, V padded vocabulary.
 """
 

@@ -40,7 +40,7 @@ SERIAL = Axis(group=None, rank=0, size=1, ranks=(0,))
 
 @dataclass(frozen=True)
 class Groups:
-    """Everything a rank knows about its neighbours.
+    """The axes of a rank.
 
     Attributes:
         layout: sizes of the axes.

@@ -33,9 +33,9 @@ def _reduce_scattered(x: Tensor, tp: Axis) -> Tensor:
     """(B, S, H), different on each rank -> own positions (B, s, H) of their sum."""
     assert x.shape[1] % tp.size == 0, f"{x.shape[1]} positions over {tp.size} ranks"
     batch, length, width = x.shape
-    pieces = x.reshape(batch, tp.size, length // tp.size, width).movedim(1, 0).contiguous()
-    y = torch.empty_like(pieces[0])  # (B, s, H)
-    dist.reduce_scatter_tensor(y, pieces.flatten(0, 1), group=tp.group)
+    shards = x.reshape(batch, tp.size, length // tp.size, width).movedim(1, 0).contiguous()
+    y = torch.empty_like(shards[0])  # (B, s, H)
+    dist.reduce_scatter_tensor(y, shards.flatten(0, 1), group=tp.group)
     return y
 
 

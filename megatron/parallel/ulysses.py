@@ -31,9 +31,9 @@ def all_positions(x: Tensor, sp: Axis) -> Tensor:
     if sp.size == 1:
         return x
     x = x.contiguous()
-    pieces = [torch.empty_like(x) for _ in range(sp.size)]
-    dist.all_gather(pieces, x, group=sp.group)
-    return torch.cat(pieces, dim=1)
+    shards = [torch.empty_like(x) for _ in range(sp.size)]
+    dist.all_gather(shards, x, group=sp.group)
+    return torch.cat(shards, dim=1)
 
 
 def seq_to_head_all_to_all(

@@ -55,7 +55,7 @@ def _rank(run: RunConfig, rank: int) -> MemoryEstimate:
         weights=_weights(count, run),
         gradients=_gradients(count, run),
         optimizer=_optimizer(count, -(-table // run.parallel.tensor_parallel), run),
-        activations=_in_flight(run, rank) * _activations(run, layers) // len(own),
+        activations=_activations(run, layers, _in_flight(run, rank) / len(own)),
         logits=_logits(run) if last else 0,
     )
 
@@ -106,15 +106,14 @@ def _optimizer(count: int, table: int, run: RunConfig) -> int:
     return _shard(4 * numbers, run, from_stage=1)
 
 
-def _activations(run: RunConfig, layers: int) -> int:
-    """What the blocks of one stage keep of one micro-batch, and what is recomputed at once."""
-    plain, recompute = _block(run, "0"), run.train.activation_checkpointing
-    if recompute == "1":
-        group = min(layers, run.train.checkpoint_num_layers)
-        inputs = -(-layers // group) * _block(run, "1")
-        return inputs + group * plain - _block(run, "1")
+def _activations(run: RunConfig, layers: int, micro_batches: float) -> int:
+    """What `layers` blocks keep of so many micro-batches, and what is recomputed at once."""
+    if layers == 0:  # a last stage may have the head alone
+        return 0
+    recompute = run.train.activation_checkpointing
+    group = min(layers, run.train.checkpoint_num_layers) if recompute == "1" else 1
     kept = _block(run, recompute)
-    return layers * kept + plain - kept
+    return int(micro_batches * -(-layers // group) * kept) + group * _block(run, "0") - kept
 
 
 def _block(run: RunConfig, recompute: str) -> int:

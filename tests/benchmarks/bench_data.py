@@ -60,11 +60,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("what", choices=sorted(BENCHMARKS))
     parser.add_argument("--rounds", type=int, default=5, help="of each contender, in turn")
     parser.add_argument("--folder", type=Path, help="for the files; default: a temporary one")
+    parser.add_argument("--datatrove", metavar="PYTHON", help="preprocess: one that has it")
     parser.add_argument("--megatron-core", metavar="DIR", help="start: a peer to time as well")
     options = parser.parse_args(arguments)
     benchmark = BENCHMARKS[options.what]
     if options.what == "start":
         benchmark = partial(start, core=options.megatron_core)
+    elif options.what == "preprocess":
+        benchmark = partial(preprocess, datatrove=options.datatrove)
     with tempfile.TemporaryDirectory(prefix="bench-data-", dir=options.folder) as folder:
         benchmark(Path(folder), options.rounds)
     return 0
@@ -91,9 +94,9 @@ def table(seconds: dict[str, list[float]], unit: str, value: Callable[[float], f
         print(f"| {name} | {value(statistics.median(spent)):,.4g} | {shown} | {ratio:,.2f} |")
 
 
-def preprocess(folder: Path, count: int) -> None:
+def preprocess(folder: Path, count: int, datatrove: str | None = None) -> None:
     """Tokenising the text of the installed Python packages with a byte-level BPE of 32,000 ids."""
-    code = code_documents(Path(np.__file__).parents[2], CHARACTERS)
+    code = code_documents(Path(np.__file__).parents[1], CHARACTERS)
     documents = [*code, *prose_documents(code, CHARACTERS)]
     source = folder / "text.jsonl"
     with source.open("w") as file:
@@ -106,11 +109,13 @@ def preprocess(folder: Path, count: int) -> None:
         "encode_batch of 1,000 documents, 2 threads": partial(_batches, source, model, output),
         "pool of 2, a document at a time": partial(_pool, source, model, output),
     }
+    if datatrove:
+        contenders["datatrove, 2 tasks"] = partial(_datatrove, datatrove, source, model, output)
     tokens = set()
     for contender in contenders.values():
         contender()
-        (prefix,) = output.glob("*.idx")
-        tokens.add(IndexedDataset(str(prefix)[:-4]).tokens.tobytes())
+        pairs = [IndexedDataset(str(index)[:-4]) for index in sorted(output.glob("*.idx"))]
+        tokens.add(b"".join(pair.tokens.tobytes() for pair in pairs))
     assert len(tokens) == 1, "the contenders disagree"
     total = len(tokens.pop()) // 2
     size = source.stat().st_size / 1e6
@@ -156,6 +161,25 @@ def _batches(source: Path, model: str, output: Path) -> float:
 
 def _pool(source: Path, model: str, output: Path) -> float:
     return _process(_write_pool, source, model, output, {"TOKENIZERS_PARALLELISM": "false"})
+
+
+def _datatrove(python: str, source: Path, model: str, output: Path) -> float:
+    """It works by whole files: each process has one, of half the text."""
+    shutil.rmtree(output, ignore_errors=True)
+    halves = source.with_name("halves")
+    if not halves.exists():
+        halves.mkdir()
+        lines = source.read_text().splitlines(keepends=True)
+        sizes = np.cumsum([len(line) for line in lines])
+        middle = int(np.searchsorted(sizes, sizes[-1] / 2))
+        (halves / "0.jsonl").write_text("".join(lines[:middle]))
+        (halves / "1.jsonl").write_text("".join(lines[middle:]))
+    script = str(ROOT / "tests/benchmarks/bench_data_peer.py")
+    done = subprocess.run(
+        [python, script, "datatrove", str(halves), f"{model}/tokenizer.json", str(output)],
+        check=True, env={**os.environ, "RAYON_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    return float(done.stdout.splitlines()[-1])
 
 
 def _process(
@@ -250,9 +274,9 @@ def start(folder: Path, count: int, core: str | None = None) -> None:
         cache = tempfile.mkdtemp(dir=folder)
         samples = settings.train_iters * settings.global_batch_size
         script = str(ROOT / "tests/benchmarks/bench_data_peer.py")
-        numbers = [str(samples), str(SEQ_LENGTH)]
+        place = [str(core), str(folder / "prefixes")]
         done = subprocess.run(
-            [sys.executable, script, str(core), str(folder / "prefixes"), *numbers, cache],
+            [sys.executable, script, "megatron-core", *place, str(samples), str(SEQ_LENGTH), cache],
             check=True, capture_output=True, text=True,
         )  # fmt: skip
         shutil.rmtree(cache)

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Seconds that megatron-core takes to build the index of a list; a contender of bench_data.py.
+"""Seconds that a peer takes; a contender of bench_data.py. It imports nothing of ours.
 
-    python3 tests/benchmarks/bench_data_peer.py CORE PREFIXES SAMPLES SEQ_LENGTH CACHE
+    bench_data_peer.py megatron-core CORE PREFIXES SAMPLES SEQ_LENGTH CACHE
+    bench_data_peer.py datatrove FOLDER TOKENIZER OUTPUT
 
-CORE is where `pip install --no-deps --target CORE megatron-core` put it: its package has the name
-of ours, so this file imports nothing of ours. PREFIXES is a file with a prefix a line.
+CORE is where `pip install --no-deps --target CORE megatron-core` put it (its package has the name
+of ours); PREFIXES is a file with one prefix per line, FOLDER one of .jsonl files.
 """
 
 import logging
@@ -20,8 +21,26 @@ class NoTokenizer:
     unique_identifiers = {"name": "none"}  # noqa: RUF012
 
 
-def main(core: str, list_of_prefixes: str, samples: str, seq_length: str, cache: str) -> None:
-    """Prints the seconds from a list to the first sample."""
+def datatrove(folder: str, tokenizer: str, output: str) -> float:
+    """Seconds to tokenise the files of a folder with 2 processes, one task per file."""
+    from datatrove.executor import LocalPipelineExecutor
+    from datatrove.pipeline.readers import JsonlReader
+    from datatrove.pipeline.tokens import MegatronDocumentTokenizer
+
+    steps = [
+        JsonlReader(folder),
+        MegatronDocumentTokenizer(output, tokenizer_name_or_path=tokenizer, batch_size=1000),
+    ]
+    run = LocalPipelineExecutor(steps, tasks=2, workers=2, logging_dir=f"{output}/logs")
+    start = time.perf_counter()
+    run.run()
+    return time.perf_counter() - start
+
+
+def megatron_core(
+    core: str, list_of_prefixes: str, samples: str, seq_length: str, cache: str
+) -> float:
+    """Seconds from a list to the first sample."""
     sys.path[0] = core
     import torch.distributed as dist
     from megatron.core.datasets.blended_megatron_dataset_builder import (
@@ -48,8 +67,9 @@ def main(core: str, list_of_prefixes: str, samples: str, seq_length: str, cache:
     builder = BlendedMegatronDatasetBuilder(GPTDataset, [int(samples), 0, 0], lambda: True, config)
     train, _, _ = builder.build()
     train[0]
-    print(time.perf_counter() - start)
+    return time.perf_counter() - start
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    peers = {"megatron-core": megatron_core, "datatrove": datatrove}
+    print(peers[sys.argv[1]](*sys.argv[2:]))

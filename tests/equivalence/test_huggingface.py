@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -10,10 +12,17 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     SmolLM3Config,
     SmolLM3ForCausalLM,
 )
 
+from megatron.checkpoint import huggingface
+from megatron.config.shape import ModelShape
+from megatron.model.registry import ARCHITECTURES
 from tests.equivalence import front
 from tests.spawn import run
 from tools import convert_hf
@@ -30,6 +39,22 @@ LAYOUTS = {
     "llama3-scaling": {"ROPE_SCALING": "llama3:8,1,4,16", "ROPE_THETA": "10000"},
     "schedule-free": {"OPT": "adamwschedulefree", "LR": "0.01"},
     "muon": {"OPT": "muon", "LR": "0.01", "TP": "2"},
+    "wide-heads": {"HEAD_DIM": "12"},
+    "tp2-sequence": {"TP": "2", "SEQUENCE_PARALLEL": "1"},
+    "ulysses": {"SP": "2"},
+    "qwen3-tp2-pp2": {"ARCHITECTURE": "qwen3", "HEAD_DIM": "16", "TP": "2", "PP": "2"},
+    "qwen3-muon-tied": {
+        "ARCHITECTURE": "qwen3",
+        "TIE_EMBEDDINGS": "1",
+        "OPT": "muon",
+        "LR": "0.01",
+    },
+    "olmo2-tp2-dp2-zero2": {
+        "ARCHITECTURE": "olmo2",
+        "TP": "2",
+        "WORLD_SIZE": "4",
+        "ZERO_STAGE": "2",
+    },
 }
 
 
@@ -60,20 +85,41 @@ def hugging_face_model(kind: str, folder: Path) -> None:
     if kind == "llama":
         rope = {"rope_type": "default", "rope_theta": 10000.0}
         model = LlamaForCausalLM(LlamaConfig(**shape, rope_parameters=rope))
+    elif kind == "qwen3":
+        model = Qwen3ForCausalLM(Qwen3Config(**shape, head_dim=16, tie_word_embeddings=True))
+    elif kind == "olmo2":
+        model = Olmo2ForCausalLM(Olmo2Config(**shape))
     else:
         model = SmolLM3ForCausalLM(SmolLM3Config(**shape, tie_word_embeddings=True))
+    for name, parameter in model.named_parameters():
+        if "norm" in name:  # else all ones
+            parameter.data.uniform_(0.5, 1.5)
     model.save_pretrained(folder)
 
 
 VARIABLES_OF = {
     "llama": {"ROPE_THETA": "10000"},
     "smollm3": {"ROPE_THETA": "2000000", "TIE_EMBEDDINGS": "1", "NOPE_INTERVAL": "4"},
+    "qwen3": {
+        "ROPE_THETA": "10000",
+        "TIE_EMBEDDINGS": "1",
+        "ARCHITECTURE": "qwen3",
+        "HEAD_DIM": "16",
+    },
+    "olmo2": {"ROPE_THETA": "10000", "ARCHITECTURE": "olmo2"},
 }
 
 
-@pytest.mark.parametrize("layout", ["tp1", "tp2-pp2"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@pytest.mark.parametrize("kind", VARIABLES_OF)
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [
+        *product(VARIABLES_OF, ("tp1", "tp2-pp2")),
+        *product(("qwen3", "olmo2"), ("tp2-sequence", "ulysses")),
+        ("olmo2", "dp2-zero3"),
+        ("qwen3", "tp2-dp2-zero3"),
+    ],
+)
 def test_import_follows_a_plain_loop(
     kind: str, optimizer: str, layout: str, tmp_path: Path
 ) -> None:
@@ -124,3 +170,42 @@ def plain_loop(folder: Path, config, count: int) -> list[tuple[float, float]]:
         optimizer.step()
         optimizer.zero_grad()
     return curve
+
+
+def test_the_printed_command_sets_what_the_architecture_needs(tmp_path: Path, capsys) -> None:
+    hugging_face_model("qwen3", tmp_path / "hf")
+    assert convert_hf.main(["import", str(tmp_path / "hf"), str(tmp_path / "run")]) == 0
+    words = capsys.readouterr().out.split()
+    for word in ("ARCHITECTURE=qwen3", "HEAD_DIM=16", "NUM_KV_HEAD=4", "RMS_NORM_EPS=1e-05"):
+        assert word in words
+    assert "TIE_EMBEDDINGS=1" in words and not any("ROPE_SCALING" in word for word in words)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not supported"),
+        ({"attention_bias": True}, "biases are not supported"),
+        ({"use_sliding_window": True}, "sliding windows are not supported"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type yarn is not supported"),
+    ],
+)
+def test_what_this_framework_does_not_compute_is_refused(
+    change: dict, message: str, tmp_path: Path, capsys
+) -> None:
+    hugging_face_model("qwen3", tmp_path / "hf")
+    path = tmp_path / "hf" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert convert_hf.main(["import", str(tmp_path / "hf"), str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "config.json" in error
+
+
+def test_no_parameter_is_left_out_of_an_export(tmp_path: Path) -> None:
+    shape = ModelShape(
+        num_layers=1, hidden_size=8, num_attention_heads=2, num_key_value_heads=2,
+        ffn_hidden_size=8, seq_length=4, vocab_size=9,
+    )  # fmt: skip
+    names = [*ARCHITECTURES["llama"].hugging_face_names(shape), "1.attention.q_norm.weight"]
+    with pytest.raises(ValueError, match=r"ARCHITECTURE=llama .* 1\.attention\.q_norm\.weight"):
+        huggingface.export_weights(torch.zeros, names, shape, tmp_path, torch.float32)

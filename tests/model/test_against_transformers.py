@@ -21,6 +21,7 @@ TOLERANCE = 1e-5
 PARTS = {
     "input_norm": "input_layernorm",
     "post_attention_norm": "post_attention_layernorm",
+    "post_mlp_norm": "post_feedforward_layernorm",
     **{f"attention.{letter}": f"self_attn.{letter}_proj" for letter in "qkvo"},
     **{f"attention.{letter}_norm": f"self_attn.{letter}_norm" for letter in "qk"},
     **{f"mlp.{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")},
@@ -76,6 +77,8 @@ def theirs(config: Tiny, model: Stack) -> nn.Module:
         them = transformers.SmolLM3ForCausalLM(their_config)
     elif config.architecture == "qwen3":
         them = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**shape))
+    elif config.architecture == "olmo2":
+        them = transformers.Olmo2ForCausalLM(transformers.Olmo2Config(**shape))
     else:
         them = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape))
     parameters = dict(them.named_parameters())

@@ -55,6 +55,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "smollm3": {"nope_interval": 4, "tie_embeddings": True, "num_key_value_heads": 1},
     "wide-heads": {"head_dim": 12, "num_key_value_heads": 2},
     "qwen3": {"architecture": "qwen3", "head_dim": 16, "num_key_value_heads": 2},
+    "olmo2": {"architecture": "olmo2", "num_key_value_heads": 2},
 }
 """Every feature of the shape at least once."""
 
@@ -89,7 +90,9 @@ def build(
     generator = torch.Generator().manual_seed(3)
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight") or name == f"{config.num_layers + 1}.weight":
-            parameter.data.uniform_(0.5, 1.5, generator=generator)
+            whole = torch.empty(parameter.full_shape).uniform_(0.5, 1.5, generator=generator)
+            sharded = getattr(parameter, "partition_dim", None) == 0
+            parameter.data.copy_(whole.chunk(tp.size)[tp.rank] if sharded else whole)
     return model
 
 

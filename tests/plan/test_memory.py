@@ -107,3 +107,17 @@ def test_the_last_stage_keeps_one_micro_batch():
     one, many = (memory_per_rank(configured(**settings, GAS=gas)) for gas in (1, 8))
     assert one.logits > 0  # the head makes the last stage the fullest
     assert many == one
+
+
+def test_a_pipeline_recomputes_one_micro_batch_at_a_time():
+    """With 4 micro-batches in flight, 4 times what is kept, and one block recomputed."""
+    settings = {"NLAYERS": 8, "HIDDEN": 1024, "SEQ": 4096, "PP": 4, "PIPELINE_CUTS": "2,2,2,2"}
+    settings |= {"VOCAB_SIZE": 128, "USE_ACTIVATION_CHECKPOINTING": 1}
+    one, four = (memory_per_rank(configured(**settings, GAS=gas)).activations for gas in (1, 4))
+    kept = 2 * 4096 * 1024 * 4 * 16  # two inputs of blocks, fp32, 16 samples
+    assert four - one == 3 * kept
+
+
+def test_a_stage_with_the_head_alone_keeps_no_block():
+    settings = {"NLAYERS": 4, "PP": 2, "PIPELINE_CUTS": "4,0", "VOCAB_SIZE": 256000}
+    assert memory_per_rank(configured(**settings, USE_ACTIVATION_CHECKPOINTING=1)).activations == 0

@@ -276,8 +276,7 @@ def test_evaluation_weight_is_what_the_library_evaluates() -> None:
 
 
 def test_vectors_are_not_decayed_and_empty_groups_are_left_out() -> None:
-    model = _start()
-    named = [(name, nn.Parameter(value)) for name, value in model.items()]
+    named = list(build(SERIAL, VOCAB).named_parameters())
     groups = {g["name"]: g for g in parameter_groups(named, 0.1, 0.2)}
     count = {name: len(group["params"]) for name, group in groups.items()}
     assert count == {"hidden": 2, "vocabulary": 2, "vectors": 1}
