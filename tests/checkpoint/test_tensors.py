@@ -176,3 +176,9 @@ def test_what_cannot_be_written_is_the_systems_error(tmp_path: Path) -> None:
     """So that a full disk and a missing folder end in SaveError."""
     with pytest.raises(OSError, match="nowhere"):
         write_pieces(tmp_path / "nowhere" / "rank.safetensors", [piece(matrix())])
+
+
+def test_values_that_do_not_lie_side_by_side(tmp_path: Path) -> None:
+    value = torch.arange(8.0)
+    strided = Piece("w", (4,), None, 0, 1, 0, {WEIGHT: value[::2]})
+    assert torch.equal(TensorReader(write(tmp_path, [strided])).whole("w"), value[::2])

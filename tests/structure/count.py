@@ -34,15 +34,15 @@ class Journey:
     Attributes:
         title: for the printed table.
         entry: `module:function` whose call is traced; empty for the way of VARIABLE.
-        with_types: whether files that only define a type count; a reader of a step meets its types.
         own_file: whether the entry's file counts; peers' figures for a save leave the caller out.
+        types: whether files count that only define types in the annotations of what is called.
         files, lines, folders: most that are allowed; 0 is no limit.
     """
 
     title: str
     entry: str
-    with_types: bool
     own_file: bool
+    types: bool
     files: int
     lines: int = 0
     folders: int = 0
@@ -55,7 +55,7 @@ JOURNEYS = {
     "save": Journey(
         "one save", "megatron.training.trainer:save_checkpoint", False, False, 5, folders=2
     ),
-    "setting": Journey(f"{VARIABLE} to DeepSpeed", "", False, True, 8),
+    "setting": Journey(f"{VARIABLE} to DeepSpeed", "", True, False, 8),
 }
 
 RUN = {
@@ -243,7 +243,7 @@ def _trace() -> dict[str, dict[str, int]]:
     found = {}
     for name, noted in calls.items():
         files = {code.co_filename for code in noted.codes}
-        if JOURNEYS[name].with_types:
+        if JOURNEYS[name].types:
             files |= _files_of_types(noted.codes)
         if not JOURNEYS[name].own_file:
             files.discard(entries[name].__code__.co_filename)
