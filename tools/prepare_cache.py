@@ -76,7 +76,7 @@ def _entries(run: RunConfig) -> tuple[DataSource, ...]:
 
 
 def prepare(settings: OrderSettings, folder: Path, workers: int, verify: bool) -> None:
-    """Build what is missing with `workers` processes, then say what a run will find.
+    """Build what is missing with `workers` processes, then print what a run will find.
 
     Raises:
         DataError: the order asks of a file what it does not have.

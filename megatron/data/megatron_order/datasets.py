@@ -51,7 +51,7 @@ def build_megatron_datasets(
     Args:
         settings: what decides the order.
         cache: folder of the cached arrays.
-        log: told what is built and what was damaged.
+        log: gets a line about what is built and what was damaged.
         pool: of open token files.
         check_up_to: largest cached file in bytes that is read and checked whole at start.
 

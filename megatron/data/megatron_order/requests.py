@@ -12,7 +12,7 @@ MARGIN = 1.005  # files are asked for a little more than their share
 
 
 class Wanted(NamedTuple):
-    """Samples of each split before they are shared out; 0 for a split that is never read."""
+    """Samples of each split, over all files; 0 for a split that is never read."""
 
     train: int
     valid: int

@@ -1,4 +1,4 @@
-"""How the documents of a file are cut into training, validation and test documents."""
+"""How the documents of a file are split into training, validation and test documents."""
 
 from __future__ import annotations
 

@@ -110,8 +110,8 @@ class HFTokenizer(_Backed):
             except (OSError, ValueError) as error:
                 raise ConfigError(
                     f"TOKENIZER_MODEL={model} cannot be loaded ({_first_line(error)}); on a "
-                    "machine with "
-                    f"network run `hf download {model}` first, or give the path of its folder"
+                    f"machine with network run `hf download {model}` first, or give the path of "
+                    "its folder"
                 ) from error
         if not tokenizer.is_fast:
             raise ConfigError(f"TOKENIZER_MODEL={model} has no fast tokenizer (tokenizer.json)")
@@ -299,8 +299,7 @@ def _gpt2_files(model: str) -> tuple[str, str]:
         return _gpt2_files_of_hub(model)
     raise ConfigError(
         f"TOKENIZER_MODEL={model}: no such vocabulary and merges; give a folder with vocab.json "
-        "and "
-        "merges.txt, or both files as vocab.json,merges.txt"
+        "and merges.txt, or both files as vocab.json,merges.txt"
     )
 
 

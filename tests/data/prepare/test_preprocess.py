@@ -155,7 +155,7 @@ def test_a_damaged_file_is_refused(tmp_path, capsys, suffix, fault):
         whole[:-10] if fault == "short" else whole[:middle] + bits + whole[middle + 40 :]
     )
     assert run(tmp_path, "--input", str(path)) == 3
-    assert f"in{suffix}: damaged or cut short" in capsys.readouterr().err
+    assert f"in{suffix}: damaged or truncated" in capsys.readouterr().err
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -229,7 +229,7 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, capsys, suffix):
     first = 0
     while (status := run(tmp_path, "--input", path, "--append-eod")) != 0:
         assert status == 130
-        assert "the same command goes on" in capsys.readouterr().err
+        assert "the same command resumes" in capsys.readouterr().err
         assert [entry.name for entry in (tmp_path / "out").iterdir()] == ["data.partial"]
         first += 1
     assert stops >= 3
