@@ -28,8 +28,8 @@ from megatron.config.schema import RunConfig
 from megatron.data.data_list import BUILTIN, DataSource, parse_data_list
 from megatron.data.megatron_order.build_once import CHECKED_AT_START
 from megatron.data.megatron_order.datasets import build_megatron_datasets
+from megatron.data.megatron_order.requests import NAMES
 from megatron.data.megatron_order.settings import OrderSettings
-from megatron.data.megatron_order.split import NAMES
 from megatron.data.prepare.builtin import builtin_corpus
 from megatron.launch.site import find_location, site
 from megatron.training.data_order import cache_folder, order_settings

@@ -15,6 +15,7 @@ from megatron.data.megatron_order.build_once import (
 )
 from megatron.data.megatron_order.order import CorpusOrder, MegatronDataset
 from megatron.data.megatron_order.recipes import blend_recipe, corpus_recipe, file_recipe
+from megatron.data.megatron_order.requests import NAMES
 from megatron.data.megatron_order.settings import (
     CorpusPlan,
     FilePlan,
@@ -22,7 +23,6 @@ from megatron.data.megatron_order.settings import (
     SplitPlan,
     plan_splits,
 )
-from megatron.data.megatron_order.split import NAMES
 from megatron.data.samples import FilePool
 
 
