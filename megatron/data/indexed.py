@@ -288,10 +288,7 @@ class IndexedWriter:
 
 
 def write_index(
-    index: IO[bytes],
-    dtype: np.dtype[Any],
-    lengths: IO[bytes],
-    documents: IO[bytes] | None = None,
+    index: IO[bytes], dtype: np.dtype[Any], lengths: IO[bytes], documents: IO[bytes] | None = None
 ) -> None:
     """Write an `.idx` from its tables, a block at a time.
 

@@ -7,12 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.data.megatron_order.array_file import read_arrays
-from megatron.data.megatron_order.build_once import (
-    CHECKED_AT_START,
-    CacheFile,
-    Log,
-    build_missing,
-)
+from megatron.data.megatron_order.build_once import CHECKED_AT_START, CacheFile, Log, build_missing
 from megatron.data.megatron_order.order import CorpusOrder, MegatronDataset
 from megatron.data.megatron_order.recipes import blend_recipe, corpus_recipe, file_recipe
 from megatron.data.megatron_order.requests import NAMES
