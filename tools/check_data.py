@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Looks at the files of a data list before a run does: a table a corpus, and every bad file.
+"""Looks at the files of a data list before a run does: one row per corpus, and every bad file.
 
     python3 tools/check_data.py LIST [--deep] [--tokenizer-type T --tokenizer-model M]
 
@@ -75,9 +75,11 @@ def check(
         opened = [audit.prefix for audit in audits.values() if audit.dtype != "-"]
         without = [prefix for prefix in opened if not note_path(prefix).exists()]
         if without:
-            print(f"{len(without)} file(s) do not say which tokenizer made them, e.g. {without[0]}")
+            print(f"{len(without)} file(s) do not name their tokenizer, e.g. {without[0]}")
         if vocab_size is None and without:
-            print("their ids are held against no vocabulary: give --tokenizer-type or --vocab-size")
+            print(
+                "their ids are compared with no vocabulary: give --tokenizer-type or --vocab-size"
+            )
         for _, line in problems:
             print(f"BAD: {line}")
         print(f"{len(prefixes)} files, {len({prefix for prefix, _ in problems})} bad")

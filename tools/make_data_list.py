@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes a data file list from pairs: a corpus a folder (or named), weights by what they hold.
+"""Makes a data file list from pairs: one corpus per folder (or named), weights by what they hold.
 
     python3 tools/make_data_list.py data/books data/code > list.txt            by tokens
     python3 tools/make_data_list.py data/books data/code --temperature 2       flatter

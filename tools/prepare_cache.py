@@ -28,8 +28,8 @@ from megatron.config.schema import RunConfig
 from megatron.data.data_list import BUILTIN, DataSource, parse_data_list
 from megatron.data.megatron_order.build_once import CHECKED_AT_START
 from megatron.data.megatron_order.datasets import build_megatron_datasets
+from megatron.data.megatron_order.requests import NAMES
 from megatron.data.megatron_order.settings import OrderSettings
-from megatron.data.megatron_order.split import NAMES
 from megatron.data.prepare.builtin import builtin_corpus
 from megatron.launch.site import find_location, site
 from megatron.training.data_order import cache_folder, order_settings
@@ -76,7 +76,7 @@ def _entries(run: RunConfig) -> tuple[DataSource, ...]:
 
 
 def prepare(settings: OrderSettings, folder: Path, workers: int, verify: bool) -> None:
-    """Build what is missing with `workers` processes, then say what a run will find.
+    """Build what is missing with `workers` processes, then print what a run will find.
 
     Raises:
         DataError: the order asks of a file what it does not have.

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Turn JSON lines, Parquet and plain text into Megatron's `.bin/.idx` pairs.
 
-Writes `<output-prefix>_<key>_document.{bin,idx,tokenizer.json}`, one pair a JSON key. A `.txt` file
-is one document. Memory stays constant, documents keep their order for any number of workers, and an
-interrupted run goes on where it was when the same command is given again.
+Writes `<output-prefix>_<key>_document.{bin,idx,tokenizer.json}`, one pair per JSON key. A `.txt`
+file is one document. Memory stays constant, documents keep their order for any number of workers,
+and an interrupted run resumes when the same command is given again.
 Exit status: 0 done, 2 a setting is wrong, 3 the data is wrong, 130 interrupted.
 """
 
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted: the same command goes on from here", file=sys.stderr)
+        print(f"{parser.prog}: interrupted: the same command resumes from here", file=sys.stderr)
         return INTERRUPTED
     return 0
 
@@ -75,7 +75,7 @@ def preprocess(
     max_bad_lines: int = 100,
     log_interval: float = 5.0,
 ) -> None:
-    """Tokenise files into one pair a key; no pair appears unless all of them are complete.
+    """Tokenise files into one pair per key; no pair appears unless all of them are complete.
 
     Raises:
         DataError: too many bad lines, no document at all, or text that is no UTF-8.
@@ -138,10 +138,10 @@ def _write_all(
 
 
 class PreprocessingProgress:
-    """Counts what was written; says it, with rates and the time left, every few seconds."""
+    """Counts what was written; logs it, with rates and the time left, every few seconds."""
 
     def __init__(self, paths: Sequence[str], writer: ShardedWriter, interval: float) -> None:
-        """Begin to count, or go on from what the writer has noted; `interval` in seconds."""
+        """Begin to count, or resume from what the writer has noted; `interval` in seconds."""
         self._writer = writer
         self._interval = interval
         self._started = self._said = time.monotonic()
@@ -154,7 +154,7 @@ class PreprocessingProgress:
         self._path, self._lines = known.get("lines", ["", 0])
         self._before = (self._documents, writer.tokens, self._bytes)
         if self.units:
-            print(f"going on after {self.units} units, {self._documents:,} documents",
+            print(f"resuming after {self.units} units, {self._documents:,} documents",
                   file=sys.stderr)  # fmt: skip
 
     def add(self, encoded: Encoded) -> list[str]:
@@ -177,7 +177,7 @@ class PreprocessingProgress:
         return messages
 
     def counters(self) -> dict[str, Any]:
-        """What a later start needs to go on."""
+        """What a later start needs to resume."""
         return {
             "units": self.units,
             "bad": self.bad,
@@ -187,7 +187,7 @@ class PreprocessingProgress:
         }
 
     def finish(self, prefixes: Sequence[str]) -> None:
-        """Say what was written."""
+        """Log what was written."""
         print(f"{self._line()}; wrote {', '.join(prefixes)}", file=sys.stderr, flush=True)
 
     def _line(self) -> str:

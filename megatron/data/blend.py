@@ -84,7 +84,7 @@ class Blend:
         assert 0 <= own < self._limits[source]
         due = float(self._due(np.array([own]), np.array([source]))[0])
         first = int(self._due_until(np.nextafter(due, -np.inf)).sum())
-        last = int(self._due_until(due).sum())  # draws due at one time are told apart below
+        last = int(self._due_until(due).sum())  # draws due at one time are distinguished below
         sources, numbers = self.draws(first, last)
         return first + int(np.flatnonzero((sources == source) & (numbers == own))[0])
 

@@ -1,4 +1,4 @@
-"""Data-file lists: what a user writes to say which files are read, and how much of each.
+"""Data-file lists: what a user writes: which files are read, and how much of each.
 
     0.7 data/code code                # weight prefix corpus; `#` starts a comment
     0.3 data/books books
@@ -47,7 +47,7 @@ class ListStage(NamedTuple):
 
 
 def parse_data_list(path: str | Path, name: str = "DATA_FILE_LIST") -> tuple[DataSource, ...]:
-    """The data lines of a list; `.bin` and what follows it is cut off a prefix.
+    """The data lines of a list; `.bin` and what follows it is removed from a prefix.
 
     Args:
         path: the file.

@@ -107,7 +107,7 @@ def drawn_before(
     """Draws of each file that a new stage at sample `samples` must not take again.
 
     Empty where the samples of the files are others from there on (another length, seed, share or
-    order): each file then begins anew.
+    order): each file then starts over.
     """
     same = all(record[name] == now[name] for name in ("order", "seed", "seq_length", "shares"))
     if not same or record["order"] != "stateless":

@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -70,7 +69,7 @@ class IndexedDataset:
 
         Args:
             prefix: both paths without their suffix.
-            check: also read the whole index and hold it against the data (`check_index`).
+            check: also read the whole index and compare it with the data (`check_index`).
 
         Raises:
             DataError: a file is missing, truncated, of another kind, or the two disagree.
@@ -112,7 +111,7 @@ class IndexedDataset:
         return self.tokens[start : start + int(self.lengths[i])]
 
     def check_index(self, windows: int | None = None) -> None:
-        """Hold lengths, pointers and documents against each other and against `.bin`.
+        """Compare lengths, pointers and documents with each other and with `.bin`.
 
         Args:
             windows: look at so many stretches of the index, both ends among them, where it has
@@ -138,8 +137,7 @@ class IndexedDataset:
                 self._refuse(
                     path,
                     f"sequence {first + i} is said to start at byte {self.pointers[first + i]}, "
-                    "but the "
-                    f"lengths before it add up to {expected[i]}",
+                    f"but the lengths before it add up to {expected[i]}",
                 )
             total = int(ends[-1])
         if total != self.header.tokens:
@@ -231,8 +229,7 @@ class IndexedWriter:
         if low < 0 or high > limits.max:
             raise DataError(
                 f"{self.prefix}.bin: token id {low if low < 0 else high} does not fit "
-                f"{self._dtype} "
-                f"[0, {limits.max}]; was the vocabulary given right?"
+                f"{self._dtype} [0, {limits.max}]; was the vocabulary given right?"
             )
         self._data.write(np.ascontiguousarray(values, dtype=self._dtype).data)
         self._length += values.size
@@ -282,12 +279,7 @@ class IndexedWriter:
         """The writer itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         """Commit, or drop everything on an exception."""
         if kind is None:
             self.commit()
@@ -296,10 +288,7 @@ class IndexedWriter:
 
 
 def write_index(
-    index: IO[bytes],
-    dtype: np.dtype[Any],
-    lengths: IO[bytes],
-    documents: IO[bytes] | None = None,
+    index: IO[bytes], dtype: np.dtype[Any], lengths: IO[bytes], documents: IO[bytes] | None = None
 ) -> None:
     """Write an `.idx` from its tables, a block at a time.
 

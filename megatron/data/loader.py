@@ -1,8 +1,7 @@
-"""Micro-batches of one data-parallel rank, read ahead by a thread: a step never waits for data.
+"""Micro-batches of one data-parallel rank, prefetched by a thread so that steps do not wait.
 
-Only the steps that are asked for are read: skipped steps are absent from the list of steps. Samples
-of a step follow from the number consumed before it and the plan; layout and resume point change
-nothing else.
+Only the listed steps are read; skipped steps are not listed. The samples of a step depend only on
+how many were consumed before it and on the plan.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from types import TracebackType
 
 import numpy as np
 import torch
@@ -26,7 +24,7 @@ _POLL_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class StepPlan:
-    """How the samples of a step fall to micro-batches and data-parallel ranks."""
+    """How the samples of a step are divided among micro-batches and data-parallel ranks."""
 
     global_batch_size: int
     micro_batch_size: int
@@ -36,11 +34,8 @@ class StepPlan:
 
     def __post_init__(self) -> None:
         """Refuse a plan whose parts do not make up the batch."""
-        mbs, gas, dp = (
-            self.micro_batch_size,
-            self.gradient_accumulation_steps,
-            self.data_parallel_size,
-        )
+        mbs, gas = self.micro_batch_size, self.gradient_accumulation_steps
+        dp = self.data_parallel_size
         if min(mbs, gas, dp) < 1 or self.global_batch_size != mbs * gas * dp:
             raise ValueError(
                 f"GLOBAL_BATCH = {self.global_batch_size}, but MICRO_BATCH x GRAD_ACC_STEPS x DP = "
@@ -67,7 +62,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class _Failure:
-    """What the thread died of, on its way to the consumer."""
+    """Exception from the prefetch thread, re-raised in the consumer."""
 
     error: BaseException
 
@@ -90,11 +85,12 @@ class Loader:
         Args:
             dataset: gives global sample k.
             plan: this rank's part of a step.
-            steps: (iteration, samples consumed before it) of the steps to read; consumed by the
-                thread. prefetch_steps: whole steps kept ready.
+            steps: (iteration, samples consumed before it) of the steps to read; the thread
+                iterates over them.
+            prefetch_steps: whole steps kept ready.
         """
         assert prefetch_steps >= 1
-        self.waited_s = 0.0  # time the consumer stood still for data
+        self.waited_s = 0.0  # seconds that the consumer waited for data
         self._ready: queue.Queue[_Item] = queue.Queue(maxsize=prefetch_steps)
         self._stop = threading.Event()
         self._batches = self._consume()
@@ -125,12 +121,7 @@ class Loader:
         """The loader itself."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Close."""
         self.close()
 
@@ -165,7 +156,7 @@ class Loader:
                     batches.append(_read(dataset, iteration, plan.micro_batch(consumed, number)))
                 self._put(batches)
             self._put(None)
-        except BaseException as error:  # it must reach the consumer, whatever it is
+        except BaseException as error:  # re-raised in the consumer
             self._put(_Failure(error))
 
     def _put(self, item: _Item) -> None:

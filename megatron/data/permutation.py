@@ -9,10 +9,6 @@ from __future__ import annotations
 import hashlib
 import struct
 
-import numpy as np
-import numpy.typing as npt
-
-IntArray = npt.NDArray[np.int64]
 Keys = tuple[int, ...]
 
 # Luby and Rackoff need 4 rounds of a good round function; small halves want more to look uniform.
@@ -40,7 +36,7 @@ def round_keys(seed: int, identity: str, epoch: int) -> Keys:
 
 
 class Permutation:
-    """One pseudo-random permutation of [0, n), evaluated value by value or on arrays."""
+    """One pseudo-random permutation of [0, n), evaluated value by value."""
 
     def __init__(self, n: int, keys: Keys) -> None:
         """Permutation of [0, n) under `keys` (from `round_keys`)."""
@@ -68,15 +64,6 @@ class Permutation:
             value = self._rounds_back(value)
         return value
 
-    def map(self, indices: IntArray) -> IntArray:
-        """Images of an int64 array of any shape with values in [0, n)."""
-        values = self._rounds_array(indices.astype(np.uint64))
-        outside = values >= np.uint64(self.n)
-        while outside.any():
-            values[outside] = self._rounds_array(values[outside])
-            outside = values >= np.uint64(self.n)
-        return values.astype(np.int64)
-
     def _rounds(self, value: int) -> int:
         left, right = value >> self._right_bits, value & ((1 << self._right_bits) - 1)
         left_shift, right_shift = 64 - self._left_bits, 64 - self._right_bits
@@ -93,23 +80,8 @@ class Permutation:
             left ^= _mix(right, self._keys[number]) >> left_shift
         return left << self._right_bits | right
 
-    def _rounds_array(self, values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-        right_bits = np.uint64(self._right_bits)
-        left, right = values >> right_bits, values & np.uint64((1 << self._right_bits) - 1)
-        left_shift, right_shift = np.uint64(64 - self._left_bits), np.uint64(64 - self._right_bits)
-        for number in range(0, NUM_ROUNDS, 2):
-            left = left ^ (_mix_array(right, self._keys[number]) >> left_shift)
-            right = right ^ (_mix_array(left, self._keys[number + 1]) >> right_shift)
-        return left << right_bits | right
-
 
 def _mix(value: int, key: int) -> int:
     """64 bits that depend on every bit of `value` and `key`."""
     value = (value ^ key) * _MULTIPLY_1 & _MASK64
     return (value ^ value >> 32) * _MULTIPLY_2 & _MASK64
-
-
-def _mix_array(values: npt.NDArray[np.uint64], key: int) -> npt.NDArray[np.uint64]:
-    """`_mix` on an array; uint64 products wrap around as the mask does there."""
-    values = (values ^ np.uint64(key)) * np.uint64(_MULTIPLY_1)
-    return (values ^ values >> np.uint64(32)) * np.uint64(_MULTIPLY_2)

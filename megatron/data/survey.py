@@ -10,13 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from megatron.config.errors import DataError
-from megatron.data.data_list import (
-    BUILTIN,
-    DataSource,
-    ListStage,
-    parse_data_stages,
-    require_plain,
-)
+from megatron.data.data_list import BUILTIN, DataSource, ListStage, parse_data_stages, require_plain
 from megatron.data.indexed_header import IndexHeader, read_header
 
 SHOWN_PROBLEMS = 10

@@ -35,10 +35,10 @@ def vocabulary_size(kind: str, model: str | None, environ: Mapping[str, str]) ->
     Args:
         kind: TOKENIZER_TYPE.
         model: TOKENIZER_MODEL: a name on the Hub, a file or a folder.
-        environ: tells where the Hugging Face cache is.
+        environ: locates the Hugging Face cache.
 
     Raises:
-        ConfigError: where neither the name nor a file tells; VOCAB_SIZE then does.
+        ConfigError: neither the name nor a file gives it; set VOCAB_SIZE.
     """
     if kind == "BuiltinTokenizer":
         return BUILTIN_VOCAB_SIZE

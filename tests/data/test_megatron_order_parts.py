@@ -12,7 +12,7 @@ from megatron.data.megatron_order import requests
 from megatron.data.megatron_order.epochs import NO_EPOCHS, plan_epochs
 from megatron.data.megatron_order.file_index import sample_index, shuffle_dtype
 from megatron.data.megatron_order.mixing import corpus_order, corpus_weights
-from megatron.data.megatron_order.split import split_documents, split_text
+from megatron.data.megatron_order.requests import split_documents, split_text
 from tests.data.slow_order import boundaries, greedy, pairwise_sum
 
 

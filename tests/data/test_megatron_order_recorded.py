@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from megatron.data.megatron_order.mixing import corpus_weights
-from megatron.data.megatron_order.requests import samples_wanted
-from megatron.data.megatron_order.split import split_text
+from megatron.data.megatron_order.requests import samples_wanted, split_text
 from tests.data import reference_names
 from tests.data.megatron_cases import build, recorded_data
 

@@ -97,7 +97,7 @@ def test_every_bad_file_is_named(data, capsys):
     (data / "part0.idx").unlink()
     (data / "part0.tokenizer.json").unlink()
     assert run(data) == 3
-    assert "do not say which tokenizer" not in capsys.readouterr().out  # of a file not there
+    assert "do not name their tokenizer" not in capsys.readouterr().out  # of a file not there
 
 
 def test_json_and_settings(data, capsys):

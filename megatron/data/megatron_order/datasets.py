@@ -7,14 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.data.megatron_order.array_file import read_arrays
-from megatron.data.megatron_order.build_once import (
-    CHECKED_AT_START,
-    CacheFile,
-    Log,
-    build_missing,
-)
+from megatron.data.megatron_order.build_once import CHECKED_AT_START, CacheFile, Log, build_missing
 from megatron.data.megatron_order.order import CorpusOrder, MegatronDataset
 from megatron.data.megatron_order.recipes import blend_recipe, corpus_recipe, file_recipe
+from megatron.data.megatron_order.requests import NAMES
 from megatron.data.megatron_order.settings import (
     CorpusPlan,
     FilePlan,
@@ -22,7 +18,6 @@ from megatron.data.megatron_order.settings import (
     SplitPlan,
     plan_splits,
 )
-from megatron.data.megatron_order.split import NAMES
 from megatron.data.samples import FilePool
 
 
@@ -51,7 +46,7 @@ def build_megatron_datasets(
     Args:
         settings: what decides the order.
         cache: folder of the cached arrays.
-        log: told what is built and what was damaged.
+        log: gets a line about what is built and what was damaged.
         pool: of open token files.
         check_up_to: largest cached file in bytes that is read and checked whole at start.
 

@@ -31,11 +31,7 @@ def document_index(documents: range, epochs: Epochs, rng: np.random.RandomState)
 
 
 def sample_index(
-    order: Int32Array,
-    lengths: Int32Array,
-    seq_length: int,
-    samples: int,
-    block: int = BLOCK,
+    order: Int32Array, lengths: Int32Array, seq_length: int, samples: int, block: int = BLOCK
 ) -> Iterator[Int64Array]:
     """Where each sample begins: rows of (place in `order`, token within that document).
 

@@ -2,7 +2,7 @@
 
 Draw s goes to the source d with the largest `weight[d] * max(s, 1) - count[d]`, in float64, the
 product rounded before the difference, the first of equals. A draw needs the counts before it. So
-the draws are cut into blocks, each block starts from a guess of the counts, and all blocks run side
+the draws are divided into blocks, each of which starts from a guess of the counts, and all run side
 by side. The rule forgets its past quickly: most guesses have come right after some draws. A block
 is right when it started from the counts that its predecessor, itself right, ended with; the others
 run again from these. Nothing depends on the guesses but the time this takes.
@@ -56,7 +56,7 @@ def greedy_blend(weights: FloatArray, size: int) -> Iterator[Draws]:
 def _draw_chunk(
     weights: FloatArray, start: int, counts: FloatArray, left: int
 ) -> tuple[SourceArray, FloatArray]:
-    """At most `left` draws from draw `start` on, and the counts after them (if not cut short)."""
+    """At most `left` draws from draw `start` on, and the counts after them (if not truncated)."""
     length = min(_BLOCK, max(_SHORTEST, isqrt(left)))
     blocks = min(_BLOCKS, max(1, _VALUES // len(weights)), -(-left // length))
     firsts = start + np.arange(blocks, dtype=np.float64) * length

@@ -90,8 +90,7 @@ def corpus_order(
         return
     shares = np.array(requests) / size  # not normalised again
     unshuffled = Picks(
-        np.empty(size, dtype=source_dtype(len(requests))),
-        np.empty(size, dtype=number_dtype(size)),
+        np.empty(size, dtype=source_dtype(len(requests))), np.empty(size, dtype=number_dtype(size))
     )
     done = 0
     for picks in blend(shares, size, available):

@@ -11,8 +11,15 @@ from megatron.config.errors import DataError
 from megatron.data.data_list import DataSource
 from megatron.data.indexed_header import IndexHeader, read_header
 from megatron.data.megatron_order.greedy import MAX_SOURCES
-from megatron.data.megatron_order.requests import Wanted, file_requests, samples_wanted
-from megatron.data.megatron_order.split import NAMES, Shares, split_documents, split_text
+from megatron.data.megatron_order.requests import (
+    NAMES,
+    Shares,
+    Wanted,
+    file_requests,
+    samples_wanted,
+    split_documents,
+    split_text,
+)
 
 _SHOWN = 10
 _MAX_DOCUMENTS = 2**31 - 1  # document numbers are int32

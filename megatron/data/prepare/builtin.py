@@ -76,7 +76,7 @@ def builtin_corpus(
         tokenizer_type: TOKENIZER_TYPE; None or BuiltinTokenizer trains a SentencePiece model on
             the corpus, unless `tokenizer_model` names one.
         tokenizer_model: TOKENIZER_MODEL.
-        log: told in a line what is made and where.
+        log: gets a line about what is made and where.
         cache: folder of caches; by default the user's, a place and not a setting of the run.
         max_characters: characters taken of each corpus.
 
@@ -125,7 +125,7 @@ def code_documents(library: Path, max_characters: int = MAX_CHARACTERS) -> list[
 
 
 def prose_documents(sources: Sequence[str], max_characters: int = MAX_CHARACTERS) -> list[str]:
-    """Docstrings of each source, in order of line, one document a source."""
+    """Docstrings of each source, in order of line, one document per source."""
     documents, total = [], 0
     for source in sources:
         text = "\n\n".join(_docstrings(source))

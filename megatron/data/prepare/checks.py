@@ -1,8 +1,7 @@
 """Everything that can be wrong with data files, looked for before the first step.
 
 Ids are sampled at both ends and at seeded places between; with tensor parallelism an id outside the
-vocabulary would else train silently on a zero embedding, so the vocabulary is held against the data
-here.
+vocabulary would otherwise train on a zero embedding without an error.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ _SHOWN = 10
 
 @dataclass(frozen=True)
 class Report:
-    """What was found: problems forbid a run, files without a note are said once."""
+    """What was found: problems forbid a run, files without a note are logged once."""
 
     problems: tuple[str, ...]
     without_note: tuple[str, ...]  # prefixes
@@ -51,7 +50,7 @@ class Report:
             return []
         first = self.without_note[0]
         return [
-            f"{len(self.without_note)} data file(s) do not say which tokenizer made them (no "
+            f"{len(self.without_note)} data file(s) do not name the tokenizer that made them (no "
             f"{note_path(first)}); that the run's tokenizer is the same one cannot be checked"
         ]
 
@@ -87,8 +86,7 @@ def check_files(
     if tokenizer and tokenizer.vocab_size > vocab_size and rank == 0:
         problems.append(
             f"VOCAB_SIZE = {vocab_size}, but the tokenizer has {tokenizer.vocab_size} ids: raise "
-            "VOCAB_SIZE "
-            "or leave it unset"
+            "VOCAB_SIZE or leave it unset"
         )
     prefixes = sorted({file.prefix for file in files})
     for prefix in prefixes[rank::world_size]:
@@ -130,15 +128,15 @@ def require_ids(dataset: IndexedDataset, tokens: TokenArray, start: int, vocab_s
         raise DataError(
             f"{dataset.prefix}.bin: token {start + wrong[0]} has id {tokens[wrong[0]]}, outside "
             f"the vocabulary [0, {vocab_size}); set TOKENIZER_TYPE and TOKENIZER_MODEL (or "
-            "VOCAB_SIZE) to those the file was made with, or make it anew"
+            "VOCAB_SIZE) to those the file was made with, or make it again"
         )
 
 
 def check_note(prefix: str, fingerprint: str | None) -> bool:
-    """Hold the pair against its note; False where it has none.
+    """Compare the pair with its note; False where it has none.
 
     Raises:
-        DataError: other data or another tokenizer than the note says.
+        DataError: other data or another tokenizer than the note records.
     """
     note = read_note(prefix)
     if note is None:
@@ -146,13 +144,12 @@ def check_note(prefix: str, fingerprint: str | None) -> bool:
     if note.data != data_digest(prefix):
         raise DataError(
             f"{prefix}.bin: not the data that {note_path(prefix)} was written for; were files "
-            "swapped? "
-            "Copy .bin, .idx and .tokenizer.json together, or make them anew"
+            "swapped? Copy .bin, .idx and .tokenizer.json together, or make them again"
         )
     if fingerprint is not None and note.tokenizer != fingerprint:
         raise DataError(
             f"{prefix}.bin: made with another tokenizer ({note.tokenizer[:12]}, vocabulary "
             f"{note.vocab_size}) than the run's ({fingerprint[:12]}); set TOKENIZER_TYPE and "
-            "TOKENIZER_MODEL to the one it was made with, or make it anew"
+            "TOKENIZER_MODEL to the one it was made with, or make it again"
         )
     return True

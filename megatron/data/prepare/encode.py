@@ -21,7 +21,7 @@ from megatron.data.prepare.text_input import Bad, Unit
 from megatron.data.prepare.tokenizer import HFTokenizer, LoadedTokenizer, Tokenizer, build_tokenizer
 from megatron.data.prepare.words import WordEncoder
 
-UNITS_A_WORKER = 3  # in flight; bounds memory and disk when the writer is the slow one
+UNITS_PER_WORKER = 3  # in flight; bounds memory and disk when the writer is the slow one
 BATCH_DOCUMENTS = 256  # tokenised at a time
 
 
@@ -74,7 +74,7 @@ def encode_all(
             for number, unit in units:
                 future = pool.submit(encode_unit, unit, recipe, shards(number))
                 waiting.append((number, future))
-                if len(waiting) > UNITS_A_WORKER * workers:
+                if len(waiting) > UNITS_PER_WORKER * workers:
                     number, future = waiting.popleft()
                     yield number, future.result()
             while waiting:
@@ -101,7 +101,7 @@ def _loaded(recipe: Recipe) -> Loaded | None:
 
 
 def _start_worker(recipe: Recipe, loaded: Loaded | None) -> None:
-    # A process a core is the parallelism; threads inside each would only get in each other's way.
+    # One process per core is the parallelism; threads inside each would only compete.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if loaded is not None:
         tokenizer = LoadedTokenizer(*loaded)
@@ -112,7 +112,7 @@ _ENCODERS: dict[Recipe, tuple[Tokenizer, WordEncoder]] = {}
 
 
 def _encoder(recipe: Recipe) -> tuple[Tokenizer, WordEncoder]:
-    """The tokenizer, loaded once a process."""
+    """The tokenizer, loaded once per process."""
     if recipe not in _ENCODERS:
         tokenizer = build_tokenizer(
             recipe.tokenizer_type, recipe.tokenizer_model, recipe.vocab_size
@@ -122,7 +122,7 @@ def _encoder(recipe: Recipe) -> tuple[Tokenizer, WordEncoder]:
 
 
 def tokenizer_of(recipe: Recipe) -> Tokenizer:
-    """The recipe's tokenizer, loaded once a process.
+    """The recipe's tokenizer, loaded once per process.
 
     Raises:
         ConfigError: as `build_tokenizer`.

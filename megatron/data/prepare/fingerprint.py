@@ -1,4 +1,4 @@
-"""The note beside each pair that says which tokenizer made it: `<prefix>.tokenizer.json`.
+"""The note beside each pair that names the tokenizer that made it: `<prefix>.tokenizer.json`.
 
 It also holds a digest of the ends of `.bin`, so that two files of one size cannot be swapped
 unseen.
@@ -21,7 +21,7 @@ _END_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class Note:
-    """What `<prefix>.tokenizer.json` says."""
+    """The content of `<prefix>.tokenizer.json`."""
 
     tokenizer: str  # Tokenizer.fingerprint()
     vocab_size: int
@@ -60,7 +60,7 @@ def read_note(prefix: str) -> Note | None:
         return None
     except (OSError, ValueError, TypeError) as error:
         raise DataError(
-            f"{path}: not a tokenizer note ({error}); make the pair anew, or remove it"
+            f"{path}: not a tokenizer note ({error}); make the pair again, or remove it"
         ) from error
 
 

@@ -4,16 +4,43 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from megatron.config.errors import ConfigError, DataError
-from megatron.data.prepare.probe import fingerprint_of
 
 END_OF_TEXT = "<|endoftext|>"
+# Covers digits, case, runs of spaces, newlines, accents and other scripts: what tokenizers of one
+# vocabulary but other merges or normalisation split in other ways.
+_PROBE = (
+    "The year 2024: 1,234.5 kg  of\n\n\tna\u00efve code() {x = y+1;} DON'T "
+    "\u4f60\u597d \u0416\u0443\u043a \U0001f600"
+)
 
 
-class ByteTokenizer:
+def fingerprint_of(pieces: Sequence[str], eod: int, encode: Callable[[str], list[int]]) -> str:
+    """SHA-256 of a vocabulary, its end of document and the ids of a probe.
+
+    Not of the tokenizer's file: its text changes between versions of a library while the ids do
+    not.
+    """
+    parts = [list(pieces), eod, encode(_PROBE)]
+    return hashlib.sha256(json.dumps(parts, ensure_ascii=True).encode()).hexdigest()
+
+
+class _TextByText:
+    """Encodes several texts one after the other."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text."""
+        raise NotImplementedError
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of several texts."""
+        return [self.encode(text) for text in texts]
+
+
+class ByteTokenizer(_TextByText):
     """UTF-8 bytes as ids 0..255; 256 ends a document."""
 
     vocab_size = 257
@@ -22,10 +49,6 @@ class ByteTokenizer:
     def encode(self, text: str) -> list[int]:
         """Bytes of a text."""
         return list(text.encode())
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Bytes of several texts."""
-        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of bytes; what is no UTF-8 shows as the replacement character, 256 as nothing."""
@@ -36,7 +59,7 @@ class ByteTokenizer:
         return fingerprint_of(["bytes"], self.eod, self.encode)
 
 
-class CharTokenizer:
+class CharTokenizer(_TextByText):
     """One id a character of a fixed alphabet; the id after the last ends a document."""
 
     def __init__(self, alphabet: Sequence[str]) -> None:
@@ -94,13 +117,9 @@ class CharTokenizer:
             character = error.args[0]
             raise DataError(
                 f"character {character!r} (U+{ord(character):04X}) is not among the "
-                f"{len(self.alphabet)} of "
-                "the alphabet; make the alphabet from all of the text, or use ByteTokenizer"
+                f"{len(self.alphabet)} of the alphabet; make the alphabet from all of "
+                "the text, or use ByteTokenizer"
             ) from error
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of several texts."""
-        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; the end of document shows as nothing."""
@@ -111,7 +130,7 @@ class CharTokenizer:
         return hashlib.sha256(json.dumps(["characters", *self.alphabet]).encode()).hexdigest()
 
 
-class NullTokenizer:
+class NullTokenizer(_TextByText):
     """Numbers separated by spaces are the ids; the last id of the vocabulary ends a document."""
 
     def __init__(self, vocab_size: int) -> None:
@@ -135,10 +154,6 @@ class NullTokenizer:
                     f"id {i} is outside the vocabulary [0, {self.vocab_size}); raise VOCAB_SIZE"
                 )
         return ids
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of several texts."""
-        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The ids as numbers."""

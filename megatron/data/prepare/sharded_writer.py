@@ -1,7 +1,7 @@
-"""A pair that grows by whole shards of bytes and goes on after an interruption.
+"""A pair that grows by whole shards of bytes and resumes after an interruption.
 
-Tokens and lengths lie in a work folder beside the pair. A journal says how much of them is good;
-what an interrupted writer left beyond that is cut off. `commit` gives the pair its names.
+Tokens and lengths lie in a work folder beside the pair. A journal records how much of them is
+good; what an interrupted writer left beyond that is truncated. `commit` names the pair.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ class ShardedWriter:
     """Several pairs of one dtype, written together; a document is one sequence.
 
     Attributes:
-        progress: what the last journal said besides sizes: {} at a new start.
+        progress: what the last journal holds besides sizes: {} at a new start.
     """
 
     def __init__(
         self, prefixes: Sequence[str], dtype: np.dtype[Any], folder: Path, task: object
     ) -> None:
-        """Go on where a journal of the same task ends, else begin.
+        """Resume where a journal of the same task ends, else begin.
 
         Args:
             prefixes: of the pairs.
             dtype: of the tokens.
             folder: work folder; made, and removed by `commit` and `abandon`.
-            task: all that decides the output, as JSON: another task begins anew.
+            task: all that decides the output, as JSON: another task starts over.
 
         Raises:
             ConfigError: another process is at work here, or the folder cannot be made.
@@ -88,7 +88,7 @@ class ShardedWriter:
         Args:
             unit: its number.
             lengths: tokens of each document of the unit, for each pair.
-            ends_document: False: the unit's one document goes on in the next unit.
+            ends_document: False: the unit's one document continues in the next unit.
         """
         for number, sizes in enumerate(lengths):
             shard = self.shard_path(unit, number)
@@ -113,7 +113,7 @@ class ShardedWriter:
             self._sizes[number][1] += self._lengths[number].write(sizes.astype("<i4").tobytes())
 
     def save(self, progress: dict[str, Any]) -> None:
-        """Make what was appended last: a later start goes on from here."""
+        """Make what was appended durable: a later start resumes here."""
         self.progress = progress
         for file in [*self._data, *self._lengths]:
             file.flush()

@@ -1,7 +1,7 @@
 """Text files as units of work of bounded size: JSON lines, plain, gzip or zstd; Parquet; text.
 
-Units depend on the input alone, not on the number of workers. A plain JSON file and Parquet are cut
-by reference, so that workers read them; the rest is a stream that one process reads and hands out.
+Units depend on the input alone, not on the number of workers. Plain JSON and Parquet are split by
+reference, so that workers read them; the rest is a stream that one process reads and hands out.
 """
 
 from __future__ import annotations
@@ -151,12 +151,12 @@ def _is_unicode(text: str) -> bool:
 
 @contextmanager
 def _damaged(path: str, kinds: tuple[type[Exception], ...]) -> Iterator[None]:
-    """What a library says of a damaged file, with the file."""
+    """Adds the file's name to a library's error about damage."""
     try:
         yield
     except kinds as error:
         raise DataError(
-            f"{path}: damaged or cut short ({error}); fetch it again, or leave it out"
+            f"{path}: damaged or truncated ({error}); fetch it again, or leave it out"
         ) from error
 
 
@@ -182,7 +182,7 @@ def _open_zstd(raw: IO[bytes]) -> io.BufferedIOBase:
 class _ZstdStream(io.RawIOBase):
     """Frames of zstd, one after the other.
 
-    The library's own reader takes a file that is cut short for one that ends.
+    The library's own reader takes a truncated file for a whole one.
     """
 
     def __init__(self, raw: IO[bytes], library: Any) -> None:
@@ -219,15 +219,15 @@ class _ZstdStream(io.RawIOBase):
 
 
 def _text_pieces(path: str) -> Iterator[Unit]:
-    """Pieces of a text file, cut at line ends where there are any, so that memory is bounded."""
+    """Pieces of a text file, split at line ends where there are any, so that memory is bounded."""
     try:
         with open(path, encoding="utf-8", newline="") as file:
             piece = file.read(PIECE_CHARACTERS)
             while piece:
                 following = file.read(PIECE_CHARACTERS)
                 if following:
-                    cut = _last_cut(piece)
-                    piece, following = piece[:cut], piece[cut:] + following
+                    end = _last_split(piece)
+                    piece, following = piece[:end], piece[end:] + following
                 data = piece.encode()
                 yield Unit(path, "text", data=data, ends_document=not following,
                            input_bytes=len(data))  # fmt: skip
@@ -239,20 +239,20 @@ def _text_pieces(path: str) -> Iterator[Unit]:
 
 
 def split_text(text: str) -> list[str]:
-    """A giant document in pieces of bounded size, cut before words; others whole.
+    """A giant document in pieces of bounded size, split before words; others whole.
 
     The ids of the pieces are those of the whole for every tokenizer whose words are independent
-    (words.py); for others ids next to a cut may differ.
+    (words.py); for others ids next to a split may differ.
     """
     pieces = []
     while len(text) > 2 * PIECE_CHARACTERS:
-        cut = _last_cut(text[:PIECE_CHARACTERS])
-        pieces.append(text[:cut])
-        text = text[cut:]
+        end = _last_split(text[:PIECE_CHARACTERS])
+        pieces.append(text[:end])
+        text = text[end:]
     return [*pieces, text]
 
 
-def _last_cut(text: str) -> int:
+def _last_split(text: str) -> int:
     """The last place before a space that follows printable ASCII; else a line end, else the end."""
     place = len(text)
     while (place := text.rfind(" ", 1, place)) > 0:

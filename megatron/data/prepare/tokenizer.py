@@ -7,8 +7,9 @@ asked for. Libraries are imported where they are used, so that byte, char and nu
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from megatron.config.errors import ConfigError
 from megatron.data.prepare.plain_tokenizers import (
@@ -16,8 +17,10 @@ from megatron.data.prepare.plain_tokenizers import (
     ByteTokenizer,
     CharTokenizer,
     NullTokenizer,
+    fingerprint_of,
 )
-from megatron.data.prepare.probe import fingerprint_of
+
+T = TypeVar("T")
 
 
 class Tokenizer(Protocol):
@@ -102,17 +105,12 @@ class HFTokenizer(_Backed):
         except ImportError as error:
             raise _missing_library("HFTokenizer", "transformers") from error
         try:
-            # The cache first: a run needs no network for a tokenizer that is here already.
-            tokenizer = AutoTokenizer.from_pretrained(model, use_fast=True, local_files_only=True)
-        except (OSError, ValueError):
-            try:
-                tokenizer = AutoTokenizer.from_pretrained(model, use_fast=True)
-            except (OSError, ValueError) as error:
-                raise ConfigError(
-                    f"TOKENIZER_MODEL={model} cannot be loaded ({_first_line(error)}); on a "
-                    "machine with "
-                    f"network run `hf download {model}` first, or give the path of its folder"
-                ) from error
+            tokenizer = _cache_first(partial(AutoTokenizer.from_pretrained, model, use_fast=True))
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"TOKENIZER_MODEL={model} cannot be loaded ({_first_line(error)}); on a machine "
+                f"with network run `hf download {model}` first, or give the path of its folder"
+            ) from error
         if not tokenizer.is_fast:
             raise ConfigError(f"TOKENIZER_MODEL={model} has no fast tokenizer (tokenizer.json)")
         if tokenizer.eos_token_id is None:
@@ -223,28 +221,10 @@ class GPT2BPETokenizer(_Backed):
         self.eod = int(eod)
 
 
-def _hugging_face(model: str | None, vocab_size: int | None) -> Tokenizer:
-    return HFTokenizer(
-        _required("HFTokenizer", model, "a name such as google/gemma-7b, or a folder")
-    )
-
-
 def _sentence_piece(model: str | None, vocab_size: int | None) -> Tokenizer:
     return SentencePieceTokenizer(
         _required("SentencePieceTokenizer", model, "a SentencePiece .model file")
     )
-
-
-def _gpt2(model: str | None, vocab_size: int | None) -> Tokenizer:
-    return GPT2BPETokenizer(model or "gpt2")
-
-
-def _byte(model: str | None, vocab_size: int | None) -> Tokenizer:
-    return ByteTokenizer()
-
-
-def _char(model: str | None, vocab_size: int | None) -> Tokenizer:
-    return CharTokenizer.load(_required("CharTokenizer", model, "a JSON file with the alphabet"))
 
 
 def _null(model: str | None, vocab_size: int | None) -> Tokenizer:
@@ -256,14 +236,18 @@ def _null(model: str | None, vocab_size: int | None) -> Tokenizer:
 
 
 TOKENIZERS: dict[str, Callable[[str | None, int | None], Tokenizer]] = {
-    "HFTokenizer": _hugging_face,
+    "HFTokenizer": lambda model, _: HFTokenizer(
+        _required("HFTokenizer", model, "a name such as google/gemma-7b, or a folder")
+    ),
     "SentencePieceTokenizer": _sentence_piece,
     "GPTSentencePieceTokenizer": _sentence_piece,  # Megatron's second name for it
     "Llama2Tokenizer": _sentence_piece,
     "BuiltinTokenizer": _sentence_piece,  # made with the built-in corpus
-    "GPT2BPETokenizer": _gpt2,
-    "ByteTokenizer": _byte,
-    "CharTokenizer": _char,
+    "GPT2BPETokenizer": lambda model, _: GPT2BPETokenizer(model or "gpt2"),
+    "ByteTokenizer": lambda *_: ByteTokenizer(),
+    "CharTokenizer": lambda model, _: CharTokenizer.load(
+        _required("CharTokenizer", model, "a JSON file with the alphabet")
+    ),
     "NullTokenizer": _null,
 }
 
@@ -299,8 +283,7 @@ def _gpt2_files(model: str) -> tuple[str, str]:
         return _gpt2_files_of_hub(model)
     raise ConfigError(
         f"TOKENIZER_MODEL={model}: no such vocabulary and merges; give a folder with vocab.json "
-        "and "
-        "merges.txt, or both files as vocab.json,merges.txt"
+        "and merges.txt, or both files as vocab.json,merges.txt"
     )
 
 
@@ -310,19 +293,25 @@ def _gpt2_files_of_hub(name: str) -> tuple[str, str]:
         from huggingface_hub import hf_hub_download
     except ImportError as error:
         raise _missing_library("GPT2BPETokenizer", "huggingface_hub") from error
-    paths = []
-    for file in ("vocab.json", "merges.txt"):
+
+    def download(file: str) -> str:
         try:
-            paths.append(hf_hub_download(name, file, local_files_only=True))
-        except (OSError, ValueError):
-            try:
-                paths.append(hf_hub_download(name, file))
-            except (OSError, ValueError) as error:
-                raise ConfigError(
-                    f"TOKENIZER_MODEL={name}: no such folder, and the hub gives no {file} "
-                    f"({_first_line(error)}); give a folder with vocab.json and merges.txt"
-                ) from error
-    return paths[0], paths[1]
+            return _cache_first(partial(hf_hub_download, name, file))
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"TOKENIZER_MODEL={name}: no such folder, and the hub gives no {file} "
+                f"({_first_line(error)}); give a folder with vocab.json and merges.txt"
+            ) from error
+
+    return download("vocab.json"), download("merges.txt")
+
+
+def _cache_first(load: Callable[..., T]) -> T:
+    """Load from the local cache, then the hub: a run needs no network for what is here already."""
+    try:
+        return load(local_files_only=True)
+    except (OSError, ValueError):
+        return load()
 
 
 def _by_id(vocab: dict[str, int]) -> list[str]:

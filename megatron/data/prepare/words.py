@@ -1,8 +1,8 @@
 """Tokens of text by looking up its words: many times as fast as the tokenizer, the same ids.
 
-A text is cut where a tokenizer is known to give the two sides of the cut the ids that it gives the
-whole (`borders`), and the ids of each piece are kept. Cuts are made before a space that follows
-printable ASCII; ASCII text is cut into words as the pre-tokenizer does, where its rule is known.
+A text is split where a tokenizer is known to give both sides the ids that it gives the whole
+(`borders`), and the ids of each piece are kept. Splits are made before a space that follows
+printable ASCII; ASCII text is split into words as the pre-tokenizer does, where its rule is known.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from megatron.data.prepare.tokenizer import (
     Tokenizer,
 )
 
-KEPT_WORDS = 1 << 20  # some hundred MB at most; then they are forgotten and learned anew
+KEPT_WORDS = 1 << 20  # some hundred MB at most; then they are forgotten and learned again
 _KEPT_LENGTH = 64  # characters; longer pieces hardly come again
 _BEGINNING = 4  # characters of an added token that are looked for
 _SPACE = "\u2581"  # how vocabularies write a space
 
-# Rules by which pre-tokenizers cut text into words. None goes from printable ASCII over to a space,
-# and none looks back.
+# Rules by which pre-tokenizers split text into words. None matches across printable ASCII and a
+# space after it, and none looks back.
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -36,7 +36,7 @@ _LLAMA3 = (
 )
 _QWEN2 = _LLAMA3.replace("{1,3}", "")
 _RULES = {_GPT2, _LLAMA3, _QWEN2}
-# Digits first, each or each run alone: what is left and right of them is cut on its own.
+# Digits first, each or each run alone: what is left and right of them is split on its own.
 _DIGITS = {
     individual: (r"\p{N}|" if individual else r"\p{N}+|")
     + _GPT2.replace(r"| ?\p{N}+", "").replace(r"(?!\S)", r"(?![^\s\p{N}])")
@@ -49,9 +49,9 @@ _PROBES = (
 
 
 class Borders(NamedTuple):
-    """Where a text may be cut: before a space after printable ASCII, and ASCII text into words."""
+    """Where text may be split: before a space after printable ASCII; ASCII text into words."""
 
-    words: re.Pattern[str] | None  # of ASCII text; None: it is cut at spaces alone
+    words: re.Pattern[str] | None  # of ASCII text; None: it is split at spaces alone
 
 
 class WordEncoder:
@@ -60,7 +60,7 @@ class WordEncoder:
     def __init__(self, tokenizer: Tokenizer, dtype: np.dtype[Any]) -> None:
         """Encode with `tokenizer` into ids of `dtype`."""
         self.borders = borders(tokenizer)
-        # A cut after letters would hide a token such as <|end|> from the tokenizer.
+        # A split after letters would hide a token such as <|end|> from the tokenizer.
         self._added: set[str] = set()
         if isinstance(tokenizer, HFTokenizer | LoadedTokenizer | GPT2BPETokenizer):
             added = json.loads(tokenizer.definition())["added_tokens"]
@@ -95,7 +95,7 @@ class WordEncoder:
         ]
 
     def _is_plain(self, text: str) -> bool:
-        """ASCII, and no added token in it: a cut into words would hide such as <|end|>."""
+        """ASCII, and no added token in it: a split into words would hide such as <|end|>."""
         return text.isascii() and not any(beginning in text for beginning in self._added)
 
     def _keep(self, piece: str, ids: bytes) -> None:
@@ -120,7 +120,7 @@ class WordEncoder:
             return result
 
     def _by_spaces(self, text: str, learned: dict[str, bytes]) -> list[bytes | str]:
-        """The same of any text, cut before spaces alone."""
+        """The same for any text, split before spaces alone."""
         words = text.split(" ")
         known: list[bytes | None] = list(map(self._words.get, words))
         result: list[bytes | str] = []
@@ -154,12 +154,12 @@ class WordEncoder:
 
 
 def _ends_a_piece(word: str) -> bool:
-    """Whether the text may be cut after this word, before the space that follows it."""
+    """Whether the text may be split after this word, before the space that follows it."""
     return word != "" and "!" <= word[-1] <= "~"
 
 
 def borders(tokenizer: Tokenizer) -> Borders | None:
-    """Where text may be cut without another id; None if in doubt."""
+    """Where text may be split without changing an id; None if in doubt."""
     if isinstance(tokenizer, SentencePieceTokenizer):
         pieces = tokenizer.pieces()
         found = None if _SPACE not in pieces or any(map(_crosses, pieces)) else Borders(None)

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import struct
 import subprocess
 import sys
@@ -155,7 +156,7 @@ def test_a_damaged_file_is_refused(tmp_path, capsys, suffix, fault):
         whole[:-10] if fault == "short" else whole[:middle] + bits + whole[middle + 40 :]
     )
     assert run(tmp_path, "--input", str(path)) == 3
-    assert f"in{suffix}: damaged or cut short" in capsys.readouterr().err
+    assert f"in{suffix}: damaged or truncated" in capsys.readouterr().err
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -229,7 +230,7 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, capsys, suffix):
     first = 0
     while (status := run(tmp_path, "--input", path, "--append-eod")) != 0:
         assert status == 130
-        assert "the same command goes on" in capsys.readouterr().err
+        assert "the same command resumes" in capsys.readouterr().err
         assert [entry.name for entry in (tmp_path / "out").iterdir()] == ["data.partial"]
         first += 1
     assert stops >= 3
@@ -237,6 +238,33 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, capsys, suffix):
         (tmp_path / "out" / f"data_text_document.{s}").read_bytes() for s in ("bin", "idx")
     ]
     assert not (tmp_path / "out" / "data.partial").exists()
+
+
+def test_an_interruption_at_any_renaming_is_repaired(tmp_path, monkeypatch):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "abc"}, {"text": "d"}])
+    suffixes = ("bin", "idx", "tokenizer.json")
+    pair = [tmp_path / "out" / f"data_text_document.{suffix}" for suffix in suffixes]
+    assert run(tmp_path, "--input", path) == 0
+    whole = [file.read_bytes() for file in pair]
+    replace, calls, last = os.replace, 0, 0
+
+    def interrupted(*arguments):
+        nonlocal calls
+        calls += 1
+        if calls == last:
+            raise KeyboardInterrupt
+        replace(*arguments)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    status = 130
+    while status == 130:
+        for file in pair:
+            file.unlink(missing_ok=True)
+        calls, last = 0, last + 1
+        status = run(tmp_path, "--input", path)
+        assert status == 0 or run(tmp_path, "--input", path) == 0
+        assert [file.read_bytes() for file in pair] == whole
+    assert last > 4  # journal, complete journal, tokens, index, note
 
 
 def test_other_input_does_not_go_on_from_it(tmp_path, monkeypatch):
