@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from megatron.analysis import finish
 from megatron.config.errors import ConfigError, DataError
 from megatron.config.schema import RunConfig
-from megatron.engine import start_distributed
+from megatron.engine import start_distributed, stop_distributed
 from megatron.launch.ranks import Ranks, find_ranks, rendezvous
 from megatron.launch.start import prepare_run, read_run
 from megatron.parallel.groups import make_groups
@@ -86,6 +86,8 @@ def pretrain(run: RunConfig, ranks: Ranks) -> int:
     sample = finish.sample_text(run, engine, data)
     if leads:
         finish.tell(run, run.run_folder, sample)
+    engine.close()
+    stop_distributed()
     return 0
 
 
