@@ -53,7 +53,8 @@ def start_distributed(
 def stop_distributed() -> None:
     """Leaves all process groups, at a run's end; a collective. Close the engine first.
 
-    A backend whose threads still run when the interpreter ends may abort the process.
+    A backend's thread that releases a tensor while the interpreter ends aborts the process: what is
+    pending ends here.
     """
     if not dist.is_initialized():
         return

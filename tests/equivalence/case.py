@@ -70,6 +70,7 @@ class Case:
             "DTYPE": self.dtype,
             "USE_ACTIVATION_CHECKPOINTING": RECOMPUTE[self.recompute],
             "OPT": self.optimizer,
+            "WEIGHT_DECAY": "0" if self.optimizer == "sgd" else "0.1",
             "LR": LEARNING_RATE[self.dtype] if self.optimizer == "sgd" else "3e-3",
         }
 
