@@ -144,16 +144,12 @@ class _Spec(LayerSpec):  # type: ignore[misc]
         return self._layer.build()
 
 
-class _TiedSpec(TiedLayerSpec):  # type: ignore[misc]
+class _TiedSpec(_Spec, TiedLayerSpec):  # type: ignore[misc]
     """A layer of ours whose weight is also used by another one."""
 
     def __init__(self, layer: Layer) -> None:
-        super().__init__(layer.tied_key, layer.module, forward_fn=layer.forward)
+        TiedLayerSpec.__init__(self, layer.tied_key, layer.module, forward_fn=layer.forward)
         self._layer = layer
-
-    def build(self, log: bool = False) -> nn.Module:
-        del log
-        return self._layer.build()
 
 
 class Topology(PipeModelDataParallelTopology):  # type: ignore[misc]
@@ -193,20 +189,11 @@ class Grid(PipelineParallelGrid):  # type: ignore[misc]
         self.dp_group, self.dp_proc_group = list(groups.dp.ranks), dp
         self.pp_group, self.pp_proc_group = list(groups.pp.ranks), pp
         self.slice_group, self.slice_proc_group = list(groups.tp.ranks), tp
-        # Norms and overflows are summed over all slices and stages of one copy of the model.
-        copy = _model_ranks(groups)
-        self.ds_model_proc_group = pp if layout.tp == 1 else members_group(copy)
-        self.ds_model_world_size, self.ds_model_rank = len(copy), copy.index(rank)
-
-
-def _model_ranks(groups: Groups) -> list[int]:
-    """Ranks that hold one copy of the model with this one, in order."""
-    layout = groups.layout
-    return [
-        layout.rank(pipe, groups.dp.rank, model)
-        for pipe in range(layout.pp)
-        for model in range(layout.tp)
-    ]
+        # Norms and overflows are summed over all slices and stages of one replica of the model.
+        stages, slices, data = range(layout.pp), range(layout.tp), groups.dp.rank
+        replica = [layout.rank(stage, data, piece) for stage in stages for piece in slices]
+        self.ds_model_proc_group = pp if layout.tp == 1 else members_group(replica)
+        self.ds_model_world_size, self.ds_model_rank = len(replica), replica.index(rank)
 
 
 def tied_group(groups: Groups, stages: list[int]) -> tuple[list[int], Any]:

@@ -30,9 +30,8 @@ from megatron.training.device import Device
 from megatron.training.dump import dump_tokens
 from megatron.training.loggers import Tracker
 from megatron.training.meter import Meter
-from megatron.training.optimizers.curvature import Curvature
 from megatron.training.optimizers.schedule_free import evaluation_weights
-from megatron.training.optimizers.sophia import SophiaG
+from megatron.training.optimizers.sophia import Curvature, SophiaG
 from megatron.training.optimizers.whole_matrix import WholeMatrixOptimizer
 from megatron.training.stop import StopRequest
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from megatron.checkpoint.state import RunState
+from megatron.data.loader import StepPlan
+from megatron.engine import Engine
 from megatron.parallel.groups import Axis
 
 _SAMPLED_ELEMENTS = 2**24  # float64 values of the distribution held at a time: 128 MiB
@@ -95,6 +99,49 @@ def hessian_step(optimizer: SophiaG, tokens: int) -> Iterator[None]:
         yield
     finally:
         optimizer.hessian_tokens = 0
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """Estimates the diagonal before every `interval`-th step, the first one included.
+
+    Attributes:
+        engine: with SophiaG as its optimizer.
+        plan: which samples a micro-batch holds.
+        interval: steps between two estimates.
+        seed: of the drawn labels.
+        seq_length: S.
+    """
+
+    engine: Engine
+    plan: StepPlan
+    interval: int
+    seed: int
+    seq_length: int
+
+    def due(self, iteration: int) -> bool:
+        """Whether step `iteration` (1-based) is preceded by an estimate."""
+        return (iteration - 1) % self.interval == 0
+
+    def estimate(self, state: RunState, micro_batches: list[tuple[Tensor, Tensor]]) -> None:
+        """Takes the second gradient on the inputs of the step after `state`; weights stay."""
+        engine, plan = self.engine, self.plan
+        assert isinstance(engine.optimizer, SophiaG)
+        drawn = [
+            (
+                tokens,
+                label_draws(
+                    self.seed,
+                    state.iteration + 1,
+                    list(plan.micro_batch(state.consumed_samples, number)),
+                    self.seq_length,
+                ),
+            )
+            for number, (tokens, _) in enumerate(micro_batches)
+        ]
+        tokens_per_step = plan.global_batch_size * self.seq_length
+        with engine.unclipped(), hessian_step(engine.optimizer, tokens_per_step):
+            engine.train_batch(drawn)
 
 
 def label_draws(seed: int, iteration: int, samples: list[int], seq_length: int) -> Tensor:
