@@ -37,15 +37,10 @@ class ZeroEngine(Engine):
         mpu: ModelParallelUnit | None = None,
         replica: Axis = SERIAL,
     ) -> None:
-        """Starts DeepSpeed.
+        """Starts DeepSpeed; arguments are those of `make_engine`, and
 
         Args:
             module: this rank's part of the model.
-            loss: of the last layer's output.
-            make_optimizer: from named parameters, which DeepSpeed then flattens.
-            groups: of this rank.
-            device: where the model lives.
-            deepspeed_config: DeepSpeed's JSON as a dict.
             mpu: DeepSpeed's look-ups; None where the module has them.
             replica: MiCS' ranks with equal states.
         """
