@@ -1,7 +1,6 @@
 """Every change to DeepSpeed's own behaviour: what, why, and how to see that it can be dropped.
 
-`PATCHES` is the list; the small ones are written out below it. What a patch calls `ours` replaces
-or goes around what it calls `theirs`.
+`PATCHES` is the list; the small ones are written out below it.
 """
 
 from __future__ import annotations
@@ -74,15 +73,9 @@ PATCHES = (
         "DeepSpeed reports the time of a stage's passes",
     ),
     Patch(
-        "deepspeed.runtime.pipe.topology.PipelineParallelGrid.__init__",
+        "deepspeed.runtime.pipe.topology.PipelineParallelGrid",
         "megatron.engine.pipeline_module.Grid",
-        "it makes every group of the world, and lists all ranks at every send",
-        "tests/startup/test_startup.py",
-    ),
-    Patch(
-        "deepspeed.runtime.pipe.topology.ProcessTopology.get_coord",
-        "megatron.engine.pipeline_module.Topology",
-        "it searches a table of all ranks",
+        "it makes every group of the world; with its topology it searches all ranks at every send",
         "tests/startup/test_startup.py",
     ),
     Patch(

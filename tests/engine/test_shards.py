@@ -80,6 +80,7 @@ def covered(runs: list[Run], shape: tuple[int, ...]) -> Tensor:
         dim = 0 if one.partition_dim is None else one.partition_dim
         shard = count.chunk(one.shards, dim=dim)[one.shard]
         flat = shard.flatten().clone()
+        assert one.start + one.length <= flat.numel(), one
         flat[one.start : one.start + one.length] += 1
         shard.copy_(flat.view(shard.shape))
     return count
