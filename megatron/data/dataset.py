@@ -10,7 +10,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from megatron.data.blend import Blend
 from megatron.data.samples import FileSamples, Tokens
@@ -38,6 +38,19 @@ class SampleSource(Protocol):
 
     def sample(self, k: int) -> Sample:
         """Sample `k` >= 0 of an endless order."""
+
+
+Train = TypeVar("Train", bound=SampleSource, covariant=True)
+
+
+@dataclass(frozen=True)
+class Splits(Generic[Train]):
+    """Three data sets; None where a split has no samples or is never read."""
+
+    train: Train | None
+    valid: SampleSource | None
+    test: SampleSource | None
+    warnings: tuple[str, ...]  # what a split leaves out, to be logged once
 
 
 @dataclass(frozen=True)

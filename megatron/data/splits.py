@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from megatron.config.errors import DataError
 from megatron.data.blend import Blend
 from megatron.data.data_list import DataSource, ListStage
-from megatron.data.dataset import CorpusFiles, Dataset, StagedDataset
+from megatron.data.dataset import CorpusFiles, Dataset, Splits, StagedDataset
 from megatron.data.indexed import file_dtype
 from megatron.data.indexed_header import IndexHeader, read_header
 from megatron.data.samples import FilePool, FileSamples
@@ -40,26 +40,6 @@ class Origin:
     drawn: Mapping[str, int] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Splits:
-    """The three data sets of one list; None where a split has no samples."""
-
-    train: Dataset | None
-    valid: Dataset | None
-    test: Dataset | None
-    warnings: tuple[str, ...]  # files and corpora that a split leaves out, to be logged once
-
-
-@dataclass(frozen=True)
-class StagedSplits:
-    """The data of a run; None where a split has no samples."""
-
-    train: StagedDataset | None
-    valid: Dataset | None
-    test: Dataset | None
-    warnings: tuple[str, ...]
-
-
 def build_stages(
     stages: Sequence[ListStage],
     seq_length: int,
@@ -68,7 +48,7 @@ def build_stages(
     origin: Origin | None = None,
     headers: Mapping[str, IndexHeader] | None = None,
     pool: FilePool | None = None,
-) -> StagedSplits:
+) -> Splits[StagedDataset]:
     """Data of a plan of stages; validation and test are those of the first one, to be comparable.
 
     Args:
@@ -87,7 +67,7 @@ def build_stages(
     pool = FilePool() if pool is None else pool
     parts: list[tuple[int, Dataset]] = []
     drawn: dict[str, int] = dict(origin.drawn)
-    first_splits: Splits | None = None
+    first_splits: Splits[Dataset] | None = None
     warnings: dict[str, None] = {}
     firsts = [_first_sample(stage, origin, seq_length) for stage in stages]
     for stage, first, stop in zip(stages, firsts, [*firsts[1:], None], strict=True):
@@ -103,7 +83,7 @@ def build_stages(
             parts.append((first, built.train))
     assert first_splits is not None
     train = StagedDataset(parts) if parts else None
-    return StagedSplits(train, first_splits.valid, first_splits.test, tuple(warnings))
+    return Splits(train, first_splits.valid, first_splits.test, tuple(warnings))
 
 
 def _first_sample(stage: ListStage, origin: Origin, seq_length: int) -> int:
@@ -120,7 +100,7 @@ def build_datasets(
     pool: FilePool | None = None,
     headers: Mapping[str, IndexHeader] | None = None,
     drawn: Mapping[str, int] | None = None,
-) -> Splits:
+) -> Splits[Dataset]:
     """Data sets of a list; reads only headers, some tens of microseconds per file.
 
     Args:

@@ -17,13 +17,12 @@ from megatron.config.errors import DataError
 from megatron.config.schema import RunConfig
 from megatron.data.data_list import BUILTIN, ListStage, parse_data_stages, require_plain
 from megatron.data.data_record import DataRecord, data_record, differences, drawn_before, shortened
-from megatron.data.dataset import LaterDataset, SampleSource, StagedDataset
+from megatron.data.dataset import LaterDataset, SampleSource, Splits, StagedDataset
 from megatron.data.indexed_header import IndexHeader
-from megatron.data.megatron_order.datasets import MegatronSplits
 from megatron.data.prepare.builtin import builtin_corpus
 from megatron.data.prepare.checks import Report, check_files
 from megatron.data.prepare.tokenizer import Tokenizer, build_tokenizer
-from megatron.data.splits import Origin, StagedSplits, build_stages
+from megatron.data.splits import Origin, build_stages
 from megatron.data.survey import survey_stages
 from megatron.plan.report import epochs_text
 from megatron.training.corpus_loss import CorpusLosses
@@ -47,7 +46,7 @@ class Data:
 
     stages: tuple[ListStage, ...]
     headers: Mapping[str, IndexHeader]
-    splits: StagedSplits | MegatronSplits
+    splits: Splits[SampleSource]
     tokenizer: Tokenizer
     record: DataRecord
     corpus_losses: CorpusLosses | None
@@ -64,7 +63,7 @@ def build_data(run: RunConfig) -> Data:
     headers = _checked(run, stages, tokenizer)
     if run.data.order == "megatron":
         require_plain(stages)
-        splits: StagedSplits | MegatronSplits = megatron_splits(run, sources, log.info)
+        splits: Splits[SampleSource] = megatron_splits(run, sources, log.info)
     else:
         splits = build_stages(
             stages, run.model.seq_length, _shares(run), run.train.seed, headers=headers

@@ -10,8 +10,9 @@ from megatron.config.errors import DataError
 from megatron.config.schema import RunConfig
 from megatron.data.data_list import DataSource
 from megatron.data.data_record import DataRecord, stages_of
+from megatron.data.dataset import Splits
 from megatron.data.indexed_header import read_header
-from megatron.data.megatron_order.datasets import MegatronSplits, build_megatron_datasets
+from megatron.data.megatron_order.datasets import build_megatron_datasets
 from megatron.data.megatron_order.order import MegatronDataset
 from megatron.data.megatron_order.settings import OrderSettings
 
@@ -23,7 +24,7 @@ _EPOCHS = "TRAIN_DATA_EXACT_NUM_EPOCHS"
 
 def megatron_splits(
     run: RunConfig, entries: Iterable[DataSource], log: Callable[[str], None]
-) -> MegatronSplits:
+) -> Splits[MegatronDataset]:
     """Train, validation and test data of a run; every rank calls this and builds its part.
 
     Raises:
@@ -97,4 +98,6 @@ def recorded_order(record: DataRecord, cache: Path) -> MegatronDataset:
         shuffle_in_corpus=record["settings"][_SHUFFLE],
         exact_epochs=record["settings"][_EPOCHS],
     )
-    return build_megatron_datasets(settings, cache, lambda line: None).train
+    train = build_megatron_datasets(settings, cache, lambda line: None).train
+    assert train is not None
+    return train

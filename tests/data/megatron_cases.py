@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from megatron.data.data_list import DataSource
+from megatron.data.dataset import Splits
 from megatron.data.megatron_order.build_once import CHECKED_AT_START
-from megatron.data.megatron_order.datasets import MegatronSplits, build_megatron_datasets
+from megatron.data.megatron_order.datasets import build_megatron_datasets
+from megatron.data.megatron_order.order import MegatronDataset
 from megatron.data.megatron_order.settings import OrderSettings
 from tests.data.golden_order import datasets
 from tests.data.pairs import idx_bytes
@@ -38,7 +40,7 @@ def settings(lines, **changes) -> OrderSettings:
 
 def build(
     cache_folder, lines, log=lambda line: None, check_up_to=CHECKED_AT_START, **changes
-) -> MegatronSplits:
+) -> Splits[MegatronDataset]:
     """The three data sets of a small run."""
     run = settings(lines, **changes)
     return build_megatron_datasets(run, cache_folder, log, check_up_to=check_up_to)

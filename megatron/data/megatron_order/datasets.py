@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
+from megatron.data.dataset import Splits
 from megatron.data.megatron_order.array_file import read_arrays
 from megatron.data.megatron_order.build_once import CHECKED_AT_START, CacheFile, Log, build_missing
 from megatron.data.megatron_order.order import CorpusOrder, MegatronDataset
@@ -21,23 +21,13 @@ from megatron.data.megatron_order.settings import (
 from megatron.data.samples import FilePool
 
 
-@dataclass(frozen=True)
-class MegatronSplits:
-    """The three data sets of a run; None where a split is never read."""
-
-    train: MegatronDataset
-    valid: MegatronDataset | None
-    test: MegatronDataset | None
-    warnings: tuple[str, ...]  # to be shown once
-
-
 def build_megatron_datasets(
     settings: OrderSettings,
     cache: Path,
     log: Log,
     pool: FilePool | None = None,
     check_up_to: int = CHECKED_AT_START,
-) -> MegatronSplits:
+) -> Splits[MegatronDataset]:
     """Data sets of a run, from the cache; what is not there is built first.
 
     Every rank calls this, and the ranks share the building: on one machine, and where the cache
@@ -77,11 +67,8 @@ def build_megatron_datasets(
                 )
             )
         datasets[name] = MegatronDataset(plan, orders, blends[name].open(log).arrays, log, pool)
-    train = datasets["train"]
-    assert train is not None
-    return MegatronSplits(
-        train, datasets["valid"], datasets["test"], tuple(_warnings(settings, plans))
-    )
+    train, valid, test = (datasets[name] for name in ("train", "valid", "test"))
+    return Splits(train, valid, test, tuple(_warnings(settings, plans)))
 
 
 class _Recipes:
