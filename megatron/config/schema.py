@@ -29,6 +29,8 @@ TOKENIZER_TYPES = (
     "ByteTokenizer", "CharTokenizer", "NullTokenizer", "BuiltinTokenizer",
 )  # fmt: skip
 
+DATA_ORDERS = ["stateless", "megatron"]  # made in training/data.py
+
 RUN_FILE = "run.json"
 """In a run's folder: the configuration, where each value came from, and the run's provenance."""
 
@@ -103,7 +105,7 @@ class DataConfig:
     """What is read, in which order, with which tokenizer."""
 
     data_file_list: str = option(None, "DATA_FILE_LIST", "--data-file-list", "file with one `weight prefix corpus` line per data file, or `builtin`; default ALCF/data-lists/<machine>/dolma.txt, elsewhere builtin")
-    order: str = option("stateless", "DATA_ORDER", "--data-order", "sample order: stateless (computed from the step number) or megatron (bit-exact with the reference)", ("stateless", "megatron"))
+    order: str = option("stateless", "DATA_ORDER", "--data-order", "sample order: stateless (computed from the step number) or megatron (bit-exact with the reference)", DATA_ORDERS)
     blend_sample_in_corpus: bool = option(False, "BLEND_SAMPLE_IN_CORPUS", "--blend-sample-in-corpus", "DATA_ORDER=megatron: blend the files within each corpus; 0: read them one after another")
     shuffle_sample_in_corpus: bool = option(True, "SHUFFLE_SAMPLE_IN_CORPUS", "--shuffle-sample-in-corpus", "DATA_ORDER=megatron: shuffle the samples within each corpus")
     train_data_exact_num_epochs: int | None = option(None, "TRAIN_DATA_EXACT_NUM_EPOCHS", "--train-data-exact-num-epochs", "DATA_ORDER=megatron: number of epochs over every training file; unset: as many as needed", least=1)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -61,13 +61,7 @@ def build_data(run: RunConfig) -> Data:
     stages, tokenizer = _open(run)
     sources = [source for stage in stages for source in stage.sources]
     headers = _checked(run, stages, tokenizer)
-    if run.data.order == "megatron":
-        require_plain(stages)
-        splits: Splits[SampleSource] = megatron_splits(run, sources, log.info)
-    else:
-        splits = build_stages(
-            stages, run.model.seq_length, _shares(run), run.train.seed, headers=headers
-        )
+    splits = ORDERS[run.data.order](run, stages, headers)
     if splits.train is None:
         raise DataError("TRAIN_SPLIT=0 leaves nothing to train on")
     for warning in splits.warnings:
@@ -82,6 +76,27 @@ def build_data(run: RunConfig) -> Data:
         run_record(run, stages, headers, tokenizer.fingerprint()),
         CorpusLosses(corpora) if run.log.log_corpus_loss else None,
     )
+
+
+def _stateless(
+    run: RunConfig, stages: tuple[ListStage, ...], headers: Mapping[str, IndexHeader]
+) -> Splits[SampleSource]:
+    return build_stages(stages, run.model.seq_length, _shares(run), run.train.seed, headers=headers)
+
+
+def _megatron(
+    run: RunConfig, stages: tuple[ListStage, ...], headers: Mapping[str, IndexHeader]
+) -> Splits[SampleSource]:
+    del headers
+    require_plain(stages)
+    return megatron_splits(run, stages[0].sources, log.info)
+
+
+Order = Callable[
+    [RunConfig, tuple[ListStage, ...], Mapping[str, IndexHeader]], Splits[SampleSource]
+]
+ORDERS: dict[str, Order] = {"stateless": _stateless, "megatron": _megatron}
+"""DATA_ORDER -> makes the data sets of a run from its lists and the headers of their files."""
 
 
 def train_data(run: RunConfig, data: Data, state: RunState) -> SampleSource:

@@ -6,7 +6,6 @@ A test that trains runs in a process of its own, so what it registers ends with 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -228,8 +227,9 @@ def add_data_source() -> list[int]:
     """Every sample counts upwards from its number; remembers the numbers that were asked for."""
     import numpy as np
 
-    import pretrain_gpt_alcf
-    from megatron.data.dataset import Sample
+    from megatron.config.schema import DATA_ORDERS
+    from megatron.data.dataset import Sample, Splits
+    from megatron.training.data import ORDERS
 
     asked: list[int] = []
 
@@ -239,20 +239,14 @@ def add_data_source() -> list[int]:
             tokens = (k + np.arange(17, dtype=np.int64)) % 64
             return Sample("counting", "", 0, k, tokens=tokens)
 
-    build = pretrain_gpt_alcf.build_data
-
-    def build_data(run: Any) -> Any:
-        data = build(run)
-        splits = dataclasses.replace(data.splits, train=Counting())
-        return dataclasses.replace(data, splits=splits)
-
-    pretrain_gpt_alcf.build_data = build_data
+    DATA_ORDERS.append("counting")
+    ORDERS["counting"] = lambda run, stages, headers: Splits(Counting(), None, None, ())
     return asked
 
 
 def test_a_data_source(tmp_path: Path, usual: Trained) -> None:
     """Anything with `sample(k)`: step i asks for the samples of step i, once and in order."""
-    result = trained(add_data_source, tmp_path, GRAD_ACC_STEPS="2")
+    result = trained(add_data_source, tmp_path, GRAD_ACC_STEPS="2", DATA_ORDER="counting")
     assert result.brought == list(range(STEPS * 4))
     assert steps(result)[-1]["loss"] != steps(usual)[-1]["loss"]
 
