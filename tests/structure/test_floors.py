@@ -35,6 +35,7 @@ BESIDE = {
 # Of floor 0, floors 1 and 2 take plain numbers, except what reads files and the errors.
 PLAIN = ("megatron.parallel", "megatron.data", "megatron.model")
 FOR_PLAIN = {
+    "megatron.config.atomic",
     "megatron.config.errors",
     "megatron.data.data_list",
     "megatron.data.indexed_header",
