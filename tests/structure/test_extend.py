@@ -247,7 +247,7 @@ def add_data_source() -> list[int]:
 def test_a_data_source(tmp_path: Path, usual: Trained) -> None:
     """Anything with `sample(k)`: step i asks for the samples of step i, once and in order."""
     result = trained(add_data_source, tmp_path, GRAD_ACC_STEPS="2", DATA_ORDER="counting")
-    assert result.brought == list(range(STEPS * 4))
+    assert result.brought == [*range(STEPS * 4), 0]  # 0: the prompt of the sampled text
     assert steps(result)[-1]["loss"] != steps(usual)[-1]["loss"]
 
 
