@@ -37,12 +37,9 @@ class ZeroEngine(Engine):
         mpu: ModelParallelUnit | None = None,
         replica: Axis = SERIAL,
     ) -> None:
-        """Starts DeepSpeed; arguments are those of `make_engine`, and
+        """Starts DeepSpeed on this rank's part of the model; arguments as of `make_engine`.
 
-        Args:
-            module: this rank's part of the model.
-            mpu: DeepSpeed's look-ups; None where the module has them.
-            replica: MiCS' ranks with equal states.
+        `mpu` is None where the module has the groups; `replica` is MiCS' ranks of equal states.
         """
         self.module, self.groups, self.device = module, groups, device
         self._loss, self._replica = loss, replica
@@ -160,5 +157,4 @@ class ZeroEngine(Engine):
         dp = self.groups.sequence_data
         if dp.group is not None:
             dist.all_reduce(value, group=dp.group)
-            value /= dp.size
-        return value
+        return value / dp.size
