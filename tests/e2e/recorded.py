@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron.config.resolve import Site, resolve
 from megatron.data.dataset import Dataset
 from megatron.data.indexed import IndexedWriter
 from megatron.engine import Engine
+from megatron.engine.pipeline import PipelineEngine
 from megatron.engine.zero import ZeroEngine
 from megatron.launch.ranks import Ranks
 from megatron.launch.start import write_run
@@ -62,19 +65,24 @@ def write_data(folder: Path, files: int = 2, tokens: int = 4000) -> Path:
 def train_recorded(variables: Mapping[str, str]) -> Recording:
     """Trains on every rank; what the tests run."""
     recording = Recording()
-    sample, train_batch = Dataset.sample, ZeroEngine.train_batch
+    sample = Dataset.sample
 
     def noted_sample(self: Dataset, k: int):
         recording.read.add(k)
         return sample(self, k)
 
-    def noted_train_batch(self: Engine, micro_batches):
-        batches = list(micro_batches)
-        text = b"".join(tokens.contiguous().numpy().tobytes() for tokens, _ in batches)
-        recording.fed.append(zlib.crc32(text))
-        return train_batch(self, batches)
+    def noted(train_batch: Callable[[Engine, Any], Tensor]) -> Callable[[Engine, Any], Tensor]:
+        def noted_train_batch(self: Engine, micro_batches):
+            batches = list(micro_batches)
+            text = b"".join(tokens.contiguous().numpy().tobytes() for tokens, _ in batches)
+            recording.fed.append(zlib.crc32(text))
+            return train_batch(self, batches)
 
-    Dataset.sample, ZeroEngine.train_batch = noted_sample, noted_train_batch
+        return noted_train_batch
+
+    Dataset.sample = noted_sample
+    for kind in (ZeroEngine, PipelineEngine):
+        kind.train_batch = noted(kind.train_batch)
     resolved = resolve({**VARIABLES, **variables}, [], Site())
     rank, world = dist.get_rank(), dist.get_world_size()
     if rank == 0:
