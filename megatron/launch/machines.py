@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 Defaults = Callable[[int], dict[str, str]]
 
@@ -58,12 +58,7 @@ def _aurora_defaults(num_hosts: int) -> dict[str, str]:
     """Fewer micro-batches per step on more hosts: the global batch stays near a usual size."""
     steps = ((256, 1), (128, 2), (33, 4), (16, 8), (0, 16))  # from this many hosts on
     accumulation = next(count for least, count in steps if num_hosts >= least)
-    return {
-        "DTYPE": "bf16",
-        "TP": "1",
-        "MICRO_BATCH": "1",
-        "GRAD_ACC_STEPS": str(accumulation),
-    }
+    return {"DTYPE": "bf16", "TP": "1", "MICRO_BATCH": "1", "GRAD_ACC_STEPS": str(accumulation)}
 
 
 def _polaris_defaults(num_hosts: int) -> dict[str, str]:
@@ -73,12 +68,9 @@ def _polaris_defaults(num_hosts: int) -> dict[str, str]:
     return {"DTYPE": "fp16", "TP": "1", "MICRO_BATCH": str(micro), "GRAD_ACC_STEPS": "8"}
 
 
-def _sophia_defaults(num_hosts: int) -> dict[str, str]:
-    return {"DTYPE": "bf16", "TP": "1", "MICRO_BATCH": "1", "GRAD_ACC_STEPS": "8"}
-
-
-def _perlmutter_defaults(num_hosts: int) -> dict[str, str]:
-    return {"DTYPE": "bf16", "TP": "2", "MICRO_BATCH": "1", "GRAD_ACC_STEPS": "1"}
+def _always(**defaults: str) -> Defaults:
+    """The same defaults for any number of hosts."""
+    return lambda num_hosts: defaults
 
 
 # Eight cores a tile; cores 0 and 52 are the operating system's. A binding by depth would put the
@@ -125,55 +117,43 @@ FRONTIER_ENVIRONMENT = {
 
 XNAME = r"c\d+s\d+b\d+n\d+"  # cabinet x1234, chassis, slot, board, node of an HPE Cray EX
 
+AURORA = Machine(
+    name="aurora",
+    scheduler="pbs",
+    launcher="mpiexec",
+    hosts=(r"aurora.*", rf"x4\d{{3}}{XNAME}", r".*\.aurora\.alcf\.anl\.gov"),
+    devices_per_host=12,
+    cpu_bind=AURORA_CORES,
+    domain=".hsn.cm.aurora.alcf.anl.gov",
+    environment=AURORA_ENVIRONMENT,
+    mpi_environment=AURORA_MPI_ENVIRONMENT,
+    defaults=_aurora_defaults,
+)
+POLARIS = Machine(
+    name="polaris",
+    scheduler="pbs",
+    launcher="mpiexec",
+    hosts=(r"polaris.*", rf"x3\d{{3}}{XNAME}", r".*\.polaris\.alcf\.anl\.gov"),
+    devices_per_host=4,
+    cpu_bind="depth",
+    cores_per_rank=8,
+    domain=".hsn.cm.polaris.alcf.anl.gov",
+    environment=SLINGSHOT_NVIDIA_ENVIRONMENT,
+    defaults=_polaris_defaults,
+)
+SUNSPOT_HOSTS = (r"sunspot.*", r"uan-?\d+", rf"x1\d{{3}}{XNAME}", r".*\.sunspot\.alcf\.anl\.gov")
+
 MACHINES: list[Machine] = [
-    Machine(
+    replace(
+        POLARIS,
         name="sirius",
-        scheduler="pbs",
-        launcher="mpiexec",
         hosts=(r"sirius.*", r".*\.sirius\.alcf\.anl\.gov"),
         site={"PBS_O_HOST": "sirius"},
-        devices_per_host=4,
-        cpu_bind="depth",
-        cores_per_rank=8,
         domain=".hsn.cm.sirius.alcf.anl.gov",
-        environment=SLINGSHOT_NVIDIA_ENVIRONMENT,
-        defaults=_polaris_defaults,
     ),
-    Machine(
-        name="aurora",
-        scheduler="pbs",
-        launcher="mpiexec",
-        hosts=(r"aurora.*", rf"x4\d{{3}}{XNAME}", r".*\.aurora\.alcf\.anl\.gov"),
-        devices_per_host=12,
-        cpu_bind=AURORA_CORES,
-        domain=".hsn.cm.aurora.alcf.anl.gov",
-        environment=AURORA_ENVIRONMENT,
-        mpi_environment=AURORA_MPI_ENVIRONMENT,
-        defaults=_aurora_defaults,
-    ),
-    Machine(
-        name="sunspot",
-        scheduler="pbs",
-        launcher="mpiexec",
-        hosts=(r"sunspot.*", r"uan-?\d+", rf"x1\d{{3}}{XNAME}", r".*\.sunspot\.alcf\.anl\.gov"),
-        devices_per_host=12,
-        cpu_bind=AURORA_CORES,
-        environment=AURORA_ENVIRONMENT,
-        mpi_environment=AURORA_MPI_ENVIRONMENT,
-        defaults=_aurora_defaults,
-    ),
-    Machine(
-        name="polaris",
-        scheduler="pbs",
-        launcher="mpiexec",
-        hosts=(r"polaris.*", rf"x3\d{{3}}{XNAME}", r".*\.polaris\.alcf\.anl\.gov"),
-        devices_per_host=4,
-        cpu_bind="depth",
-        cores_per_rank=8,
-        domain=".hsn.cm.polaris.alcf.anl.gov",
-        environment=SLINGSHOT_NVIDIA_ENVIRONMENT,
-        defaults=_polaris_defaults,
-    ),
+    AURORA,
+    replace(AURORA, name="sunspot", hosts=SUNSPOT_HOSTS, domain=Machine.domain),
+    POLARIS,
     Machine(
         name="sophia",
         scheduler="pbs",
@@ -181,7 +161,7 @@ MACHINES: list[Machine] = [
         hosts=(r"sophia.*",),
         devices_per_host=8,
         domain=".lab.alcf.anl.gov",
-        defaults=_sophia_defaults,
+        defaults=_always(DTYPE="bf16", TP="1", MICRO_BATCH="1", GRAD_ACC_STEPS="8"),
     ),
     Machine(
         name="perlmutter",
@@ -193,7 +173,7 @@ MACHINES: list[Machine] = [
         cpu_bind="cores",
         cores_per_rank=32,
         srun_options=("--gpus-per-node={devices}",),
-        defaults=_perlmutter_defaults,
+        defaults=_always(DTYPE="bf16", TP="2", MICRO_BATCH="1", GRAD_ACC_STEPS="1"),
     ),
     Machine(
         name="frontier",
@@ -203,11 +183,7 @@ MACHINES: list[Machine] = [
         site={"LMOD_SYSTEM_NAME": "frontier"},
         devices_per_host=8,
         cores_per_rank=7,  # the first core of each L3 is the operating system's
-        srun_options=(
-            "--gpus-per-task=1",
-            "--gpu-bind=closest",
-            "--network=disable_rdzv_get",
-        ),
+        srun_options=("--gpus-per-task=1", "--gpu-bind=closest", "--network=disable_rdzv_get"),
         environment=FRONTIER_ENVIRONMENT,
     ),
 ]
@@ -215,16 +191,10 @@ MACHINES: list[Machine] = [
 # For hosts that no entry knows, by scheduler.
 GENERIC: dict[str, Machine] = {
     "pbs": Machine("pbs", "pbs", "mpiexec", is_hpc=False),
-    "slurm": Machine(
-        "slurm",
-        "slurm",
-        "srun",
-        cpu_bind="cores",
-        srun_options=("--gpus-per-node={devices}",),
-        is_hpc=False,
-    ),
+    "slurm": Machine("slurm", "slurm", "srun", cpu_bind="cores", is_hpc=False,
+                     srun_options=("--gpus-per-node={devices}",)),
     "none": Machine("generic", "none", "local", is_hpc=False),
-}
+}  # fmt: skip
 
 
 def find_machine(hostname: str, environ: Mapping[str, str], scheduler: str = "none") -> Machine:
