@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from megatron.checkpoint.state import RunState
 from megatron.engine import bubble as bubble_file
 from megatron.engine.bubble import StageClock
 from megatron.model.block import Block
 from megatron.parallel.groups import Axis
-from megatron.training import build as build_file
+from megatron.training.device import detect
 from megatron.training.generate import generate
+from megatron.training.meter import Meter
+from megatron.training.trainer import Trainer
 from tests.equivalence import front
 from tests.spawn import run
 
@@ -197,12 +202,16 @@ def test_no_pipeline_has_no_bubble() -> None:
 
 
 def recorded(variables: dict[str, str]) -> list[dict[str, float]]:
-    """The fields of a step's record: before any step, and after two."""
+    """The bubbles in the record before any step, and after two."""
     config = front.run_config(variables)
     engine = front.build(config)
-    before = build_file._pipeline_record(config, engine)
-    front.steps(config, engine, 0, 2)
-    return [before, build_file._pipeline_record(config, engine)]
+    trainer: Any = SimpleNamespace(engine=engine)
+    meter = Meter(config, detect(0, config.train.dtype), partial(Trainer._measured, trainer))
+    records = [meter.record(RunState(), 0.1)]
+    for loss, norm in front.steps(config, engine, 0, 2):
+        meter.step(loss, norm)
+    records.append(meter.record(RunState(2, 32, 1024), 0.1))
+    return [{k: v for k, v in record.items() if "bubble" in k} for record in records]
 
 
 def test_a_record_has_the_bubble_beside_the_model() -> None:
