@@ -149,6 +149,11 @@ def _wait(request: Request, pids: dict[int, int], folder: Path, requests: Binary
             _kill_group(pids.pop(rank))
         failed = [rank for rank, status in ended.items() if status != 0]
         if failed:
+            # One that failed before, and that the others noticed, may not have ended yet.
+            for rank in [rank for rank in pids if (folder / f"{rank}.time").exists()]:
+                ended[rank] = os.waitstatus_to_exitcode(os.waitpid(pids[rank], 0)[1])
+                _kill_group(pids.pop(rank))
+                failed.append(rank)
             rank = min(failed, key=lambda rank: _failed_at(folder, rank))
             return Reply(failure=_failure(request, folder, rank, ended[rank]), rank=rank)
         if time.monotonic() > deadline:
