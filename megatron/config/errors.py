@@ -1,4 +1,4 @@
-"""What is raised when a run cannot start, with the exit status that the command then has."""
+"""Errors that keep a run from starting, each with the exit status of the command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line: schema flags, Megatron's spellings, and why others are not taken."""
+"""The command line: schema flags, Megatron's spellings, and why others are refused."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from megatron.config import schema
 from megatron.config.errors import ConfigError
 
-# Flags without a value that stand for a value of one option.
+# Bare flags that set one option to a fixed value.
 SHORTHANDS: dict[str, tuple[str, str]] = {
     "--bf16": ("train.dtype", "bf16"),
     "--fp16": ("train.dtype", "fp16"),
@@ -22,7 +22,7 @@ SHORTHANDS: dict[str, tuple[str, str]] = {
     "--no-pipeline-parallel": ("parallel.pipeline_parallel", "1"),
 }
 
-# Flags without a value that ask for what is always so.
+# Bare flags whose effect is always on.
 ALWAYS: dict[str, str] = {
     "--swiglu": "the MLP is SwiGLU",
     "--use-rotary-position-embeddings": "positions are rotary",
@@ -44,7 +44,7 @@ ALWAYS: dict[str, str] = {
     "--lazy-mpu-init": "groups are made when they are needed",
 }
 
-# Flags with a value of which only one is built.
+# Flags of which only one value is supported.
 ONLY: dict[str, tuple[str, ...]] = {
     "--normalization": ("rmsnorm", "RMSNorm"),
     "--hidden-dropout": ("0", "0.0"),
@@ -56,7 +56,7 @@ ONLY: dict[str, tuple[str, ...]] = {
     "--recompute-method": ("uniform",),
 }
 
-# Flags of the field that are not taken, with what to do instead.
+# Well-known flags that are refused, with what to do instead.
 REFUSED: dict[str, str] = {
     "--lr-warmup-iters": "use --lr-warmup-fraction = warm-up steps / --lr-decay-iters",
     "--lr-warmup-samples": "use --lr-warmup-fraction",
@@ -125,7 +125,7 @@ def _is_value(word: str) -> bool:
 
 
 def _most_values(flag: str) -> int | None:
-    """Words after a flag that are its values: none after a bare one; None: up to the next flag."""
+    """Most words after a flag that are its values; None: all up to the next flag."""
     option = schema.by_flag().get(flag)
     if flag in SHORTHANDS or flag in ALWAYS or not flag.startswith("--"):
         return 0
@@ -135,7 +135,7 @@ def _most_values(flag: str) -> int | None:
 
 
 def _read_flag(line: CommandLine, flag: str, values: Sequence[str]) -> None:
-    """Enter one flag with its values into `line`."""
+    """Add one flag with its values to `line`."""
     option = schema.by_flag().get(flag)
     if flag in ("-h", "--help"):
         return  # start.py has printed it
@@ -161,15 +161,15 @@ def _read_flag(line: CommandLine, flag: str, values: Sequence[str]) -> None:
     elif flag == "--split":
         line.settings += _split_shares(values[0])
     elif values[0] in ONLY[flag]:
-        line.notes.append(f"{flag} {values[0]} changes nothing: it is always so")
+        line.notes.append(f"{flag} {values[0]} changes nothing: it is the only value")
     else:
         raise ConfigError(
-            f"{flag} {values[0]} is not offered: only {flag} {ONLY[flag][0]} is built"
+            f"{flag} {values[0]} is not offered: only {flag} {ONLY[flag][0]} is supported"
         )
 
 
 def _unknown(flag: str) -> str:
-    """The message for a word that is no flag of ours."""
+    """The message for an unknown flag."""
     if not flag.startswith("--"):
         return f"{flag!r} is not a flag: flags start with --, variables go before the command"
     known = [*schema.by_flag(), *SHORTHANDS, *ALWAYS, *ONLY, *REFUSED, "--split"]

@@ -1,4 +1,4 @@
-"""Warnings and notes: what the user set that has no effect, or another than they may expect."""
+"""Warnings and notes: settings that have no effect, or another effect than users may expect."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FOREIGN_SPELLINGS = {
     "CHECKPOINT_DIR": "CKPT_DIR", "NGPUS_PER_HOST": "NGPU_PER_HOST",
 }  # fmt: skip
 
-# Variables of the AuroraGPT launcher that are not needed here, with what holds instead.
+# Variables of the AuroraGPT launcher that are not needed here, and why.
 WITHOUT_EFFECT = {
     "NO_LLAMA": "every model is Llama-shaped",
     "OVERRIDE_CKPT_OPT_PARAM": "the options given now always hold",
@@ -40,7 +40,7 @@ NOT_OURS_PREFIXES = (
     "LC_", "SSH_", "HF_", "GITHUB_", "EZPZ_", "_",
 )  # fmt: skip
 
-CLOSE = 0.85  # one letter more, less or other in a word of seven
+CLOSE = 0.85  # one letter added, removed or changed in a word of seven
 
 
 def misspelt_variables(environ: Mapping[str, str]) -> list[str]:
@@ -85,7 +85,7 @@ def warnings(run: RunConfig) -> list[str]:
 
 
 def notes(run: RunConfig) -> list[str]:
-    """Settings that are carried out differently than their words suggest."""
+    """Settings that act differently than their names suggest."""
     notes = []
     if run.parallel.zero_stage == 0:
         notes.append(
@@ -105,7 +105,7 @@ def _flag_spellings() -> dict[str, str]:
 
 
 def _closest(name: str, known: Mapping[str, object]) -> str | None:
-    """The variable that `name` is probably a typing error for, if any."""
+    """The variable that `name` probably misspells, if any."""
     if len(name) < 5 or not name.isupper() or name.startswith(NOT_OURS_PREFIXES):
         return None
     close = difflib.get_close_matches(name, known, n=1, cutoff=CLOSE)

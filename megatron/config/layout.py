@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-SHOWN_HOSTS = 4  # of many, the first ones and the last
+SHOWN_HOSTS = 4  # drawn of many hosts, besides the last
 
 
 class Coordinates(NamedTuple):
@@ -27,7 +27,7 @@ class LayoutAxis(NamedTuple):
 
     Attributes:
         name: as the user sets it.
-        size: ranks of a group.
+        size: ranks per group.
         stride: from one rank of a group to the next.
         divides: what is divided over the ranks of a group.
     """
@@ -66,7 +66,7 @@ class Layout:
 
     @property
     def world(self) -> int:
-        """Ranks in all."""
+        """Total number of ranks."""
         return self.tp * self.pp * self.dp * self.sp
 
     def without_sequence(self) -> Layout:
@@ -99,7 +99,7 @@ class Layout:
         return self.axis("SP").ranks(rank)
 
     def dp_ranks(self, rank: int) -> tuple[int, ...]:
-        """Ranks with this one's weights and part of the sequence, itself too, in data order."""
+        """Ranks with the same weights and part of the sequence, itself included, in data order."""
         return self.axis("DP").ranks(rank)
 
     def pp_ranks(self, rank: int) -> tuple[int, ...]:
@@ -122,7 +122,7 @@ class Layout:
         return next(axis for axis in self.axes if axis.name == name)
 
     def hosts_per_group(self, axis: LayoutAxis, ranks_per_host: int) -> int:
-        """Hosts that the group of an axis is on, at most."""
+        """Most hosts that one group of an axis spans."""
         return max(
             len({member // ranks_per_host for member in axis.ranks(rank)})
             for rank in range(self.world)

@@ -22,7 +22,7 @@ class Rule:
     Attributes:
         states: numbers per weight that it keeps beside the fp32 weight.
         whole_matrix: computes norms, factors or orthogonal bases of whole matrices.
-        on_the_host: steps on the flat partitions wherever they lie, as torch's own rules do.
+        on_the_host: steps on flat partitions on any device, as torch's own rules do.
         make: (parameter groups, the section `optimizer`) -> optimizer; None: the function of its
             name in training/optimizers/rules.py.
     """

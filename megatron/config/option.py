@@ -13,7 +13,7 @@ from megatron.config.errors import ConfigError
 TRUE = ("1", "true", "yes", "on")
 FALSE = ("0", "false", "no", "off")
 
-# Other spellings of a choice, as scripts of the field write them.
+# Other spellings of a choice, as common scripts write them.
 SPELLINGS = {
     "train.activation_checkpointing": {
         "true": "1", "yes": "1", "on": "1", "full": "1",
@@ -47,7 +47,7 @@ class Option:
 
     @property
     def name(self) -> str:
-        """What messages call it where the user did not set it."""
+        """Its name in messages where the user did not set it."""
         return self.env[0] if self.env else self.flags[0]
 
     def parse(self, text: str, name: str) -> Any:
@@ -132,7 +132,7 @@ class Setting(NamedTuple):
 
 
 class Draft:
-    """The configuration while it is resolved: values by option key, with where each came from.
+    """The configuration while it is resolved: values by option key, with the source of each.
 
     The first to fill a key wins, so fill in order of precedence.
     """
@@ -145,19 +145,19 @@ class Draft:
         self.given: dict[str, str] = {}  # key -> the variable or flag that the user set
 
     def give(self, key: str, value: Any, name: str) -> None:
-        """A value that the user set under `name`; an earlier one stays."""
+        """Set the user's value, given under `name`; an earlier one stays."""
         if key not in self.values:
             self.given[key] = name
             self.fill(key, value, name)
 
     def fill(self, key: str, value: Any, source: str) -> None:
-        """A value from elsewhere, unless there is one."""
+        """Set a value from another source, unless one is set."""
         if value is not None and key not in self.values:
             self.values[key] = value
             self.sources[key] = source
 
     def replace(self, key: str, value: Any, source: str) -> None:
-        """A value derived from what the user set, in the place of a default."""
+        """Replace a default with a value derived from what the user set."""
         self.values[key] = value
         self.sources[key] = source
 

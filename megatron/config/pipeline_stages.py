@@ -19,10 +19,10 @@ def num_stages_per_rank(schedule: str) -> int:
 
 
 def balanced_blocks(num_layers: int, stages: int, block: int, head: int) -> tuple[int, ...]:
-    """Blocks of each stage such that the slowest stage is as fast as can be.
+    """Blocks of each stage such that the slowest stage is as fast as possible.
 
-    The embedding, a lookup, costs nothing, but of equal stages the first gets a block last, as
-    do those that keep more micro-batches.
+    The embedding is a lookup and costs nothing. Of equally light stages the last gets the next
+    block: it keeps the fewest micro-batches in flight.
 
     Args:
         num_layers: blocks of the model, L.
@@ -38,8 +38,7 @@ def balanced_blocks(num_layers: int, stages: int, block: int, head: int) -> tupl
     costs[-1] += head
     blocks = [0] * stages
     for _ in range(num_layers):
-        # Equal items: giving each to the lightest stage is optimal. Of equals the later stage,
-        # which keeps fewer micro-batches in flight.
+        # Blocks cost the same, so giving each to the lightest stage is optimal.
         stage = min(range(stages), key=lambda s: (costs[s], -s))
         costs[stage] += block
         blocks[stage] += 1
@@ -79,5 +78,5 @@ def parse_cuts(text: str, name: str = "PIPELINE_CUTS") -> tuple[int, ...]:
 
 
 def modelled_bubble(stages: int, micro_batches: int) -> float:
-    """Share of a 1F1B step in which a stage waits, where all stages take equally long."""
+    """Fraction of a 1F1B step in which a stage idles, where all stages take equally long."""
     return (stages - 1) / (micro_batches + stages - 1)

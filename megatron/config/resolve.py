@@ -27,7 +27,7 @@ DEFAULT_TOKENIZER = ("HFTokenizer", "google/gemma-7b")
 
 @dataclass(frozen=True)
 class Site:
-    """A machine as far as defaults depend on it.
+    """What the defaults depend on of a machine.
 
     Attributes:
         machine: name of the machine.
@@ -107,7 +107,7 @@ def _given(environ: Mapping[str, str], argv: Sequence[str]) -> tuple[Draft, list
 
 
 def _give_all(draft: Draft, settings: Sequence[tuple[str, str, str]]) -> list[str]:
-    """Enter (key, text, name) settings of one kind; returns what is wrong with them."""
+    """Add (key, text, name) settings of one kind; returns the errors."""
     problems = []
     for key, text, name in settings:
         try:
@@ -185,7 +185,7 @@ def _fill_tokenizer(draft: Draft, environ: Mapping[str, str]) -> None:
 
 
 def _fill_derived(draft: Draft) -> None:
-    """What follows from other values."""
+    """Fill values that follow from others."""
     hidden, seq = draft.get("model.hidden_size"), draft.get("model.seq_length")
     draft.fill("model.init_method_std", math.sqrt(2 / (5 * hidden)), "sqrt(2 / (5 HIDDEN))")
     draft.fill("optimizer.lr_decay_iters", draft.get(batch.ITERS), "TRAIN_ITERS")

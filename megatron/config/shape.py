@@ -35,7 +35,7 @@ class ModelShape:
 
     @property
     def head_width(self) -> int:
-        """Width of an attention head: head_dim, or what follows from the heads."""
+        """Width of an attention head: head_dim, or hidden_size / num_attention_heads."""
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
     @property
@@ -55,7 +55,7 @@ class ModelShape:
 
     @property
     def residual_std(self) -> float:
-        """Of the 2 num_layers matrices that write into the residual stream."""
+        """Initial deviation of the 2 num_layers matrices that write into the residual stream."""
         return self.weight_std / math.sqrt(2 * self.num_layers)
 
     @property
@@ -73,7 +73,7 @@ class ModelShape:
         return -(-self.vocab_size // multiple) * multiple
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same for weights to fit and mean the same; in a checkpoint's manifest.
+        """What must not change for weights to fit and mean the same; in a checkpoint's manifest.
 
         `ModelShape(**identity)` is the shape without its sequence length; fields that an older
         checkpoint lacks have their defaults.
@@ -95,4 +95,4 @@ IDENTITY = (
     "vocab_size", "tie_embeddings", "nope_interval", "rope_theta", "rope_scaling", "rms_norm_eps",
     "architecture", "head_dim",
 )  # fmt: skip
-"""Fields that a checkpoint holds a resume to."""
+"""Fields that a resume must not change."""

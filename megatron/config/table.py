@@ -60,7 +60,7 @@ def _meaning(option: Option) -> str:
 
 
 def with_table(page: str) -> str:
-    """The page with the present table between its marks."""
+    """The page with the current table between its marks."""
     begin = page.index("\n", page.index(MARKS[0])) + 1
     end = page.index(MARKS[1])
     return f"{page[:begin]}\n{options_table()}\n{page[end:]}"

@@ -1,4 +1,4 @@
-"""What makes a configuration wrong, each with the user's own variable, the arithmetic and a fix.
+"""Checks of a configuration; messages give the user's variable, the arithmetic and a fix.
 
 Checks are generators of messages, so that a user sees everything that is wrong at once.
 """
@@ -51,7 +51,7 @@ def _multiple(number: int, of: int) -> int:
 
 
 def check_shape(draft: Draft) -> Iterator[str]:
-    """Heads divide the width unless theirs is given, and key/value heads the query heads."""
+    """HEADS divides HIDDEN unless HEAD_DIM is set; key/value heads divide the query heads."""
     width, rest = draft.get(HEAD_DIM), 0
     if width is None:
         yield from divides(draft, HEADS, HIDDEN)
@@ -189,16 +189,16 @@ def _check_cuts(draft: Draft) -> Iterator[str]:
 def check_world(draft: Draft) -> Iterator[str]:
     """The world holds whole replicas of the model."""
     world, size, hosts = draft[WORLD], model_parallel_size(draft), draft["launch.num_hosts"]
-    whence = f"{world} ({draft.sources[WORLD]})"
+    source = f"{world} ({draft.sources[WORLD]})"
     if world.value % size:
         yield (
-            f"{whence} is not a multiple of {draft[TP]} x {draft[PP]} x {draft[SP]} = {size}: "
+            f"{source} is not a multiple of {draft[TP]} x {draft[PP]} x {draft[SP]} = {size}: "
             f"{world.value} / {size} leaves {world.value % size}. Set "
             f"WORLD_SIZE={_multiple(world.value, size)} or a smaller TP, PP or SP"
         )
     if "launch.num_hosts" in draft.given and hosts.value > world.value:
         yield (
-            f"{hosts}, but {whence} leaves {hosts.value - world.value} of them without a rank. Set "
+            f"{hosts}, but {source} leaves {hosts.value - world.value} of them without a rank. Set "
             f"NGPU_PER_HOST, WORLD_SIZE or {hosts.name}={world.value}"
         )
 
@@ -233,7 +233,7 @@ def check_zero(draft: Draft) -> Iterator[str]:
 
 
 def check_reduction(draft: Draft) -> Iterator[str]:
-    """Only bf16 gradients have a choice."""
+    """Only bf16 gradients have a choice of precision."""
     reduction, dtype = draft["train.grad_reduce_in_bf16"], draft["train.dtype"]
     if reduction.value and dtype.value != "bf16":
         yield (
@@ -354,7 +354,7 @@ LAYOUT_CHECKS: tuple[Check, ...] = (
     check_reduction,
     check_optimizer,
 )
-# Once every value is there.
+# Once every value is set.
 FINAL_CHECKS: tuple[Check, ...] = (
     check_accumulation,
     check_learning_rate,

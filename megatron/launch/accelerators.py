@@ -13,7 +13,7 @@ DISPLAY_CONTROLLER = (
 )
 NVIDIA_SMI_TIMEOUT_S = 5.0
 
-# Variables with which a user narrows what a process sees, by vendor.
+# Variables that limit the devices a process sees, by vendor.
 VISIBLE = {
     "nvidia": ("CUDA_VISIBLE_DEVICES",),
     "amd": ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"),
@@ -79,7 +79,7 @@ def _nvidia(root: Path) -> int:
 
 
 def _nvidia_smi(root: Path) -> int:
-    """Where the driver has no such files (WSL), its tool knows."""
+    """Ask nvidia-smi where the driver has no such files (WSL)."""
     tool = shutil.which("nvidia-smi")
     if tool is None or root != Path("/"):
         return 0

@@ -1,7 +1,6 @@
 """Which of several failing processes failed first, and which part of its output is the reason.
 
-One rank fails, and its peers fail after it because it is gone: the last errors are theirs, and
-not the reason.
+When one rank fails, its peers fail because it is gone: the last errors are theirs, not the reason.
 """
 
 from __future__ import annotations
@@ -50,8 +49,8 @@ class Ended:
 def first_failure(ended: Sequence[Ended]) -> int | None:
     """Index of the process that failed first; None where none did.
 
-    A traceback is older than the exit that follows it, which can take a second. One that was killed
-    without a traceback of its own, and not by us, goes before all that printed one.
+    The exit may follow its traceback by a second, so the traceback counts. A process that was
+    killed, not by us and without a traceback, ranks before all that printed one.
     """
     seen = {index: _first_sign(end) for index, end in enumerate(ended) if end.status}
     return min(seen, key=lambda index: seen[index], default=None)

@@ -22,7 +22,7 @@ def expand(text: str, name: str = "SLURM_NODELIST") -> tuple[str, ...]:
         name: the variable it comes from, for messages.
 
     Raises:
-        ConfigError: for what is no such list.
+        ConfigError: for any other text.
     """
     text = text.strip()
     items = _ITEM.findall(text)

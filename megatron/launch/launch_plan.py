@@ -15,10 +15,10 @@ from megatron.launch.site import Job, Location
 
 LOCAL = "local"
 
-# A rank's numbers of an earlier launch would be taken for this one's.
+# Rank numbers of an earlier launch would be mistaken for this one's.
 STALE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", ranks.EXPECTED)
 
-# What Open MPI carries to other hosts, by the beginning of the name.
+# Prefixes of the variables that Open MPI passes to other hosts.
 EXPORTED = (
     "PATH", "LD_LIBRARY_PATH", "PYTHON", "VIRTUAL_ENV", "CONDA_", "MASTER_", ranks.EXPECTED,
     "OMP_", "CUDA_", "NCCL_", "FI_", "TORCH", "TRITON_", "HF_", "WANDB_", "XDG_",
@@ -57,8 +57,8 @@ class LaunchPlan:
         ranks: total number of ranks.
         environ: variables of the process that is executed.
         added: those of them that the machine's entry sets.
-        hostfile: a file to write before, with its text; None: none.
-        problem: why it cannot be done here, though it can be printed; None: it can.
+        hostfile: a file to write first, with its text; None: none.
+        problem: why it cannot start here, though it can be printed; None: it can.
     """
 
     launcher: str

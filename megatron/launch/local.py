@@ -90,7 +90,7 @@ def rank_environment(
 
 
 def execute(planned: LaunchPlan, screen: Screen, idle_timeout_s: float | None = None) -> int:
-    """Start what was planned, and stay until the last process has ended.
+    """Start what was planned, and wait until the last process has ended.
 
     Returns:
         0 where all ended with 0; the status of the launcher, or of the rank that failed first,

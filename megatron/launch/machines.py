@@ -1,4 +1,4 @@
-"""What is known of each machine, as data: one entry of MACHINES each, the first that matches.
+"""The known machines as data: one entry of MACHINES each; the first match applies.
 
 A new machine is one entry. Nothing in it is forced: a variable that the user sets wins over
 `environment`; NGPU_PER_HOST, CPU_BIND and LAUNCH_WITH win over the rest.
@@ -27,7 +27,7 @@ class Machine:
         launcher: mpiexec (PALS, MPICH), mpirun (Open MPI), srun or local.
         hosts: patterns that a whole host name matches, in lower case.
         site: variable -> value that identifies the machine where host names do not.
-        devices_per_host: accelerators, which is ranks, of a compute host; 0: look.
+        devices_per_host: accelerators, and so ranks, per compute host; 0: detect them.
         cpu_bind: as mpiexec or srun spells it; None: the launcher's own.
         cores_per_rank: where cores are bound by depth (mpiexec) or by task (srun); 0: not given.
         srun_options: further options of srun.
@@ -73,7 +73,7 @@ def _always(**defaults: str) -> Defaults:
     return lambda num_hosts: defaults
 
 
-# Eight cores a tile; cores 0 and 52 are the operating system's. A binding by depth would put the
+# Eight cores per tile; cores 0 and 52 are the operating system's. A binding by depth would put the
 # sixth tile's cores on two sockets.
 AURORA_CORES = "list:1-8:9-16:17-24:25-32:33-40:41-48:53-60:61-68:69-76:77-84:85-92:93-100"
 
@@ -188,7 +188,7 @@ MACHINES: list[Machine] = [
     ),
 ]
 
-# For hosts that no entry knows, by scheduler.
+# For unknown hosts, by scheduler.
 GENERIC: dict[str, Machine] = {
     "pbs": Machine("pbs", "pbs", "mpiexec", is_hpc=False),
     "slurm": Machine("slurm", "slurm", "srun", cpu_bind="cores", is_hpc=False,

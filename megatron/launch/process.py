@@ -136,7 +136,7 @@ def watch(
     grace_s: float = GRACE_S,
     idle_timeout_s: float | None = None,
 ) -> Watched:
-    """Start children and stay until the last has ended.
+    """Start children and wait until the last has ended.
 
     SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 are passed on to them; a third SIGINT ends them at once.
 

@@ -22,7 +22,7 @@ EXPECTED = "MEGATRON_WORLD_SIZE"
 """Set by our launcher: ranks that it started. PALS and PMIx do not provide their number."""
 
 LARGEST_STEP = 0xFFFFFFF0
-"""Slurm numbers what is no step of a user (a batch script, an interactive shell) from here on."""
+"""Slurm's step ids from here on are no user's steps (batch scripts, interactive shells)."""
 
 PORTS = range(20000, 30000)  # below those that operating systems hand out to outgoing connections
 
@@ -121,7 +121,7 @@ def meeting_point(
         environ: the environment's variables.
         hosts: hosts of the run, the first one has rank 0.
         domain: of the machine's fast network; may be empty.
-        key: the same on all ranks, another one for another run: the port is made from it.
+        key: the port is made from it; the same on all ranks, different for each run.
 
     Raises:
         ConfigError: for a MASTER_PORT that is no port.
@@ -190,7 +190,7 @@ def _number(environ: Mapping[str, str], name: str) -> int:
 
 
 def _checked(ranks: Ranks, expected: int | None) -> Ranks:
-    """The same, or why it cannot be."""
+    """The same ranks, or ConfigError where they are impossible."""
     if ranks.rank >= ranks.world_size or ranks.local_rank >= ranks.local_world_size:
         raise ConfigError(
             f"{ranks.family} gives rank {ranks.rank} of {ranks.world_size}, "
@@ -199,14 +199,14 @@ def _checked(ranks: Ranks, expected: int | None) -> Ranks:
         )
     if expected not in (None, ranks.world_size):
         raise ConfigError(
-            f"{expected} ranks were asked for, but {ranks.family} started {ranks.world_size}. "
+            f"{expected} ranks were requested, but {ranks.family} started {ranks.world_size}. "
             f"Set WORLD_SIZE, NHOSTS or NGPU_PER_HOST to what the job has"
         )
     return ranks
 
 
 def _refuse_half_a_family(environ: Mapping[str, str]) -> None:
-    """Without its local rank each of many processes would take itself for the only one."""
+    """Without its local rank, each process would take itself for the only one."""
     for family in FAMILIES:
         if family.name == "Slurm" and not _in_step(environ):
             continue

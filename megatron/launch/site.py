@@ -139,7 +139,7 @@ def find_location(
 def site(
     environ: Mapping[str, str], argv: Sequence[str] = (), location: Location | None = None
 ) -> Site:
-    """What the configuration has to know; defaults depend on how many hosts are used."""
+    """What the configuration needs; defaults depend on how many hosts are used."""
     place = location or find_location(environ, argv)
     hosts = len(place.job.hosts)
     chosen, name = _setting(environ, argv, HOSTS, "NHOSTS")

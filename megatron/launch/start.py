@@ -79,7 +79,7 @@ def check(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Location, Re
 
 
 def start(resolved: Resolved, planned: LaunchPlan) -> int:
-    """Start the ranks and stay until they have ended; returns their status."""
+    """Start the ranks and wait until they have ended; returns their status."""
     if planned.hostfile:
         write_atomically(*planned.hostfile)
     with closing(Screen(resolved.run.run_folder / OUTPUT_FILE)) as screen:
@@ -146,7 +146,7 @@ def write_run(resolved: Resolved, origin: Mapping[str, Any]) -> None:
 
 
 def require_writable(folder: Path) -> None:
-    """Try what a run will do: only the file system itself knows.
+    """Try to write, as a run will: only the file system itself knows.
 
     Raises:
         ConfigError: where `folder` cannot be made or written; nothing is left behind.
@@ -183,7 +183,7 @@ def _headlines(resolved: Resolved, planned: LaunchPlan) -> list[str]:
 
 
 def _refuse_nested(environ: Mapping[str, str]) -> None:
-    """Each of many ranks would start all ranks."""
+    """Refuse a start from within a rank: each rank would start all ranks."""
     ranks = find_ranks(environ)
     if ranks.world_size > 1:
         raise ConfigError(

@@ -61,7 +61,7 @@ def _rank(run: RunConfig, rank: int) -> MemoryEstimate:
 
 
 def _in_flight(run: RunConfig, rank: int) -> int:
-    """Micro-batches that a rank's stages keep at once, each stage's own counted."""
+    """Micro-batches in flight on a rank, summed over its stages."""
     stages, steps = len(run.stage_blocks), run.train.gradient_accumulation_steps
     if num_stages_per_rank(run.parallel.pipeline_schedule) == 2:
         return min(2 * steps, stages + 1)

@@ -85,7 +85,7 @@ def test_half_a_family_is_refused() -> None:
 def test_contradictions_are_refused() -> None:
     with pytest.raises(ConfigError, match="8"):
         find_ranks(TORCHRUN | {"RANK": "8"})
-    with pytest.raises(ConfigError, match="24 ranks were asked for, but PMI started 8"):
+    with pytest.raises(ConfigError, match="24 ranks were requested, but PMI started 8"):
         find_ranks(PMI | {"MEGATRON_WORLD_SIZE": "24"})
     with pytest.raises(ConfigError, match="PMI_RANK=x"):
         find_ranks(PMI | {"PMI_RANK": "x"})
