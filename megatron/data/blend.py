@@ -25,7 +25,7 @@ class Blend:
     """An interleaving of sources in proportion to their weights, endless but for limits.
 
     Attributes:
-        total: draws there are; None where some source has no limit.
+        total: number of draws; None where some source has no limit.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Blend:
         Args:
             weights: positive; normalised here.
             chunk: draws sorted at a time.
-            limits: draws that each source has at most; None for no limit.
+            limits: most draws of each source; None for no limit.
         """
         assert len(weights) > 0 and all(0 < w < float("inf") for w in weights), weights
         given = [None] * len(weights) if limits is None else list(limits)
@@ -107,7 +107,7 @@ class Blend:
         everyone = slice(None)
         guess = np.floor(time * self.weights - self._phases) + 1
         counts: IntArray = np.clip(guess, 0, self._limits).astype(np.int64)
-        # The guess is rounded otherwise than `_due`: move it until `_due` itself agrees.
+        # The guess is rounded differently from `_due`: move it until `_due` itself agrees.
         while (more := (self._due(counts, everyone) <= time) & (counts < self._limits)).any():
             counts = counts + more
         while (less := (counts > 0) & (self._due(counts - 1, everyone) > time)).any():

@@ -1,11 +1,11 @@
-"""Data-file lists: what a user writes: which files are read, and how much of each.
+"""Data-file lists as users write them: which files are read, and how much of each.
 
     0.7 data/code code                # weight prefix corpus; `#` starts a comment
     0.3 data/books books
     corpus books max_epochs=4         # no sample of it is seen more often
 
-A list of such lists has the lines `stage 0 a.txt`, `stage 2T b.txt`: from so many tokens on, that
-list, whose path is relative to the folder of the list of stages.
+A list of stages has the lines `stage 0 a.txt`, `stage 2T b.txt`: the token of the run from which
+each list is used. Its path is relative to the folder of the list of stages.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class DataSource(NamedTuple):
 
 
 class ListStage(NamedTuple):
-    """A list and from which token of the run on it holds."""
+    """A list and the token of the run from which it is used."""
 
     start_tokens: int
     path: str
@@ -128,13 +128,13 @@ def require_plain(stages: Sequence[ListStage]) -> None:
     if len(stages) > 1 or limited:
         what = f"max_epochs of {', '.join(limited)}" if limited else f"{len(stages)} stages"
         raise DataError(
-            f"{stages[0].path}: {what}: DATA_ORDER=megatron knows neither stages nor limits; take "
-            "them out, or set DATA_ORDER=stateless"
+            f"{stages[0].path}: {what}: DATA_ORDER=megatron has neither stages nor limits; remove "
+            "them, or set DATA_ORDER=stateless"
         )
 
 
 def _lines(path: str | Path, name: str) -> list[tuple[int, list[str]]]:
-    """Number and words of each line that has any."""
+    """Number and words of each line that is not empty."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:

@@ -1,7 +1,7 @@
-"""What a run is trained on, as plain values for its checkpoints, and how two of these differ.
+"""A run's data as plain values for its checkpoints (a record), and how two records differ.
 
-All that decides which tokens sample k holds is in a record: a resume whose record is the same goes
-on exactly where the run stood, whatever its batch size and layout.
+A record holds all that decides which tokens sample k holds: a resume with the same record continues
+exactly where the run stopped, with any batch size and layout.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _row(source: DataSource, header: IndexHeader) -> Row:
 
 
 def stages_of(record: DataRecord) -> tuple[tuple[ListStage, ...], dict[str, IndexHeader]]:
-    """The lists of a record, and headers of their files as far as reading samples needs them."""
+    """The lists of a record, and headers of their files with what reading samples needs."""
     stages, headers = [], {}
     for stage in record["stages"]:
         sources = []
@@ -106,8 +106,8 @@ def drawn_before(
 ) -> dict[str, int]:
     """Draws of each file that a new stage at sample `samples` must not take again.
 
-    Empty where the samples of the files are others from there on (another length, seed, share or
-    order): each file then starts over.
+    Empty where the samples change there (another length, seed, share or order): each file then
+    starts over.
     """
     same = all(record[name] == now[name] for name in ("order", "seed", "seq_length", "shares"))
     if not same or record["order"] != "stateless":
@@ -116,7 +116,7 @@ def drawn_before(
 
 
 def differences(before: DataRecord, now: DataRecord) -> list[str]:
-    """What a reader should know of two records that differ, one line each; empty where they agree.
+    """The differences of two records, one line each; empty where they agree.
 
     Folders do not matter, nor the name of a list: data may move.
     """
@@ -141,7 +141,7 @@ def differences(before: DataRecord, now: DataRecord) -> list[str]:
 
 
 def shortened(lines: Sequence[str]) -> str:
-    """The lines of a difference, each on its own line and not too many."""
+    """The first lines of a difference, and how many more there are."""
     more = len(lines) - SHOWN
     return "\n".join([*(f"  {line}" for line in lines[:SHOWN]),
                       *([f"  ... and {more} more"] if more > 0 else [])])  # fmt: skip

@@ -72,7 +72,7 @@ class Dataset:
 
     @property
     def total(self) -> int | None:
-        """Samples there are; None where some corpus has no limit."""
+        """Number of samples; None where some corpus has no limit."""
         return self.blend.total
 
     def sample(self, k: int) -> Sample:
@@ -137,7 +137,7 @@ class StagedDataset:
         """The first stage that has too few samples for a run of `count`, or None.
 
         Returns:
-            Number of the stage, samples that it has, samples wanted of it.
+            Number of the stage, samples that it has, samples that the run needs of it.
         """
         for number, (first, dataset) in enumerate(self.parts):
             wanted = self._stop(number, count) - first

@@ -15,7 +15,7 @@ def locked(path: Path, *, wait: bool) -> Iterator[bool | None]:
 
     Args:
         path: the file; made where it is missing, and left there.
-        wait: until the lock is free; else look once.
+        wait: until the lock is free; else try once.
 
     Yields:
         True: held. False: another process holds it. None: the file system has no locks, so work
@@ -24,7 +24,7 @@ def locked(path: Path, *, wait: bool) -> Iterator[bool | None]:
     Raises:
         OSError: the file cannot be made.
     """
-    # A lock that is a file's mere existence, the library's substitute, would outlive a dead holder.
+    # The library's substitute, a file that exists while the lock is held, would outlive its holder.
     lock = FileLock(path, blocking=wait, fallback_to_soft=False)
     held: bool | None = True
     try:

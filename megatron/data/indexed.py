@@ -27,11 +27,11 @@ TokenArray = npt.NDArray[np.integer[Any]]
 UINT16_VOCAB_LIMIT = 65500  # the format's own limit, a little below 2^16
 _LENGTH_LIMIT = 2**31  # lengths are int32
 _CHUNK = 1 << 20  # sequences checked or written at a time
-_WINDOW = 1 << 12  # sequences looked at in one place of a large index
+_WINDOW = 1 << 12  # sequences checked in one place of a large index
 
 
 def file_dtype(name: str) -> np.dtype[Any]:
-    """dtype of a name of the format, in the byte order of the format."""
+    """The format's dtype of this name, in the format's byte order."""
     return np.dtype(name).newbyteorder("<")
 
 
@@ -114,8 +114,8 @@ class IndexedDataset:
         """Compare lengths, pointers and documents with each other and with `.bin`.
 
         Args:
-            windows: look at so many stretches of the index, both ends among them, where it has
-                more entries than they hold; None: at all of it.
+            windows: check only this many windows of a larger index, both ends among them; None:
+                check all of it.
 
         Raises:
             DataError: they disagree; names the file and the first sequence that is wrong.
@@ -136,7 +136,7 @@ class IndexedDataset:
                 i = int(wrong[0])
                 self._refuse(
                     path,
-                    f"sequence {first + i} is said to start at byte {self.pointers[first + i]}, "
+                    f"sequence {first + i} has byte offset {self.pointers[first + i]}, "
                     f"but the lengths before it add up to {expected[i]}",
                 )
             total = int(ends[-1])
@@ -166,8 +166,8 @@ class IndexedDataset:
                 i = first + int(wrong[0]) + 1 if len(wrong) else 0
                 self._refuse(
                     path,
-                    f"sequence {i} is said to start at byte {self.pointers[i]}, which is not where "
-                    "the one before it ends",
+                    f"sequence {i} has byte offset {self.pointers[i]}, which is not where the one "
+                    "before it ends",
                 )
             documents = self.documents[window]
             if (np.diff(documents) < 0).any() or documents.max(initial=0) > len(self):
@@ -178,7 +178,7 @@ class IndexedDataset:
 
     @cached_property
     def _map(self) -> npt.NDArray[np.uint8]:
-        """The whole index; one map is a third of the time of three."""
+        """The whole index; one map takes a third of the time of three."""
         path = f"{self.prefix}.idx"
         size = HEADER.size + 12 * len(self) + 8 * self.header.document_boundaries
         return map_array(path, np.dtype(np.uint8), size)
@@ -210,7 +210,7 @@ class IndexedWriter:
         handle, path = tempfile.mkstemp(".bin.partial", f".{Path(prefix).name}-", folder)
         os.fchmod(handle, 0o644)  # mkstemp's 0600 would keep a data set from the group
         self._data = open(path, "wb", opener=lambda *_: handle)  # noqa: SIM115 (close closes it)
-        # Without a name, so that the system removes them with the process.
+        # Nameless, so that the system removes them with the process.
         self._lengths = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
         self._documents = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
         self._documents.write(np.int64(0).tobytes())
@@ -258,7 +258,7 @@ class IndexedWriter:
         self.end_document()
 
     def commit(self) -> None:
-        """Write the index, then give both files their names; the index vouches for the data."""
+        """Write the index, then give both files their names; an index marks complete data."""
         assert self._length == 0, "the last sequence was not ended"
         try:
             self._data.flush()
@@ -325,7 +325,7 @@ def commit_pair(
     lengths: IO[bytes],
     documents: IO[bytes] | None = None,
 ) -> None:
-    """Write the index of finished data and name both, the index last: it vouches for the data.
+    """Write the index of finished data and name both, the index last: it marks complete data.
 
     Args:
         data: the complete token file, on the disk; renamed.

@@ -1,6 +1,6 @@
 """The header of a Megatron `.idx` file, and whether it and its `.bin` belong together.
 
-Reads a few bytes a file, so that thousands of files are checked before a run starts.
+Reads a few bytes per file, so that thousands of files are checked before a run starts.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ REMAKE = "make it again with tools/preprocess_data.py"
 
 
 class IndexHeader(NamedTuple):
-    """What an index says of its token file."""
+    """What an index states about its token file."""
 
     dtype: str
     item_bytes: int
@@ -46,7 +46,7 @@ def read_header(prefix: str, allow_empty: bool = False) -> IndexHeader:
 
     Args:
         prefix: path of the pair without its suffix.
-        allow_empty: a pair without tokens is no error.
+        allow_empty: accept a pair without tokens.
 
     Raises:
         DataError: where a file is missing, is no Megatron index, is empty, or does not add up.
@@ -54,7 +54,7 @@ def read_header(prefix: str, allow_empty: bool = False) -> IndexHeader:
     index, tokens = f"{prefix}.idx", f"{prefix}.bin"
     index_bytes, token_bytes = _size(index, prefix), _size(tokens, prefix)
     try:
-        # Unbuffered: three short reads, of thousands of files.
+        # Unbuffered: three short reads per file, for thousands of files.
         with open(index, "rb", buffering=0) as stream:
             header = _checked(stream, index, index_bytes, tokens, token_bytes)
     except OSError as error:
@@ -96,7 +96,7 @@ def _checked(
     expected = HEADER.size + 12 * sequences + 8 * boundaries
     if index_bytes != expected:
         raise DataError(
-            f"{index} has {index_bytes} bytes, its header asks for {HEADER.size} + 12 x "
+            f"{index} has {index_bytes} bytes, but its header gives {HEADER.size} + 12 x "
             f"{sequences} + 8 x {boundaries} = {expected}; {REMAKE}"
         )
     length, offset = _last_sequence(stream, sequences) if sequences else (0, 0)

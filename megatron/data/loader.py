@@ -17,7 +17,7 @@ import torch
 
 from megatron.data.dataset import SampleSource
 
-# Steps kept ready; two hide a slow read behind the step before it, more only cost memory.
+# Steps kept ready; two hide a slow read behind the previous step, more only cost memory.
 PREFETCH_STEPS = 2
 _POLL_SECONDS = 0.1
 
@@ -108,7 +108,7 @@ class Loader:
 
         Raises:
             StopIteration: after the last step, or once closed.
-            Exception: whatever reading raised, in the thread's own words.
+            Exception: any error of the reading thread, unchanged.
         """
         return next(self._batches)
 

@@ -89,7 +89,7 @@ class FileSamples:
 
 
 class FilePool:
-    """A bounded number of open files: one is opened when first read, the one unused longest closed.
+    """A bounded number of open files: opened when first read, the least recently used closed first.
 
     Reads with `pread`, not through maps: a page fault at a random place reads far around it
     (measured: 4 ms cold against 0.03 ms), and truncating a mapped file kills the process, whereas a
@@ -112,7 +112,7 @@ class FilePool:
         try:
             file = self._open(path)
             data = os.pread(file.descriptor, size, offset)
-            while len(data) < size:  # network file systems may give a part
+            while len(data) < size:  # network file systems may return less
                 more = os.pread(file.descriptor, size - len(data), offset + len(data))
                 if not more:
                     raise DataError(

@@ -1,8 +1,8 @@
 """From lists to the training, validation and test data of a run; reads only headers.
 
-A stage continues each file where the stage before it stopped, so that over all stages a sample is
-seen again only after every other sample of its file. The start of a stage is known beforehand (a
-list of stages) or is where a run stood when its data was changed.
+A stage continues each file where the previous stage stopped, so that over all stages a sample
+repeats only after every other sample of its file. A stage starts where the list of stages puts it,
+or where the run was when its data changed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SPLIT_NAMES = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class Origin:
-    """Where the present plan of stages began: the start of the run, or a change of its data.
+    """Where the current plan of stages began: the start of the run, or a change of its data.
 
     Attributes:
         samples, tokens: consumed before it.
@@ -176,8 +176,8 @@ def _read_headers(
         if entry.weight == 0:
             continue
         header = headers.get(entry.prefix) or read_header(entry.prefix)
-        # Neither folder nor line number: data may move and lists may grow without reshuffling every
-        # file. A file listed twice gets two orders.
+        # Neither folder nor line number: data may move and lists may grow without reshuffling all
+        # files. A file listed twice gets two orders.
         name = f"{entry.corpus}/{os.path.basename(entry.prefix)}/{header.tokens}"
         identity = f"{name}/{seen[name]}"
         seen[name] += 1
@@ -190,7 +190,7 @@ def _read_headers(
 
 @dataclass(frozen=True)
 class _Maker:
-    """Makes the data sets of one list's splits; adds to `warnings` what they leave out."""
+    """Makes the data sets of one list's splits; adds what they leave out to `warnings`."""
 
     files: Sequence[_File]
     seq_length: int
@@ -216,7 +216,7 @@ class _Maker:
             ]
             file_weights = [float(file.entry.weight) for file in members]
             corpora.append(CorpusFiles(name, samples, Blend(file_weights, limits=limits)))
-            # A corpus keeps the share the list gives it, also where some files are too short.
+            # A corpus keeps its share of the list even where some files are too short.
             weights.append(sum(file_weights) + sum(f.entry.weight for f in skipped.get(name, [])))
         if not corpora:
             return None

@@ -1,7 +1,6 @@
 """What a run will read of a data-file list: tokens, share and epochs of each corpus, and problems.
 
-Reads only the headers of the files, and computes in tokens, not in samples: no torch, a second for
-thousands of files.
+Reads only headers and counts tokens, not samples: no torch, one second for thousands of files.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ class DataSurvey(NamedTuple):
     """The corpora of a list, and one line for each thing that is wrong with it.
 
     Attributes:
-        stages: first token and list of each stage that the run comes to.
+        stages: first token and list of each stage that the run reaches.
     """
 
     corpora: tuple[CorpusSurvey, ...]
@@ -92,7 +91,7 @@ def survey_stages(
     known: Mapping[str, IndexHeader] | None = None,
     order: str = "stateless",
 ) -> DataSurvey:
-    """The same for lists that have been read, and headers by prefix where they have been."""
+    """As `survey_data`, for lists that have been read; `known` are headers by prefix."""
     # Megatron's order joins the epochs of a file, so a sample may be longer than the file.
     least = 0 if order == "megatron" else seq_length + 1
     tokens, problems = _tokens_of_files(stages, least, known or {})
@@ -106,7 +105,7 @@ def survey_stages(
             problems.append(
                 f"{stage.path}: with its max_epochs the list gives "
                 f"{end - stage.start_tokens - missing:,.0f} of the {end - stage.start_tokens:,} "
-                "tokens wanted of it; raise max_epochs, add data or lower TRAIN_ITERS"
+                "tokens needed of it; raise max_epochs, add data or lower TRAIN_ITERS"
             )
     corpora = _corpora(stages, tokens, train_share, seen, train_tokens)
     used = tuple((s.start_tokens, s.path) for s in stages if s.start_tokens < train_tokens)
@@ -145,7 +144,7 @@ def _read_stage(
     train_share: float,
     seen: dict[_File, float],
 ) -> float:
-    """Add what a stage reads of each file to `seen`; returns the tokens that it cannot give."""
+    """Add what a stage reads of each file to `seen`; returns the tokens that it lacks."""
     corpora: dict[str, list[DataSource]] = {}
     for source in stage.sources:
         corpora.setdefault(source.corpus, []).append(source)
@@ -174,8 +173,8 @@ def _read_stage(
 def fill(weights: Sequence[float], limits: Sequence[float], amount: float) -> list[float]:
     """Parts of `amount` in proportion to `weights`, none above its limit.
 
-    What a limited part cannot take goes to the others, in proportion. The parts add up to `amount`
-    or, where all are limited, to the sum of the limits.
+    The excess of a limited part goes to the others, in proportion. The parts add up to `amount` or,
+    where all are limited, to the sum of the limits.
     """
     parts = list(limits)
     left, weight = amount, sum(weights)
@@ -213,7 +212,7 @@ def _corpora(
 
 
 def _require_sample(source: DataSource, count: int, least: int) -> None:
-    """Refuse a file that is read but has fewer tokens than a sample; 0: it was refused before."""
+    """Refuse a file that is read but shorter than a sample; 0 tokens: refused before."""
     if source.weight and 0 < count < least:
         raise DataError(
             f"{source.prefix}.bin holds {count} tokens, one sample of SEQ={least - 1} needs "
@@ -222,7 +221,7 @@ def _require_sample(source: DataSource, count: int, least: int) -> None:
 
 
 def corpora_table(corpora: Sequence[CorpusSurvey]) -> list[tuple[str, ...]]:
-    """Rows of text of a table of corpora, its head first."""
+    """A table of the corpora as rows of text, the header first."""
     rows: list[tuple[str, ...]] = [("corpus", "files", "tokens", "share", "epochs", "max_epochs")]
     rows += [
         (c.name, str(c.files), f"{c.tokens:,}", f"{c.share:.4f}", f"{c.epochs:.4f}",

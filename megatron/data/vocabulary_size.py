@@ -172,7 +172,7 @@ def sentencepiece_size(model: bytes) -> int:
 
 
 def _varint(message: bytes, position: int) -> tuple[int, int]:
-    """A protobuf integer of 7 bits a byte, lowest first, and the position after it."""
+    """A protobuf integer of 7 bits per byte, lowest first, and the position after it."""
     value = shift = 0
     while True:
         byte = message[position]

@@ -21,7 +21,7 @@ class Architecture:
     Attributes:
         hugging_face: classes of transformers that hold such a model, each with its model_type.
         block_names: a block's parameters, our name -> theirs.
-        fixed: fields of `ModelShape` that the family has no choice of, with their value.
+        fixed: fields of `ModelShape` with one possible value in the family, and that value.
     """
 
     hugging_face: ClassVar[Mapping[str, str]]
@@ -63,7 +63,7 @@ class Architecture:
         return 3 * (blocks + self.head_flops(shape, tensor_parallel))
 
     def flops_per_token_causal(self, shape: ModelShape, tensor_parallel: int = 1) -> int:
-        """As `flops_per_token_lm` with the half of the attention that a causal mask leaves."""
+        """As `flops_per_token_lm`, with half of the attention, as the causal mask leaves."""
         attention = 12 * shape.num_layers * shape.query_size * shape.seq_length
         return self.flops_per_token_lm(shape, tensor_parallel) - attention // 2
 
@@ -113,7 +113,7 @@ class Architecture:
         return next(iter(self.hugging_face))
 
     def hugging_face_config(self, shape: ModelShape) -> dict[str, Any]:
-        """Entries of config.json; rotary settings in both the present and the older spelling."""
+        """Entries of config.json; rotary settings in both the current and the older spelling."""
         name = self.hugging_face_class(shape)
         factors = shape.rope_scaling_factors
         scaling = (
@@ -153,7 +153,7 @@ class Architecture:
         return config if follows else config | {"head_dim": shape.head_width}
 
     def shape_fields(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Fields of `ModelShape` that a config.json stands for.
+        """Fields of `ModelShape` that a config.json gives.
 
         Raises:
             ValueError: the model has a part that this framework does not compute.

@@ -116,7 +116,7 @@ class Attention(nn.Module):
     def _core(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, heads/tp/sp, S, D)
         if self.rope is not None:
-            # All positions are here, however the sequence is sharded outside.
+            # Every rank has all positions here, also with sequence parallelism.
             tables = tables_for(self.rope, q)
             q, k = apply_rope(q, tables), apply_rope(k, tables)
         y = causal_attention(q, k, v, self.no_flash).transpose(1, 2)

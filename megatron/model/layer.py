@@ -28,7 +28,7 @@ class Layer:
         tied_key: layers with the same key share the module built by the first of them.
         forward: (module, input) -> output, where a tied layer uses the module in another way than
             by calling it.
-        recompute: whether activation checkpointing may drop what is inside.
+        recompute: whether activation checkpointing may drop its activations.
     """
 
     name: str
@@ -78,8 +78,8 @@ class ModelContext:
 def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """function(*inputs), which keeps its inputs only and runs again in the backward pass.
 
-    The second run stops as soon as the last tensor the backward needs is there. So a matrix product
-    at the end of `function`, and the all-reduce after it, are not done twice: only their input is.
+    The second run stops once the backward has the last tensor it needs. So a matrix product at the
+    end of `function`, and the all-reduce after it, run only once.
     """
     if not torch.is_grad_enabled():
         return function(*inputs)

@@ -1,7 +1,7 @@
 """Llama 2 and 3 (arXiv:2307.09288, 2407.21783), SmolLM2 (arXiv:2502.02737) and SmolLM3.
 
-SmolLM2 is Llama with tied embeddings; SmolLM3 leaves the rotary embedding out of every fourth
-block, which is a nope_interval of 4.
+SmolLM2 is Llama with tied embeddings; SmolLM3 has no rotary embedding in every fourth block
+(nope_interval 4).
 """
 
 from __future__ import annotations

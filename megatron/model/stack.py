@@ -1,7 +1,7 @@
 """The list of layers as one module: the model of a run without pipeline stages.
 
-Parameters are called what DeepSpeed's PipelineModule calls them, so a checkpoint does not know how
-many stages wrote it.
+Parameters have the names of DeepSpeed's PipelineModule, so a checkpoint does not depend on the
+number of stages.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Stack(nn.Module):
 def recompute_runs(
     calls: list[Callable[[Tensor], Tensor]], allowed: list[bool], length: int
 ) -> list[Callable[[Tensor], Tensor]]:
-    """The calls, with up to `length` consecutive ones that allow it joined to a recomputed one."""
+    """The calls, with up to `length` consecutive recomputable ones joined into one."""
     if length == 0:
         return calls
     result: list[Callable[[Tensor], Tensor]] = []

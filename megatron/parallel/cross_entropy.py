@@ -1,8 +1,8 @@
 """Cross entropy of logits whose vocabulary is sharded over ranks: no rank gathers a whole row.
 
 Computed in fp32, a block of tokens at a time. The backward needs the logits in their own dtype and
-one number per token, never a softmax. Legend: B batch, S sequence, T = B*S
-tokens, V padded vocabulary.
+one number per token, never a softmax.
+Legend: B batch, S sequence, T = B*S tokens, V padded vocabulary.
 """
 
 from __future__ import annotations

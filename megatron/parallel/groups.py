@@ -1,4 +1,4 @@
-"""The process groups of a rank, made once and passed to what needs one.
+"""The process groups of a rank, made once and passed to the code that needs them.
 
 A layer takes an `Axis`; the axis of size one has no group and is the serial case. Nothing here is
 global.
@@ -74,7 +74,7 @@ class Groups:
 def make_groups(layout: Layout, timeout: timedelta | None = None) -> Groups:
     """Makes this rank's groups; torch.distributed must be initialised with `layout.world` ranks.
 
-    Only a group's members take part in making it, so the start-up does not grow with the world.
+    Only a group's members make it, so the start-up time does not grow with the world.
 
     Args:
         layout: sizes of the axes.

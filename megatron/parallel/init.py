@@ -1,4 +1,4 @@
-"""Initial weights free of the layout: each a function of (seed, name, full shape, std).
+"""Initial weights that no layout changes: each is a function of (seed, name, full shape, std).
 
 A weight is drawn in blocks of rows, each from its own generator, so a rank draws only the blocks
 that its shard touches and still gets the numbers of the whole matrix. Always fp32 on the CPU, then
@@ -67,7 +67,6 @@ def sharded_normal_(
 
 def _draw_block(seed: int, name: str, block: int, rows: int, columns: int, std: float) -> Tensor:
     generator = torch.Generator("cpu").manual_seed(block_seed(seed, name, block))
-    # DeepSpeed's zero.Init patches torch.empty to give the training dtype; .to() gives fp32 even
-    # there.
+    # DeepSpeed's zero.Init patches torch.empty to give the training dtype; .to() still gives fp32.
     values = torch.empty(rows, columns, device="cpu", dtype=torch.float32).to(torch.float32)
     return values.normal_(0.0, std, generator=generator)

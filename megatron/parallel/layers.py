@@ -1,7 +1,7 @@
 """Linear layers and the embedding, sharded over the tensor-parallel axis they get. No biases.
 
-On an axis of size one they are the serial layers. With `sequence_parallel` what lies between them
-is sharded along the sequence (`megatron.parallel.sequence`).
+On an axis of size one they are the serial layers. With `sequence_parallel` the activations between
+them are sharded along the sequence (`megatron.parallel.sequence`).
 Legend: B batch, S sequence, s = S/tp with sequence_parallel, else S, H hidden, V padded vocabulary.
 """
 
@@ -155,7 +155,7 @@ def column_parallel_linears(
     """
     tp = layers[0].tp
     if layers[0].sequence_parallel and tp.size > 1:
-        # ZeRO-3 gathers weights that a parent reads with the parent, once it has seen it happen.
+        # After the first time, ZeRO-3 gathers weights that a parent reads together with the parent.
         return gathered_linear(x, [layer.weight for layer in layers], tp)
     x = copy_to_tensor_parallel(x, tp)
     return tuple(layer(x, communicate=False) for layer in layers)

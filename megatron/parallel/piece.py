@@ -18,8 +18,8 @@ class Piece:
     Attributes:
         name: parameter, as in the model.
         shape: of the whole parameter, over all tensor-parallel ranks.
-        partition_dim: dimension cut over tensor-parallel ranks, None where each has all of it.
-        shard, shards: which cut of how many.
+        partition_dim: dimension sharded over tensor-parallel ranks; None: replicated.
+        shard, shards: index of the tensor-parallel shard, and number of shards.
         start: first element in the flattened shard.
         tensors: 1-D values by state; `weight` is the fp32 weight, the rest the optimizer's.
         scalars: the optimizer's numbers for this parameter, such as its step.

@@ -1,5 +1,5 @@
-"""Megatron's sequence parallelism: between matrices, a tensor-parallel rank holds S/tp consecutive
-positions instead of all of them (Korthikanti et al. 2022, arXiv:2205.05198).
+"""Megatron's sequence parallelism (Korthikanti et al. 2022, arXiv:2205.05198): between matrices, a
+tensor-parallel rank holds S/tp consecutive positions instead of all of them.
 
 Each all-reduce of tensor parallelism becomes a reduce-scatter and an all-gather, which move the
 same bytes. All functions are the identity, or a plain product, on an axis of size one.

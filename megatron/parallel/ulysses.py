@@ -1,8 +1,8 @@
-"""Ulysses' sequence parallelism: a rank holds a shard of each sequence, but for attention some of
-the heads over the whole sequence (Jacobs et al. 2023, arXiv:2309.14509).
+"""Ulysses' sequence parallelism (Jacobs et al. 2023, arXiv:2309.14509): a rank holds a shard of
+each sequence, but in the attention some heads over the whole sequence.
 
-One all-to-all exchanges the first for the second, another one reverses it. In between every
-position is there, in order, so masks and rotary positions are those of one rank.
+One all-to-all exchanges the first for the second, another reverses it. In between a rank has all
+positions in order, so masks and rotary positions are those of one rank.
 Legend: B batch, S sequence, s = S/sp, N query heads, K key/value heads, D head width.
 """
 

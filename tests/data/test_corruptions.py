@@ -109,7 +109,7 @@ FAULTS = {
     "negative ids": (id_at(-1, True), "part1.bin: token 500 has id -1"),
     "swapped bins of one size": (swapped_bins, "part1.bin: not the data that"),
     "swapped bins, other sizes": (swapped_with_another_size, "part1.bin has 80128 bytes"),
-    "wrong pointer": (wrong_pointer, "part1.idx: sequence 7 is said to start at byte 6"),
+    "wrong pointer": (wrong_pointer, "part1.idx: sequence 7 has byte offset 6"),
     "missing file": (missing, "part1.bin does not exist"),
 }
 FIXES = ("make", "copy", "correct the path", "set TOKENIZER_TYPE", "take it off", "Copy")

@@ -42,8 +42,8 @@ def test_evaluation_without_batches_is_said(tmp_path, pair):
     splits = build(tmp_path / "cache", [(1.0, pair, "a")], eval_iters=0)
     assert splits.valid is None and splits.test is None
     assert [line.partition(" ")[2] for line in splits.warnings] == [
-        "valid samples are asked for: EVAL_INTERVAL=20, EVAL_ITERS=0",
-        "test samples are asked for: EVAL_INTERVAL=20, EVAL_ITERS=0",
+        "valid samples are needed: EVAL_INTERVAL=20, EVAL_ITERS=0",
+        "test samples are needed: EVAL_INTERVAL=20, EVAL_ITERS=0",
     ]
 
 
@@ -77,7 +77,7 @@ def test_a_damaged_index_is_refused(tmp_path, pair):
     content[34 + 8] = 21  # the third length, no longer the distance of two pointers
     index.write_bytes(content)
     read_header(pair)  # nothing wrong with the header
-    with pytest.raises(DataError, match=r"full.idx: sequence 3 is said to start"):
+    with pytest.raises(DataError, match=r"full.idx: sequence 3 has byte offset"):
         build(tmp_path / "cache", [(1.0, pair, "a")])
 
 

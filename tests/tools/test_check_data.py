@@ -92,7 +92,7 @@ def test_every_bad_file_is_named(data, capsys):
     (data / "part2.idx").write_bytes(index)
     assert run(data) == 3
     said = capsys.readouterr().out
-    assert "part0.bin" in said and "part2.idx: sequence 1 is said to start at byte 77" in said
+    assert "part0.bin" in said and "part2.idx: sequence 1 has byte offset 77" in said
     assert "3 files, 2 bad" in said
     (data / "part0.idx").unlink()
     (data / "part0.tokenizer.json").unlink()

@@ -1,7 +1,7 @@
 """A file of named arrays that is whole or is not used, in the format of safetensors.
 
-Its metadata holds the key (what the arrays were made from), some facts, and a CRC-32 each of the
-header (taken with zeros in its place) and of all arrays.
+Its metadata holds the key (what the arrays were made from), some facts, and one CRC-32 of the
+header (computed with zeros in its place) and one of all arrays.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _DTYPES = {"U8": "|u1", "U16": "<u2", "U32": "<u4", "I32": "<i4", "I64": "<i8"}
 
 
 class Damaged(Exception):
-    """The file is not there, not whole, or not what it should be."""
+    """The file is missing, incomplete, or made from something else."""
 
 
 class NewArray(NamedTuple):
-    """An array to be written: its blocks along the first axis together have `shape`."""
+    """An array to be written; its blocks, joined along the first axis, have `shape`."""
 
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
@@ -59,12 +59,12 @@ class ArrayFile:
 def write_arrays(
     file: IO[bytes], key: str, facts: Mapping[str, int], arrays: Mapping[str, NewArray]
 ) -> None:
-    """Write a whole file; blocks are asked for in order and never held together.
+    """Write a whole file; blocks are made in order and never held together.
 
     Args:
         file: new and empty, open for writing.
         key: what the arrays were made from.
-        facts: numbers to be known without reading an array.
+        facts: numbers available without reading an array.
         arrays: in the order in which they are made.
     """
     names = {dtype: name for name, dtype in _DTYPES.items()}
@@ -102,7 +102,7 @@ def read_arrays(path: Path, key: str, check_up_to: int) -> ArrayFile:
             of a larger one only header and size are checked.
 
     Raises:
-        Damaged: it is not there, not whole, or not what it should be.
+        Damaged: it is missing, incomplete, or made from something else.
     """
     try:
         with open(path, "rb") as file:

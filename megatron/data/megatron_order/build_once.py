@@ -1,8 +1,7 @@
 """Files built once by many processes at the same time, on one machine or on a shared file system.
 
 A process that finds a file missing or damaged takes its lock, checks again, builds it under a
-temporary name and renames it. Where the lock is taken, it continues with other files and comes back
-later.
+temporary name and renames it. Where another process holds the lock, it builds other files first.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ from megatron.data.megatron_order.array_file import ArrayFile, Damaged, read_arr
 
 Log = Callable[[str], None]
 
-# Arrays are compared with their sum at start in files of up to the first size, and before they are
-# read in files of up to the second: some tens of milliseconds. Of larger files, header and size.
+# Files up to the first size have their arrays checked at start, up to the second before they are
+# read (some tens of milliseconds); of larger files only header and size are checked.
 CHECKED_AT_START = 1 << 18
 CHECKED_AT_OPENING = 1 << 25
 SUFFIX = ".safetensors"
@@ -64,7 +63,7 @@ class CacheFile:
             return read_arrays(self.path, self.key, CHECKED_AT_OPENING)
 
     def problem(self, check_up_to: int) -> str | None:
-        """Why it must be built, None where it need not; `check_up_to` as in `read_arrays`."""
+        """Why it must be built; None if it is sound. `check_up_to` as in `read_arrays`."""
         try:
             read_arrays(self.path, self.key, check_up_to)
         except Damaged as damage:
@@ -75,7 +74,7 @@ class CacheFile:
 def build_missing(
     files: Sequence[CacheFile], log: Log, check_up_to: int = CHECKED_AT_START
 ) -> None:
-    """Return when every file is there and whole; processes that call this share the work.
+    """Build files until every one is complete; processes that call this divide the work.
 
     Args:
         files: in the order in which to build them; those that take longest first.
@@ -84,7 +83,7 @@ def build_missing(
 
     Raises:
         ConfigError: the folder cannot be written.
-        DataError: whatever a `build` finds wrong.
+        DataError: from a `build`.
     """
     missing = {file.path: file for file in files if file.problem(check_up_to)}
     if not missing:
@@ -145,5 +144,5 @@ def _remove_leftovers(folder: Path) -> None:
         if not (entry.name.startswith(partial_prefix(target)) and entry.name.endswith(PARTIAL)):
             continue
         with locked(lock_path(folder / target), wait=False) as held:
-            if held:  # only the holder of the lock writes: nobody does
+            if held:  # only a holder of the lock writes, so nobody does
                 Path(entry.path).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""From a list and the numbers of a run to its three data sets, by way of the cache."""
+"""From a list and the numbers of a run to its three data sets, through the cache."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ def build_megatron_datasets(
     pool: FilePool | None = None,
     check_up_to: int = CHECKED_AT_START,
 ) -> Splits[MegatronDataset]:
-    """Data sets of a run, from the cache; what is not there is built first.
+    """Data sets of a run, from the cache; what is missing is built first.
 
-    Every rank calls this, and the ranks share the building: on one machine, and where the cache
-    lies on a shared file system with locks, over machines. It returns when all is there.
+    Every rank calls this, and the ranks divide the building: on one machine, and over machines if
+    the cache lies on a shared file system with locks. It returns when all files are complete.
 
     Args:
         settings: what decides the order.
         cache: folder of the cached arrays.
-        log: gets a line about what is built and what was damaged.
+        log: called with lines about what is built and what was damaged.
         pool: of open token files.
         check_up_to: largest cached file in bytes that is read and checked whole at start.
 
     Raises:
-        DataError: the order asks of a file what it does not have.
+        DataError: the order needs more of a file than it has.
         ConfigError: the cache cannot be written.
     """
     plans = plan_splits(settings)
     recipes = _Recipes(plans, settings, cache)
     blends = {name: blend_recipe(cache, plan) for name, plan in plans.items()}
-    # Without blending a corpus needs nothing of its files' indices: all is built at once.
+    # Without blending a corpus does not need its files' indices: all is built at once.
     early = {} if settings.blend_in_corpus else recipes.corpora(plans)
     build_missing([*blends.values(), *early.values(), *recipes.files.values()], log, check_up_to)
     corpora = early or recipes.corpora(plans)
@@ -72,7 +72,7 @@ def build_megatron_datasets(
 
 
 class _Recipes:
-    """The file indices of a run, and how many samples they turned out to have."""
+    """The file indices of a run, and how many samples each has."""
 
     def __init__(
         self, plans: Mapping[str, SplitPlan], settings: OrderSettings, cache: Path
@@ -88,7 +88,7 @@ class _Recipes:
         }
 
     def corpora(self, plans: Mapping[str, SplitPlan]) -> dict[CorpusPlan, CacheFile]:
-        """The order of each corpus that has samples; a blend asks for its files' indices."""
+        """The order of each corpus that has samples; a blend needs its files' indices."""
         return {
             corpus: corpus_recipe(
                 self._cache,
@@ -108,7 +108,7 @@ class _Recipes:
 
 
 def _is_read(file: FilePlan, corpus: CorpusPlan, settings: OrderSettings) -> bool:
-    """Whether a file gives samples; a blend may ask one more of a file than was requested."""
+    """Whether a file gives samples; a blend may need one more of a file than was requested."""
     if not file.documents or not corpus.size:
         return False
     return file.request > 0 or settings.blend_in_corpus
@@ -117,7 +117,7 @@ def _is_read(file: FilePlan, corpus: CorpusPlan, settings: OrderSettings) -> boo
 def _warnings(settings: OrderSettings, plans: Mapping[str, SplitPlan]) -> list[str]:
     """Splits with a share that are not read."""
     return [
-        f"no {name} samples are asked for: EVAL_INTERVAL={settings.eval_interval}, "
+        f"no {name} samples are needed: EVAL_INTERVAL={settings.eval_interval}, "
         f"EVAL_ITERS={settings.eval_iters}"
         for name, share in zip(NAMES, settings.shares, strict=True)
         if share > 0 and name not in plans

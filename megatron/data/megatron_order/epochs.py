@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from megatron.config.errors import DataError
 
-SEPARATE_BELOW = 0.80  # of an epoch's samples: a last epoch that is used less is shuffled apart
+SEPARATE_BELOW = 0.80  # of an epoch's samples: a last epoch used less than this is shuffled apart
 
 
 class Epochs(NamedTuple):
@@ -25,7 +25,7 @@ class Epochs(NamedTuple):
     joint_samples: int
 
 
-NO_EPOCHS = Epochs(0, False, 0, 0)  # of a file that has no tokens and is asked for none
+NO_EPOCHS = Epochs(0, False, 0, 0)  # of a file without tokens, of which none are requested
 
 
 def plan_epochs(
@@ -36,7 +36,7 @@ def plan_epochs(
     Args:
         tokens: of one pass.
         seq_length: S; neighbouring samples share one token.
-        wanted: samples asked of the file.
+        wanted: samples requested of the file.
         where: file and split, for messages.
         exact: passes that the user demands.
 
@@ -47,8 +47,8 @@ def plan_epochs(
         if wanted == 0:
             return NO_EPOCHS
         raise DataError(
-            f"{where} holds documents but no tokens, and {wanted} samples are asked of it; take "
-            "the line out of DATA_FILE_LIST or change the shares of the splits"
+            f"{where} holds documents but no tokens, and {wanted} samples are requested of it; "
+            "remove the line from DATA_FILE_LIST or change the shares of the splits"
         )
     needed = -(-(wanted * seq_length + 1) // tokens)
     count = needed if exact is None else exact

@@ -43,7 +43,7 @@ def sample_index(
         lengths: tokens of each document of the file.
         seq_length: S.
         samples: rows are one more.
-        block: documents looked at, and rows made, at a time.
+        block: documents read, and rows made, at a time.
 
     Yields:
         Blocks of the rows, (rows, 2).
@@ -57,7 +57,7 @@ def sample_index(
         stop = min(samples, (before - 1) // seq_length) + 1
         while row < stop:
             tokens = np.arange(row, min(stop, row + block), dtype=np.int64) * seq_length
-            # An empty document holds no token: the first that ends beyond it does.
+            # An empty document holds no token: take the first that ends beyond it.
             places = np.searchsorted(ends, tokens, side="right")
             offsets = tokens - (ends[places] - sizes[places])
             yield np.stack([first + places, offsets], axis=1)

@@ -2,10 +2,10 @@
 
 Draw s goes to the source d with the largest `weight[d] * max(s, 1) - count[d]`, in float64, the
 product rounded before the difference, the first of equals. A draw needs the counts before it. So
-the draws are divided into blocks, each of which starts from a guess of the counts, and all run side
-by side. The rule forgets its past quickly: most guesses have come right after some draws. A block
-is right when it started from the counts that its predecessor, itself right, ended with; the others
-run again from these. Nothing depends on the guesses but the time this takes.
+the draws are divided into blocks, which start from guessed counts and run side by side. The rule
+forgets its past quickly: most guesses become right after some draws. A block is right if it started
+from the counts with which a right predecessor ended; the others run again from those counts. The
+guesses affect only the time this takes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MAX_SOURCES = 1 << 16
 _BLOCKS = 1024  # run side by side
 _BLOCK = 1024  # draws of a block
 _SHORTEST = 32
-_SETTLE = 256  # draws run before a block, for its guess to come right
+_SETTLE = 256  # draws run before a block, so that its guess becomes right
 _VALUES = 1 << 21  # counts kept at a time, blocks x sources
 
 
@@ -56,7 +56,7 @@ def greedy_blend(weights: FloatArray, size: int) -> Iterator[Draws]:
 def _draw_chunk(
     weights: FloatArray, start: int, counts: FloatArray, left: int
 ) -> tuple[SourceArray, FloatArray]:
-    """At most `left` draws from draw `start` on, and the counts after them (if not truncated)."""
+    """At most `left` draws from draw `start`, and the counts after them (if not truncated)."""
     length = min(_BLOCK, max(_SHORTEST, isqrt(left)))
     blocks = min(_BLOCKS, max(1, _VALUES // len(weights)), -(-left // length))
     firsts = start + np.arange(blocks, dtype=np.float64) * length
@@ -77,11 +77,11 @@ def _draw_chunk(
 def _guess(weights: FloatArray, draws: FloatArray) -> FloatArray:
     """Likely counts after each of `draws`, (draws, sources).
 
-    Rare sources are given too little rather than too much: what is overdue is drawn at once, a
-    draw too many stays wrong until it falls due.
+    Rare sources get too little rather than too much: an overdue draw is made at once, but one draw
+    too many stays wrong until it falls due.
     """
     counts = np.floor(draws[:, None] * weights)
-    missing = draws - counts.sum(axis=1)  # less than one a source
+    missing = draws - counts.sum(axis=1)  # less than one per source
     for source in np.argsort(-weights, kind="stable"):
         more = np.clip(missing, -1, 1)
         counts[:, source] += more

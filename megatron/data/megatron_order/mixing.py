@@ -26,7 +26,7 @@ def corpus_weights(sizes: Sequence[int], train_total: int) -> FloatArray:
 
     Args:
         sizes: samples of each corpus in the split.
-        train_total: samples asked of all files for training, whatever the split is.
+        train_total: samples requested of all files for training, in every split.
     """
     weights = np.array([size / train_total for size in sizes], dtype=np.float64)
     # numpy's pairwise sum: another order of adding changes the blend of 8 corpora or more.
@@ -37,15 +37,15 @@ def corpus_weights(sizes: Sequence[int], train_total: int) -> FloatArray:
 def blend(weights: FloatArray, size: int, available: Sequence[int]) -> Iterator[Picks]:
     """The greedy blend of sources that have samples.
 
-    A source without any is passed over, where a tie would make the greedy rule pick it.
+    A source without samples is skipped where a tie would make the greedy rule pick it.
 
     Args:
-        weights: of each source; those of the others are not changed by one that is empty.
+        weights: of each source; an empty source does not change the others' weights.
         size: samples.
         available: samples of each source.
 
     Raises:
-        DataError: rounding makes the rule ask a source for more than it has.
+        DataError: rounding makes the rule draw more from a source than it has.
     """
     limits = np.asarray(available, dtype=np.int64)
     used = np.flatnonzero(limits > 0)
@@ -68,7 +68,7 @@ def corpus_order(
     """The samples of a corpus: of which file, and their number within it.
 
     Args:
-        requests: samples asked of each file.
+        requests: samples requested of each file.
         available: samples that each has.
         blended: files are blended by their requests; else one comes after the other.
         shuffled: the result is shuffled, in every corpus by the same seed.

@@ -96,7 +96,7 @@ class FileReader:
 
 
 class _Readers:
-    """Readers of files, whose indices are checked when first asked for."""
+    """Readers of files, whose indices are checked at first use."""
 
     def __init__(self, pool: FilePool, log: Log) -> None:
         self._pool = pool
@@ -181,7 +181,7 @@ class MegatronDataset:
         """The file of sample `k`, its reader, and the sample's number in the file's order."""
         if not 0 <= k < len(self):
             raise DataError(
-                f"{self.plan.name} sample {k} is asked for, but DATA_ORDER=megatron was planned "
+                f"{self.plan.name} sample {k} is needed, but DATA_ORDER=megatron was planned "
                 f"for {len(self)} samples; raise TRAIN_ITERS (which changes the order)"
             )
         corpus = self.corpora[int(self.blend["sources"][k])]
@@ -195,7 +195,7 @@ class MegatronDataset:
 
 def _samples_with(index: Arrays, document: int) -> npt.NDArray[Any]:
     """Numbers, in a file's order, of its samples with tokens of a document that has any."""
-    places = index["samples"][:, 0]  # of each sample's first token, and of the last end
+    places = index["samples"][:, 0]  # of each sample's first token, then of the last sample's end
     rows = [np.empty(0, dtype=np.int64)]
     for place in np.flatnonzero(index["documents"] == document):
         # A sample reaches from its first token to that of the next one, which it holds too.

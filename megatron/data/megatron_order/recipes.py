@@ -67,7 +67,7 @@ def corpus_recipe(
     Args:
         folder: of the cache.
         corpus: with its files.
-        available: samples that each file has; only a blend asks.
+        available: samples that each file has; only a blend calls it.
         settings: of the run.
     """
     requests = [file.request for file in corpus.files]
@@ -127,14 +127,14 @@ def _write_file(key: str, file: FilePlan, settings: OrderSettings, stream: IO[by
 
 
 def _later(make: Callable[[], npt.NDArray[Any]]) -> Iterator[npt.NDArray[Any]]:
-    """One block that is made when it is asked for."""
+    """One block, made when it is consumed."""
     yield make()
 
 
 def _write_picks(
     key: str, order: Callable[[], Iterable[Picks]], sources: int, size: int, stream: IO[bytes]
 ) -> None:
-    """Write sources and numbers of picks that come together, one pass over them."""
+    """Write sources and numbers of picks in one pass over them."""
     source_type, number_type = source_dtype(sources), number_dtype(size)
     # One array must be complete before the next is written: the narrow one waits in memory.
     waiting = np.empty(size, dtype=source_type)

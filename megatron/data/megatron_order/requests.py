@@ -1,4 +1,4 @@
-"""What a run asks of each split: its documents of a file, and samples of each file."""
+"""What a run requests of each split: its documents of a file, and samples of each file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron.config.errors import DataError
 
 Shares = tuple[float, float, float]
 NAMES = ("train", "valid", "test")
-MARGIN = 1.005  # files are asked for a little more than their share
+MARGIN = 1.005  # a little more than its share is requested of each file
 
 
 class Wanted(NamedTuple):
@@ -34,7 +34,7 @@ def samples_wanted(
 
 
 def file_requests(weights: Sequence[float], wanted: int) -> list[int]:
-    """Samples asked of each file, in list order: (wanted * (weight / sum)) * 1.005, rounded up.
+    """Samples requested of each file, in list order: (wanted * (weight / sum)) * 1.005, rounded up.
 
     Raises:
         DataError: a weight is negative or not finite, or all are 0.
@@ -60,11 +60,11 @@ def plain_sum(values: Iterable[float]) -> float:
 def split_documents(shares: Shares, documents: int) -> tuple[range, range, range]:
     """Contiguous document numbers of each split.
 
-    Each share is rounded by itself, half to even; what this gives too much or too little is taken
-    from every boundary, so that the last is `documents` and the first split changes too.
+    Each share is rounded by itself, half to even. The excess is then subtracted from every
+    boundary, so that the last is `documents`; the first split changes too.
 
     Raises:
-        DataError: the shares are not usable, or rounding leaves a split less than nothing.
+        DataError: the shares are not usable, or rounding makes a split negative.
     """
     if min(shares) < 0 or not 0 < plain_sum(shares) < float("inf"):
         raise DataError(f"TRAIN_SPLIT,VAL_SPLIT,TEST_SPLIT = {split_text(shares)}: must not be "

@@ -1,4 +1,4 @@
-"""What a run asks of each file in each split, known from headers alone."""
+"""What a run requests of each file in each split, computed from headers alone."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class FilePlan:
     header: IndexHeader
     split: str  # train, valid or test
     documents: range  # of the split; each sequence of the file counts as one
-    request: int  # samples asked of it
+    request: int  # samples requested of it
     stamp: tuple[int, ...]  # size and time of .idx and .bin
 
 
@@ -75,7 +75,7 @@ class CorpusPlan:
 
     @cached_property
     def size(self) -> int:
-        """Samples asked of all its files."""
+        """Samples requested of all its files."""
         return sum(file.request for file in self.files)
 
 
@@ -85,7 +85,7 @@ class SplitPlan:
 
     name: str
     corpora: tuple[CorpusPlan, ...]
-    train_total: int  # samples asked of all files for training
+    train_total: int  # samples requested of all files for training
 
     @cached_property
     def size(self) -> int:
@@ -97,8 +97,8 @@ def plan_splits(settings: OrderSettings) -> dict[str, SplitPlan]:
     """The splits that a run reads; one without a share or without samples is left out.
 
     Raises:
-        DataError: a setting cannot be used, a file is missing or damaged, or a split asks for
-            samples of a file of which it has no document; every problem is named.
+        DataError: a setting cannot be used, a file is missing or damaged, or a split needs samples
+            of a file of which it has no document; every problem is named.
     """
     _check(settings)
     wanted = samples_wanted(
@@ -125,7 +125,7 @@ def plan_splits(settings: OrderSettings) -> dict[str, SplitPlan]:
 
 
 def exact_epochs(file: FilePlan, settings: OrderSettings) -> int | None:
-    """Passes demanded of a file: only training files obey."""
+    """Passes that the user demands of a file; training files only."""
     return settings.exact_epochs if file.split == "train" else None
 
 
@@ -208,8 +208,8 @@ def file_stamp(prefix: str) -> tuple[int, ...]:
 def _no_documents(file: FilePlan, position: int, shares: Shares) -> str:
     return (
         f"{file.prefix}: {file.header.sequences} documents split {split_text(shares)} leave none "
-        f"for {file.split}, but DATA_ORDER=megatron asks {file.request} {file.split} samples of "
-        f"it; raise {_VARIABLES[position]} (or set it to 0), take the line out, or use "
+        f"for {file.split}, but DATA_ORDER=megatron needs {file.request} {file.split} samples of "
+        f"it; raise {_VARIABLES[position]} (or set it to 0), remove the line, or use "
         "DATA_ORDER=stateless"
     )
 

@@ -1,4 +1,4 @@
-"""One file looked at as closely as asked: what it holds and everything that is wrong with it.
+"""Audit of one file, by samples or in full: what it holds and everything that is wrong with it.
 
 The checks before step 1 (checks.py) read a little of each file; these read all of an index and, if
 deep, every token.
@@ -22,7 +22,7 @@ from megatron.data.prepare.tokenizer import Tokenizer
 _BLOCK = 1 << 22  # tokens read at a time when all are
 _WINDOW = 1 << 14  # tokens of a sampled place
 _WINDOWS = 16
-_DOCUMENTS = 512  # whose last token is looked at when not all are
+_DOCUMENTS = 512  # whose last token is checked when not all are
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Audit:
     """What was found in a pair.
 
     Attributes:
-        tokens, documents: it has; 0 where it cannot be opened.
+        tokens, documents: their numbers; 0 where it cannot be opened.
         dtype: of its tokens.
         max_id: largest id seen; -1 where none was.
         eod_share: of the tokens seen; None where the end-of-document id is not known.
@@ -51,13 +51,13 @@ class Audit:
 def audit_file(
     prefix: str, vocab_size: int | None, tokenizer: Tokenizer | None, deep: bool
 ) -> Audit:
-    """Look at a pair.
+    """Audit a pair.
 
     Args:
         prefix: of the pair.
         vocab_size: ids must lie below it; None: that of the note beside the pair, if any.
-        tokenizer: the pair should be made with; None: any.
-        deep: every token, and a hash of all of them; else some places.
+        tokenizer: that should have made the pair; None: any.
+        deep: check and hash every token; else only some places.
     """
     try:
         dataset = IndexedDataset(prefix, check=False)

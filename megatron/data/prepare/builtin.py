@@ -35,11 +35,11 @@ Log = Callable[[str], None]
 
 # Shares of the samples; prose is the smaller corpus and repeats sooner.
 WEIGHTS = {"code": 0.7, "prose": 0.3}
-# Bounds the making to seconds for any Python: 3.11 has 11 million characters of code, 1.6 of
+# Keeps preparation to seconds for any Python: 3.11 has 11 million characters of code, 1.6 of
 # docstrings.
 MAX_CHARACTERS = 12_000_000
 TRAINING_CHARACTERS = 3_000_000  # of each corpus, for the SentencePiece model
-# Tests and generated tables are unlike other code; the rest is no part of the library itself.
+# Tests and generated tables are unlike other code; the rest is not part of the library itself.
 LEFT_OUT = {
     "test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__",
     "lib2to3", "idlelib", "encodings", "pydoc_data",
@@ -76,7 +76,7 @@ def builtin_corpus(
         tokenizer_type: TOKENIZER_TYPE; None or BuiltinTokenizer trains a SentencePiece model on
             the corpus, unless `tokenizer_model` names one.
         tokenizer_model: TOKENIZER_MODEL.
-        log: gets a line about what is made and where.
+        log: called with a line about what is made and where.
         cache: folder of caches; by default the user's, a place and not a setting of the run.
         max_characters: characters taken of each corpus.
 
@@ -140,7 +140,7 @@ def prose_documents(sources: Sequence[str], max_characters: int = MAX_CHARACTERS
 def train_sentencepiece(documents: Sequence[Sequence[str]], vocab_size: int) -> bytes:
     """SentencePiece model (BPE, byte fallback, text kept as it is) of lines from several corpora.
 
-    Deterministic: one thread, and lines taken at even steps through each corpus.
+    Deterministic: one thread, and lines taken at even intervals of each corpus.
 
     Raises:
         ConfigError: sentencepiece is not installed.
@@ -203,7 +203,7 @@ def _training_lines(documents: Sequence[Sequence[str]]) -> Iterator[str]:
 def _make_once(folder: Path, tokenizer: Tokenizer | None, log: Log, max_characters: int) -> None:
     """Make the corpus unless another process does so or has done so."""
     with locked(folder.with_name(f".{folder.name}.lock"), wait=True) as held:
-        if held:  # nobody else is at work: what lies about was left by a process that died
+        if held:  # no other process is at work: leftovers are from one that died
             for leftover in folder.parent.glob(f".{folder.name}.partial-*"):
                 shutil.rmtree(leftover, ignore_errors=True)
         if not folder.is_dir():
@@ -237,7 +237,7 @@ def _make(folder: Path, tokenizer: Tokenizer | None, log: Log, max_characters: i
         try:
             temporary.rename(folder)
         except OSError:
-            if not folder.is_dir():  # else another process was first, without a lock between us
+            if not folder.is_dir():  # else another process was first, without a lock
                 raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Everything that can be wrong with data files, looked for before the first step.
+"""Checks of data files before the first step.
 
 Ids are sampled at both ends and at seeded places between; with tensor parallelism an id outside the
 vocabulary would otherwise train on a zero embedding without an error.
@@ -20,15 +20,15 @@ from megatron.data.indexed_header import IndexHeader
 from megatron.data.prepare.fingerprint import data_digest, note_path, read_note
 from megatron.data.prepare.tokenizer import Tokenizer
 
-WINDOW = 4096  # tokens looked at in one place
+WINDOW = 4096  # tokens checked in one place
 RANDOM_WINDOWS = 6
-INDEX_WINDOWS = 16  # stretches of a large index that are read at start; a small one is read whole
+INDEX_WINDOWS = 16  # windows of a large index that are read at start; a small one is read whole
 _SHOWN = 10
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was found: problems forbid a run, files without a note are logged once."""
+    """What was found: problems prevent a run, files without a note are logged once."""
 
     problems: tuple[str, ...]
     without_note: tuple[str, ...]  # prefixes
@@ -70,14 +70,14 @@ def check_files(
     rank: int = 0,
     world_size: int = 1,
 ) -> Report:
-    """Check the files that fall to this rank; the ranks' reports together cover the list.
+    """Check this rank's files; the ranks' reports together cover the list.
 
     Args:
         files: the list.
         vocab_size: of the model, before padding; ids must lie below it.
-        tokenizer: the run's; None where only the numbers are known.
+        tokenizer: the run's; None where only `vocab_size` is known.
         rank: takes files rank, rank + world_size, ...
-        world_size: ranks that share the work.
+        world_size: ranks that divide the files.
     """
     problems: list[str] = []
     without_note: list[str] = []
@@ -103,7 +103,7 @@ def check_files(
 
 
 def _check_ids(dataset: IndexedDataset, vocab_size: int) -> None:
-    """Look at the tokens of some windows, read at once: thousands of files are looked at."""
+    """Check the tokens of some windows, read at once: there are thousands of files."""
     last = max(dataset.header.tokens - WINDOW, 0)
     # Seeded by the name: the same places on every start and every rank.
     places = random.Random(dataset.prefix)
@@ -122,7 +122,7 @@ def _check_ids(dataset: IndexedDataset, vocab_size: int) -> None:
 
 
 def require_ids(dataset: IndexedDataset, tokens: TokenArray, start: int, vocab_size: int) -> None:
-    """Raise DataError for the first of `tokens`, which begin at token `start`, that is no id."""
+    """Raise DataError for the first of `tokens`, which begin at `start`, outside the vocabulary."""
     wrong = np.flatnonzero((tokens < 0) | (tokens >= vocab_size))
     if len(wrong):
         raise DataError(

@@ -48,7 +48,7 @@ def samples_with(
         prefix: of the file.
         tokens: first, and the one after the last.
         seq_length: S; sample j of a file is its tokens j*S to (j+1)*S, both included.
-        count: samples looked at; fewer if limits of epochs leave fewer.
+        count: samples searched; fewer if limits of epochs leave fewer.
     """
     first, stop = tokens
     numbers = range(max(-(-(first - seq_length) // seq_length), 0), (stop - 1) // seq_length + 1)

@@ -27,7 +27,7 @@ BATCH_DOCUMENTS = 256  # tokenised at a time
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a worker must know; small, since it travels with every unit."""
+    """What a worker must know; small, since it is sent with every unit."""
 
     tokenizer_type: str
     tokenizer_model: str | None
@@ -43,9 +43,9 @@ class Encoded:
     Attributes:
         unit: without its data.
         lengths: tokens of each document, for each key.
-        documents: that ended in it.
-        lines: it took, bad ones included.
-        bad: lines that were left out.
+        documents: number that ended in it.
+        lines: lines read, bad ones included.
+        bad: lines left out.
     """
 
     unit: Unit
@@ -58,7 +58,7 @@ class Encoded:
 def encode_all(
     units: Iterable[tuple[int, Unit]], recipe: Recipe, workers: int, writer: ShardedWriter
 ) -> Iterator[tuple[int, Encoded]]:
-    """Number and result of each unit, in order; its shards are written then."""
+    """Number and result of each unit, in order, once its shards are written."""
     keys = range(len(recipe.keys))
     shards = functools.partial(_shards, writer, keys)
     if workers == 1:
@@ -93,7 +93,7 @@ Loaded = tuple[str, int, int]  # definition, vocabulary and end of document of a
 
 
 def _loaded(recipe: Recipe) -> Loaded | None:
-    """What spares the workers the import of transformers."""
+    """The tokenizer in parts, so that workers need not import transformers."""
     tokenizer = tokenizer_of(recipe)
     if not isinstance(tokenizer, HFTokenizer):
         return None

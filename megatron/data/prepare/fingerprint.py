@@ -1,7 +1,6 @@
 """The note beside each pair that names the tokenizer that made it: `<prefix>.tokenizer.json`.
 
-It also holds a digest of the ends of `.bin`, so that two files of one size cannot be swapped
-unseen.
+It also holds a digest of the ends of `.bin`, to detect swapped files of one size.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def merge_pairs(prefixes: Sequence[str], output: str) -> tuple[int, int]:
         data = Path(work) / "bin"
         _copy_tokens(prefixes, data)
         _join_tables(datasets, lengths, documents)
-        note_path(output).unlink(missing_ok=True)  # of what lay there before
+        note_path(output).unlink(missing_ok=True)  # of an earlier output
         commit_pair(data, output, first.dtype, lengths, documents)
     if all(prefix in notes for prefix in prefixes):
         save_note(output, replace(notes[prefixes[0]], data=data_digest(output)))

@@ -10,8 +10,8 @@ from pathlib import Path
 from megatron.config.errors import ConfigError, DataError
 
 END_OF_TEXT = "<|endoftext|>"
-# Covers digits, case, runs of spaces, newlines, accents and other scripts: what tokenizers of one
-# vocabulary but other merges or normalisation split in other ways.
+# Covers digits, case, runs of spaces, newlines, accents and other scripts: tokenizers with one
+# vocabulary but different merges or normalisation split these differently.
 _PROBE = (
     "The year 2024: 1,234.5 kg  of\n\n\tna\u00efve code() {x = y+1;} DON'T "
     "\u4f60\u597d \u0416\u0443\u043a \U0001f600"
@@ -21,8 +21,7 @@ _PROBE = (
 def fingerprint_of(pieces: Sequence[str], eod: int, encode: Callable[[str], list[int]]) -> str:
     """SHA-256 of a vocabulary, its end of document and the ids of a probe.
 
-    Not of the tokenizer's file: its text changes between versions of a library while the ids do
-    not.
+    Not of the tokenizer's file: its text changes between versions of a library, the ids do not.
     """
     parts = [list(pieces), eod, encode(_PROBE)]
     return hashlib.sha256(json.dumps(parts, ensure_ascii=True).encode()).hexdigest()
@@ -60,7 +59,7 @@ class ByteTokenizer(_TextByText):
 
 
 class CharTokenizer(_TextByText):
-    """One id a character of a fixed alphabet; the id after the last ends a document."""
+    """One id per character of a fixed alphabet; the id after the last ends a document."""
 
     def __init__(self, alphabet: Sequence[str]) -> None:
         """Tokenizer of an alphabet of different single characters."""

@@ -1,7 +1,7 @@
 """A pair that grows by whole shards of bytes and resumes after an interruption.
 
 Tokens and lengths lie in a work folder beside the pair. A journal records how much of them is
-good; what an interrupted writer left beyond that is truncated. `commit` names the pair.
+valid; what an interrupted writer left beyond that is truncated. `commit` names the pair.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class ShardedWriter:
         self._lengths: list[IO[bytes]] = []
         for number, (tokens, lengths) in enumerate(self._sizes):
             self._lengths.append(self._opened_at(number, "lengths", lengths))
-            if not self._complete:  # else it may have its name already
+            if not self._complete:  # else it may be renamed already
                 self._data.append(self._opened_at(number, "bin", tokens))
 
     @property
@@ -121,7 +121,7 @@ class ShardedWriter:
         self._write_journal(complete=False)
 
     def commit(self) -> None:
-        """Write the indices and give all pairs their names; done again after an interruption."""
+        """Write the indices and name all pairs; may be repeated after an interruption."""
         assert not any(self._open_length), "the last document was not ended"
         if not self._complete:
             self.save(self.progress)
@@ -145,7 +145,7 @@ class ShardedWriter:
         return self.folder / f"pair-{number}.{suffix}"
 
     def _read_journal(self) -> dict[str, Any]:
-        """The journal of the same task; whatever else lies here is removed."""
+        """The journal of the same task; all other files here are removed."""
         try:
             journal: dict[str, Any] = json.loads((self.folder / _JOURNAL).read_text())
         except (OSError, ValueError):
@@ -169,7 +169,7 @@ class ShardedWriter:
         write_atomically(self.folder / _JOURNAL, json.dumps(journal))
 
     def _opened_at(self, number: int, suffix: str, size: int) -> IO[bytes]:
-        """A work file truncated to the size that is known to be good, open at its end."""
+        """A work file truncated to its valid size, open at its end."""
         path = self._path(number, suffix)
         path.touch()
         file = self._open.enter_context(path.open("r+b"))

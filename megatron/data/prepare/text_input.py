@@ -1,7 +1,7 @@
 """Text files as units of work of bounded size: JSON lines, plain, gzip or zstd; Parquet; text.
 
 Units depend on the input alone, not on the number of workers. Plain JSON and Parquet are split by
-reference, so that workers read them; the rest is a stream that one process reads and hands out.
+reference, so that workers read them; the rest is a stream that one process reads and distributes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Unit:
         start, stop: of a range; start alone of rows.
         data: lines or text.
         ends_document: False for a piece of text that another one follows.
-        input_bytes: of the file as it lies on disk that this unit accounts for.
+        input_bytes: bytes of the file on disk that this unit covers.
     """
 
     path: str
@@ -50,7 +50,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Bad:
-    """What cannot be used: its line or row, counted from 0 within its unit, and why."""
+    """An unusable document: its line or row, counted from 0 within its unit, and why."""
 
     line: int
     reason: str

@@ -1,7 +1,7 @@
 """Tokenizers behind one interface: text to ids and back, vocabulary size, end of document.
 
-None adds anything by itself: a document is its text's ids, and the end-of-document id where it is
-asked for. Libraries are imported where they are used, so that byte, char and null data need none.
+None adds ids by itself: a document is its text's ids, and the end-of-document id on request.
+Libraries are imported where they are used, so that byte, char and null data need none.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 class Tokenizer(Protocol):
-    """What data making, checking and generation need of a tokenizer."""
+    """What preparation, checks and generation need of a tokenizer."""
 
     @property
     def vocab_size(self) -> int:
@@ -127,10 +127,10 @@ class HFTokenizer(_Backed):
 
 
 class LoadedTokenizer(_Backed):
-    """An HFTokenizer that another process has loaded: its library is imported in no time."""
+    """An HFTokenizer that another process has loaded; avoids the slow import of transformers."""
 
     def __init__(self, definition: str, vocab_size: int, eod: int) -> None:
-        """Make it of an HFTokenizer's `definition()`."""
+        """Rebuild it from an HFTokenizer's `definition()`."""
         from tokenizers import Tokenizer as Backend
 
         self.vocab_size = vocab_size
@@ -181,7 +181,7 @@ class SentencePieceTokenizer:
         return list(self._processor.encode(text))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of several texts; one thread, for callers run a process a core."""
+        """Ids of several texts; one thread, as callers run one process per core."""
         return [list(ids) for ids in self._processor.encode(list(texts), num_threads=1)]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -307,7 +307,7 @@ def _gpt2_files_of_hub(name: str) -> tuple[str, str]:
 
 
 def _cache_first(load: Callable[..., T]) -> T:
-    """Load from the local cache, then the hub: a run needs no network for what is here already."""
+    """Load from the local cache, then the hub: cached files need no network."""
     try:
         return load(local_files_only=True)
     except (OSError, ValueError):

@@ -21,8 +21,8 @@ def export_tokenizer(kind: str, model: str | None, folder: Path) -> int | None:
         folder: where config.json lies.
 
     Returns:
-        The id that ends a document; None where the kind has no form that transformers knows (bytes,
-        characters, plain numbers), and nothing was written.
+        The id that ends a document; None where transformers has no such kind (bytes, characters,
+        plain numbers), and nothing was written.
     """
     if kind == "HFTokenizer":
         from transformers import AutoTokenizer

@@ -1,4 +1,4 @@
-"""Tokens of text by looking up its words: many times as fast as the tokenizer, the same ids.
+"""Tokens of text by looking up its words: the same ids as the tokenizer's, many times as fast.
 
 A text is split where a tokenizer is known to give both sides the ids that it gives the whole
 (`borders`), and the ids of each piece are kept. Splits are made before a space that follows
@@ -22,9 +22,9 @@ from megatron.data.prepare.tokenizer import (
     Tokenizer,
 )
 
-KEPT_WORDS = 1 << 20  # some hundred MB at most; then they are forgotten and learned again
-_KEPT_LENGTH = 64  # characters; longer pieces hardly come again
-_BEGINNING = 4  # characters of an added token that are looked for
+KEPT_WORDS = 1 << 20  # some hundred MB at most; then the cache is cleared
+_KEPT_LENGTH = 64  # characters; longer pieces hardly repeat
+_BEGINNING = 4  # characters of an added token that are searched for
 _SPACE = "\u2581"  # how vocabularies write a space
 
 # Rules by which pre-tokenizers split text into words. None matches across printable ASCII and a
@@ -36,7 +36,7 @@ _LLAMA3 = (
 )
 _QWEN2 = _LLAMA3.replace("{1,3}", "")
 _RULES = {_GPT2, _LLAMA3, _QWEN2}
-# Digits first, each or each run alone: what is left and right of them is split on its own.
+# Digits first, each or each run alone: the text on either side is split on its own.
 _DIGITS = {
     individual: (r"\p{N}|" if individual else r"\p{N}+|")
     + _GPT2.replace(r"| ?\p{N}+", "").replace(r"(?!\S)", r"(?![^\s\p{N}])")
@@ -107,7 +107,7 @@ class WordEncoder:
     def _by_words(
         self, text: str, rule: re.Pattern[str], learned: dict[str, bytes]
     ) -> list[bytes | str]:
-        """Ids of the words of plain text; those not known as text, entered into `learned`."""
+        """Ids of the words of plain text; unknown words as text, added to `learned`."""
         pieces = rule.findall(text)
         result: list[bytes | str] = list(map(self._pieces.get, pieces))  # type: ignore[arg-type]
         place = -1
@@ -120,7 +120,7 @@ class WordEncoder:
             return result
 
     def _by_spaces(self, text: str, learned: dict[str, bytes]) -> list[bytes | str]:
-        """The same for any text, split before spaces alone."""
+        """As `_by_words`, for any text, split before spaces alone."""
         words = text.split(" ")
         known: list[bytes | None] = list(map(self._words.get, words))
         result: list[bytes | str] = []
@@ -186,7 +186,7 @@ def _crosses(token: str) -> bool:
 
 
 def _borders(definition: dict[str, Any]) -> Borders | None:
-    """The same of a `tokenizers` definition."""
+    """As `borders`, of a `tokenizers` definition."""
     model, normalizer = definition["model"], definition["normalizer"]
     if model.get("type") != "BPE" or model.get("dropout"):
         return None
@@ -196,7 +196,7 @@ def _borders(definition: dict[str, Any]) -> Borders | None:
         if any(character.isspace() for character in token["content"]):
             return None
     if normalizer == {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}:
-        # No word borders at all, as Gemma has it: merges stay inside of what tokens there are.
+        # No word borders at all, as in Gemma: merges stay inside existing tokens.
         inside = _SPACE in model["vocab"] and not any(map(_crosses, model["vocab"]))
         return Borders(None) if inside else None
     if normalizer not in (None, {"type": "NFC"}):
