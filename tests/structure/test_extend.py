@@ -51,6 +51,8 @@ class Trained:
 
 def train(extend: Callable[[], Any], folder: Path) -> tuple[str, Any]:
     """In a rank of its own: extends, then trains as pretrain_gpt_alcf.py does."""
+    import torch.distributed as dist
+
     import pretrain_gpt_alcf
 
     brought = extend()
@@ -58,6 +60,7 @@ def train(extend: Callable[[], Any], folder: Path) -> tuple[str, Any]:
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         status = pretrain_gpt_alcf.main([])
     assert status == 0, printed.getvalue()
+    assert not dist.is_initialized(), "the run left its process groups open"
     return printed.getvalue(), brought
 
 
