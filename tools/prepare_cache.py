@@ -93,7 +93,7 @@ def prepare(settings: OrderSettings, folder: Path, workers: int, verify: bool) -
                     task.result()
             except BrokenProcessPool as error:
                 raise ConfigError(
-                    f"a worker was killed, for want of memory? Use fewer --workers; what the "
+                    f"a worker was killed, perhaps out of memory: use fewer --workers; what the "
                     f"others built stays in {folder}"
                 ) from error
     splits = build_megatron_datasets(settings, folder, _log, check_up_to=check_up_to)

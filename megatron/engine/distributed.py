@@ -53,8 +53,8 @@ def start_distributed(
 def stop_distributed() -> None:
     """Leaves all process groups at a run's end; a collective. Close the engine first.
 
-    A backend's thread that releases a tensor while the interpreter exits aborts the process, so
-    pending work is finished here.
+    A backend's thread that releases a tensor while the interpreter exits aborts the process, so all
+    tensors are released here.
     """
     if not dist.is_initialized():
         return

@@ -63,7 +63,7 @@ PATCHES = (
         "deepspeed.runtime.pipe.engine.PipelineEngine._exec_reduce_tied_grads",
         "megatron.engine.patches.reduce_tied_gradients",
         "it looks for gradients in `grad`; bf16 with the optimizer on the host accumulates them in"
-        " `grad_accum`, where they would stay those of one stage",
+        " `grad_accum`, where they are not summed over stages",
         "tests/equivalence/test_zero_layouts.py: tied weights with the optimizer on the host",
     ),
     Patch(
@@ -105,7 +105,7 @@ PATCHES = (
     Patch(
         "deepspeed.accelerator.cpu_accelerator.CPU_Accelerator.is_fp16_supported",
         "megatron.engine.patches.patch_cpu_accelerator",
-        "DeepSpeed wants fp16 instructions; torch computes fp16 on every CPU, if slowly",
+        "DeepSpeed requires fp16 instructions; torch computes fp16 on every CPU, if slowly",
         "a run with DTYPE=fp16 starts on a CPU without them",
     ),
     Patch(

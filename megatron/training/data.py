@@ -121,7 +121,7 @@ def train_data(run: RunConfig, data: Data, state: RunState) -> SampleSource:
         number, total, wanted = short
         raise DataError(
             f"{data.stages[number].path}: with its max_epochs the list gives {total:,} samples, "
-            f"the run wants {wanted:,} of it; raise max_epochs, add data or lower TRAIN_ITERS"
+            f"the run needs {wanted:,} of it; raise max_epochs, add data or lower TRAIN_ITERS"
         )
     return train
 

@@ -42,7 +42,7 @@ class Interval:
         grad_norm, loss_scale: the last step's; None where the engine has none.
         skipped: steps that changed no weight.
         measured: what the engine measured, such as the pipeline's bubble.
-        corpus_loss: loss of each corpus; None where it is not asked for.
+        corpus_loss: loss of each corpus; None where it is not logged.
     """
 
     run: RunConfig
