@@ -2,7 +2,7 @@
 """Pretrains a Llama or SmolLM model on the ranks that a launcher has started.
 
 bash train_alcf.sh                                  # makes the configuration, starts the ranks
-torchrun --nproc-per-node 2 pretrain_gpt_alcf.py    # the ranks make it themselves, all the same one
+torchrun --nproc-per-node 2 pretrain_gpt_alcf.py    # every rank makes the same configuration
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def build_engine(
 
 
 def _refused(ranks: Ranks, error: Exception, status: int) -> int:
-    """All ranks fail alike; one of them says why."""
+    """All ranks fail with the same error; one of them prints it."""
     if ranks.rank == 0:
         print(f"error: {error}", file=sys.stderr)
     return status
@@ -137,7 +137,7 @@ def _refused(ranks: Ranks, error: Exception, status: int) -> int:
 
 if __name__ == "__main__":
     assert isinstance(sys.stdout, io.TextIOWrapper)
-    sys.stdout.reconfigure(errors="backslashreplace")  # a text may hold what a terminal cannot show
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack characters
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR2, all_threads=True)
     status = main(sys.argv[1:])

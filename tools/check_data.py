@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Looks at the files of a data list before a run does: one row per corpus, and every bad file.
+"""Checks the files of a data list before a run: one row per corpus, and every bad file.
 
     python3 tools/check_data.py LIST [--deep] [--tokenizer-type T --tokenizer-model M]
 
-Without --deep it reads the whole index and some places of each file; with it every token. Exit
-status: 0 all is well, 2 a setting is wrong, 3 some file is bad.
+Reads the whole index and some places of each file, with --deep every token. Exit status: 0 all is
+well, 2 a setting is wrong, 3 some file is bad.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from megatron.data.prepare.tokenizer import TOKENIZERS, Tokenizer, build_tokeniz
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Looks at all files; returns the exit status."""
+    """Checks all files; returns the exit status."""
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
@@ -53,7 +53,7 @@ def check(
     tokenizer: Tokenizer | None,
     options: argparse.Namespace,
 ) -> int:
-    """Looks at each file once and prints what was found."""
+    """Checks each file once and prints the results."""
     if vocab_size is None and tokenizer is not None:
         vocab_size = tokenizer.vocab_size
     prefixes = list(dict.fromkeys(source.prefix for source in sources))
@@ -140,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     add("list", help="a data file list, or a list of stages")
     add("--deep", action="store_true", help="read every token, and hash them")
     add("--vocab-size", type=int, help="ids must lie below it; default: the tokenizer's")
-    add("--tokenizer-type", choices=sorted(TOKENIZERS), help="the files should be made with")
+    add("--tokenizer-type", choices=sorted(TOKENIZERS), help="that should have made the files")
     add("--tokenizer-model", help="its name or path")
     add("--workers", type=int, default=min(os.cpu_count() or 1, 16), help="files read at a time")
     add("--json", action="store_true", help="what was found of each file, as JSON")

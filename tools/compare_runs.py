@@ -29,7 +29,7 @@ Records = Sequence[Mapping[str, Any]]
 
 
 def gap(a: float | None, b: float | None) -> float:
-    """Distance of two numbers: 0 where both are NaN or absent, infinite where only one is."""
+    """Absolute difference: 0 where both are NaN or absent, infinite where only one is."""
     if a is None or b is None:
         return 0.0 if a is b else math.inf
     if a == b or (math.isnan(a) and math.isnan(b)):

@@ -112,7 +112,7 @@ def _weights(reader: TensorReader, manifest: dict[str, Any]) -> Callable[[str], 
 
 
 def _command(shape: ModelShape, run: Path) -> str:
-    """The command that trains an imported model: what a checkpoint holds a resume to."""
+    """The command that trains an imported model, with all settings that a resume must keep."""
     values, flags = [f"RUN_DIR={run}"], []
     for field in dataclasses.fields(shape):
         value, option = getattr(shape, field.name), field.metadata

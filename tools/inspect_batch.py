@@ -58,7 +58,7 @@ def _print_step(history: RunHistory, options: argparse.Namespace) -> None:
     losses: list[float | None] = [None] * len(samples)
     if options.loss is not None:
         with redirect_stdout(sys.stderr):  # DeepSpeed's logger writes to standard output
-            from megatron.analysis.sample_loss import SampleLosses  # imports what trains
+            from megatron.analysis.sample_loss import SampleLosses  # imports the training code
 
             model = SampleLosses(options.loss)
             found = model.losses([torch.from_numpy(sample.tokens) for sample in samples])
@@ -158,7 +158,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--decode", action="store_true", help="also as text")
     add("--json", action="store_true", help="everything, as JSON")
     add("--loss", type=Path, metavar="CHECKPOINT", help="rank the samples by their loss under it")
-    add("--find-document", metavar="FILE:NUMBER", help="at which steps a document is read")
+    add("--find-document", metavar="FILE:NUMBER", help="print the steps that read a document")
     return parser
 
 

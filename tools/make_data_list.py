@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Makes a data file list from pairs: one corpus per folder (or named), weights by what they hold.
+"""Makes a data file list from pairs: one corpus per folder (or named), weights by tokens.
 
     python3 tools/make_data_list.py data/books data/code > list.txt            by tokens
     python3 tools/make_data_list.py data/books data/code --temperature 2       flatter
     python3 tools/make_data_list.py books=data/b code=data/c --shares books=0.3 code=0.7
 
-Within a corpus a file's weight is in proportion to its tokens, so that all of a corpus is seen
-equally often. Exit status: 0, 2 for a wrong setting, 3 for wrong data.
+Within a corpus a file's weight is in proportion to its tokens, so that all of it is seen equally
+often. Exit status: 0, 2 for a wrong setting, 3 for wrong data.
 """
 
 from __future__ import annotations

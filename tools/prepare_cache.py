@@ -3,8 +3,8 @@
 
     [VAR=value ...] python3 tools/prepare_cache.py [--workers N] [--verify] [--flag value ...]
 
-Takes the variables and flags of the training command, all that decide the order among them: give
-the same ones, NHOSTS or WORLD_SIZE too where the job will have more ranks than this machine.
+Takes the variables and flags of the training command: give the same ones, and NHOSTS or WORLD_SIZE
+where the job will have more ranks than this machine.
 Exit status: 0 done, 2 a setting is wrong, 3 the data is wrong.
 """
 
@@ -49,7 +49,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     )  # fmt: skip
     parser.add_argument(
         "--verify", action="store_true",
-        help="read every cached file whole and build damaged ones again",
+        help="read every cached file whole and rebuild damaged ones",
     )  # fmt: skip
     options, flags = parser.parse_known_args(argv)
     try:
@@ -71,7 +71,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
 def _entries(run: RunConfig) -> tuple[DataSource, ...]:
     if run.data.data_file_list == BUILTIN:
         data = run.data
-        return builtin_corpus(data.tokenizer_type, data.tokenizer_model, _say).entries
+        return builtin_corpus(data.tokenizer_type, data.tokenizer_model, _log).entries
     return parse_data_list(run.data.data_file_list)
 
 
@@ -79,13 +79,13 @@ def prepare(settings: OrderSettings, folder: Path, workers: int, verify: bool) -
     """Build what is missing with `workers` processes, then print what a run will find.
 
     Raises:
-        DataError: the order asks of a file what it does not have.
+        DataError: the order needs more of a file than it has.
         ConfigError: the cache cannot be written, or a worker died.
     """
     started = time.monotonic()
     check_up_to = sys.maxsize if verify else CHECKED_AT_START
     if workers > 1:
-        # All are given the whole task: they share it as the ranks of a run would.
+        # All get the whole task: they divide it as the ranks of a run do.
         with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
             tasks = [pool.submit(_build, settings, folder, check_up_to) for _ in range(workers)]
             try:
@@ -93,10 +93,10 @@ def prepare(settings: OrderSettings, folder: Path, workers: int, verify: bool) -
                     task.result()
             except BrokenProcessPool as error:
                 raise ConfigError(
-                    f"a worker was killed, for want of memory? Use fewer --workers; what the "
+                    f"a worker was killed, perhaps out of memory: use fewer --workers; what the "
                     f"others built stays in {folder}"
                 ) from error
-    splits = build_megatron_datasets(settings, folder, _say, check_up_to=check_up_to)
+    splits = build_megatron_datasets(settings, folder, _log, check_up_to=check_up_to)
     for name, dataset in zip(NAMES, (splits.train, splits.valid, splits.test), strict=True):
         if dataset is not None:
             print(f"{name:5} {len(dataset):>15,} samples of {len(dataset.corpora)} corpora")
@@ -104,10 +104,10 @@ def prepare(settings: OrderSettings, folder: Path, workers: int, verify: bool) -
 
 
 def _build(settings: OrderSettings, folder: Path, check_up_to: int) -> None:
-    build_megatron_datasets(settings, folder, _say, check_up_to=check_up_to)
+    build_megatron_datasets(settings, folder, _log, check_up_to=check_up_to)
 
 
-def _say(line: str) -> None:
+def _log(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 

@@ -32,7 +32,7 @@ from megatron.data.prepare.text_input import SUFFIXES
 from megatron.data.prepare.tokenizer import TOKENIZERS, Tokenizer
 
 SHOWN_BAD_LINES = 10
-SAVE_SECONDS = 10.0  # between two notes of how far the work is
+SAVE_SECONDS = 10.0  # between two entries of the journal
 INTERRUPTED = 130
 
 
@@ -141,7 +141,7 @@ class PreprocessingProgress:
     """Counts what was written; logs it, with rates and the time left, every few seconds."""
 
     def __init__(self, paths: Sequence[str], writer: ShardedWriter, interval: float) -> None:
-        """Begin to count, or resume from what the writer has noted; `interval` in seconds."""
+        """Start to count, or resume from the writer's journal; `interval` in seconds."""
         self._writer = writer
         self._interval = interval
         self._started = self._said = time.monotonic()
@@ -226,7 +226,7 @@ def _parser() -> argparse.ArgumentParser:
         "--input",
         nargs="+",
         required=True,
-        help="files or globs: .jsonl and .json (a document a line), these as .gz or .zst, "
+        help="files or globs: .jsonl and .json (one document per line), these as .gz or .zst, "
         ".parquet, .txt",
     )
     add(

@@ -45,13 +45,13 @@ class ExplainedSample(Sample):
 
 
 class RunHistory:
-    """The steps of a run, as far as its folder shows them."""
+    """The steps of a run, as recorded in its folder."""
 
     def __init__(self, folder: Path) -> None:
         """Reads the folder of a run.
 
         Raises:
-            ConfigError: it is none.
+            ConfigError: it is not a run's folder.
         """
         if not (folder / RUN_FILE).is_file():
             raise ConfigError(
@@ -65,10 +65,10 @@ class RunHistory:
         self._orders: dict[int, StagedDataset | MegatronDataset] = {}  # by first sample
 
     def samples(self, step: int) -> range:
-        """Samples of a step, taken, skipped or yet to come.
+        """Samples of a step, taken, skipped or to come.
 
         Raises:
-            DataError: the batch size changed around the step and no record says where.
+            DataError: the batch size changed around the step and no record shows where.
         """
         if step < 1:
             raise ConfigError(f"--step {step}: steps count from 1")
@@ -77,7 +77,7 @@ class RunHistory:
         if rest:
             raise DataError(
                 f"between steps {first} and {self._points[after][0]} the batch size changed, and "
-                "metrics.jsonl does not say where; set LOG_INTERVAL=1 in later runs"
+                "metrics.jsonl does not show where; set LOG_INTERVAL=1 in later runs"
             )
         start += (step - 1 - first) * size
         return range(start, start + size)
@@ -150,7 +150,7 @@ class RunHistory:
 
     @cached_property
     def _points(self) -> list[tuple[int, int]]:
-        """(step, samples consumed after it) wherever that is known, the start first."""
+        """(step, samples consumed after it) where that is known, the start first."""
         points = {0: 0}
         metrics = self.folder / "metrics.jsonl"
         for record in read(metrics) if metrics.is_file() else []:
@@ -160,7 +160,7 @@ class RunHistory:
         return sorted(points.items())
 
     def _stretch(self, after: int) -> tuple[int, int, int, int]:
-        """The steps before point `after`, or after the last point: of equal size but for a rest.
+        """The steps before point `after`, or after the last: equal in size but for a remainder.
 
         Returns:
             (steps, samples) consumed before them, samples per step, samples left over.
@@ -187,7 +187,7 @@ class RunHistory:
         return recorded_order(stage.record, cache_folder(self.run))
 
     def _data_stages(self) -> tuple[DataStage, ...]:
-        """What the run was trained on; without a checkpoint, what its settings say."""
+        """The data that the run was trained on; without a checkpoint, that of its settings."""
         known = next((state.data for state in self._states if state.data), None)
         if known is not None:
             return known

@@ -1,4 +1,4 @@
-"""The end of a run: a text from the model, how it went, and what to do next."""
+"""The end of a run: a text from the model, a summary, and what to do next."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def print_summary(run: RunConfig, sample: str) -> None:
     folder = run.run_folder
     curve = series(read(folder / "metrics.jsonl"))
     print(plot({"loss": curve}, "loss", encoding=sys.stdout.encoding or "utf-8"))
-    print(f"What the model says (its own words after [...]):\n\n{sample}\n")
+    print(f"Sample from the model (generated after [...]):\n\n{sample}\n")
     report = write_report(folder)
     print("\n".join(_next_steps(run, folder, report)))
 
@@ -67,7 +67,7 @@ def _next_steps(run: RunConfig, folder: Path, report: Path) -> list[str]:
 
 
 def log_finished(run: RunConfig, state: RunState) -> None:
-    """A start of a run that has done all its steps."""
+    """Log that a run has already done all its steps."""
     log.info(
         f"{run.run_folder} has done its {state.iteration} steps (TRAIN_ITERS="
         f"{run.train.train_iters}); to continue it set TRAIN_ITERS higher, to start again choose"

@@ -43,13 +43,12 @@ def plot(
         curves: name -> points; names are shown where there are several.
         title: first line.
         x_label: what x is.
-        width: columns in all, at least 30.
+        width: total number of columns, at least 30.
         height: rows of the drawing, at least 2.
-        encoding: of the stream it is for; decides about blocks.
+        encoding: of the output stream; decides whether blocks can be used.
 
     Returns:
-        Lines of at most `width` columns, the last one ended; a line saying so where there is no
-        point.
+        Lines of at most `width` columns, each with a newline; one line if there is nothing to plot.
 
     Raises:
         ValueError: the frame is too small.
@@ -106,7 +105,7 @@ def save_png(path: Path, curves: Mapping[str, Series], title: str, y_label: str 
 
 
 def _limits(values: Sequence[float]) -> tuple[float, float]:
-    """Smallest and largest value, apart even where all are equal."""
+    """Smallest and largest value, kept apart where all are equal."""
     low, high = min(values), max(values)
     return (low, high) if high > low else (low - 0.5, high + 0.5)
 

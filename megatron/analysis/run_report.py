@@ -1,4 +1,4 @@
-"""report.md: what a run was and how it went, made from run.json and metrics.jsonl alone."""
+"""report.md: a run's configuration and results, from run.json and metrics.jsonl alone."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ LAYOUT = {
 """Last part of a run.json key -> its name in the report."""
 
 PROVENANCE = "provenance"
-"""The part of run.json that says where the run was made."""
+"""Key of run.json's section on where the run was made."""
 
 
 def report(run: Mapping[str, Any], metrics: Iterable[Mapping[str, Any]], title: str) -> str:

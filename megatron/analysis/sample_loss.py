@@ -20,10 +20,10 @@ from megatron.training.optimizers.schedule_free import evaluation_weight
 
 
 class SampleLosses:
-    """The model of a checkpoint, whole, and the mean loss that it gives a sample."""
+    """The whole model of a checkpoint, and its mean loss on a sample."""
 
     def __init__(self, folder: Path) -> None:
-        """Reads a checkpoint's folder, whatever layout wrote it.
+        """Reads a checkpoint's folder, written in any layout.
 
         Raises:
             DataError: it holds none, or a damaged one.

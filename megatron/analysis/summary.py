@@ -44,13 +44,13 @@ class Throughput:
 
 
 def training_steps(records: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Records of the steps that did work, by iteration; of two with one number the later counts."""
+    """Records of the steps that did work, by iteration; a later record replaces an earlier one."""
     steps = {record["iteration"]: record for record in records if record["event"] == "step"}
     return [steps[iteration] for iteration in sorted(steps)]
 
 
 def throughput(records: Iterable[Mapping[str, Any]], warm_up: int = WARM_UP) -> Throughput | None:
-    """Rates of a run, or None where no step did work.
+    """Rates of a run; None where no step did work.
 
     Args:
         records: records of metrics.jsonl.

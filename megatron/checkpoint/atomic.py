@@ -1,4 +1,4 @@
-"""Files that a reader finds whole or not at all: written under another name, then renamed."""
+"""Files that readers see complete or not at all: written under another name, then renamed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PARTIAL = ".partial"
 
 
 def partial_prefix(name: str) -> str:
-    """How the unfinished files of `name` begin that processes of this machine write."""
+    """Prefix of the unfinished files of `name` that processes of this machine write."""
     return f".{name}.{platform.node()}-"
 
 
@@ -24,12 +24,12 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[IO[Any]]:
 
     Args:
         path: the file; its folder exists. What is there stays until the new one is complete.
-        durable: wait until the disk has it, so that a power cut leaves the old file or the new.
+        durable: flush it to disk first, so that a power cut leaves the old file or the new.
 
     Raises:
         OSError: it cannot be written; the old file stays and nothing else is left.
     """
-    # Of this machine, process and thread alone: others may write the same file at the same time.
+    # Unique to machine, process and thread: others may write the same file at the same time.
     writer = f"{os.getpid()}-{threading.get_ident()}"
     temporary = path.with_name(f"{partial_prefix(path.name)}{writer}{PARTIAL}")
     try:

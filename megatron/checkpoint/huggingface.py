@@ -1,8 +1,8 @@
 """Hugging Face's format: config.json, and weights as safetensors shards with an index, both ways.
 
-Names and settings are the architecture's. Our matrices are theirs (q, k, v, gate and up are
-separate), so a conversion is a rename; only the vocabulary's padding is left out.
-One tensor is in memory at a time, and a shard.
+Names and settings come from the architecture. Our matrices are theirs (q, k, v, gate and up are
+separate), so a conversion is a rename that drops the vocabulary's padding. Memory holds one tensor
+and one shard at a time.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def read_shape(folder: Path) -> ModelShape:
     """The shape of a Hugging Face model folder.
 
     Raises:
-        ValueError: the model is none that this framework trains.
+        ValueError: this framework does not train such a model.
     """
     path = folder / "config.json"
     config = json.loads(path.read_text())
@@ -59,7 +59,7 @@ def export_weights(
 
     Args:
         read: our parameter name -> the whole parameter.
-        parameters: all of the model's, none of which may be left out.
+        parameters: names of all of the model's, each of which must be exported.
         shape: of the model; rows of the vocabulary beyond `vocab_size` are left out.
         folder: where to; exists.
         dtype: of the values written.
@@ -76,7 +76,7 @@ def export_weights(
     unmatched = sorted(set(names) ^ set(parameters))
     if unmatched:
         raise ValueError(
-            f"ARCHITECTURE={shape.architecture} and the weights do not fit: one lacks "
+            f"ARCHITECTURE={shape.architecture} and the weights do not match: one lacks "
             f"{', '.join(unmatched)}"
         )
     shards: list[dict[str, Tensor]] = [{}]
@@ -115,7 +115,7 @@ def import_pieces(folder: Path, shape: ModelShape) -> Iterator[Piece]:
     """The weights of a Hugging Face folder as whole, unsharded pieces, one at a time.
 
     Raises:
-        ValueError: a weight is missing, or has another shape than config.json says.
+        ValueError: a weight is missing, or has another shape than config.json gives.
     """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -133,7 +133,7 @@ def import_pieces(folder: Path, shape: ModelShape) -> Iterator[Piece]:
         if architecture.is_vocabulary(theirs):
             if value.shape[0] != shape.vocab_size:
                 raise ValueError(
-                    f"{theirs} has {value.shape[0]} rows, config.json says {shape.vocab_size}"
+                    f"{theirs} has {value.shape[0]} rows, config.json gives {shape.vocab_size}"
                 )
             padding = shape.padded_vocab_size() - shape.vocab_size
             value = torch.cat([value, value.new_zeros(padding, value.shape[1])])

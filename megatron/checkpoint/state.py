@@ -1,4 +1,4 @@
-"""RunState: a run's counters, what a checkpoint remembers besides weights and optimizer."""
+"""RunState: a run's counters, which a checkpoint holds besides weights and optimizer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class DataStage:
-    """A stretch of a run that was trained on the same data.
+    """A part of a run that was trained on the same data.
 
     Attributes:
         iteration, samples, tokens: consumed before its first step.
@@ -37,7 +37,7 @@ class RunState:
             update).
         nan_iterations: steps whose loss was not finite.
         skip_ranges: ranges (first, last), inclusive, of steps not to train on.
-        data: what it was trained on, the present stage last.
+        data: what it was trained on, the current stage last.
     """
 
     iteration: int = 0
@@ -49,7 +49,7 @@ class RunState:
     data: tuple[DataStage, ...] = ()
 
     def after(self, samples: int, tokens: int, *, skipped: bool = False) -> RunState:
-        """The state after one more step of so many samples and tokens, skipped or not."""
+        """The state after one more step of `samples` and `tokens`, skipped or not."""
         return dataclasses.replace(
             self,
             iteration=self.iteration + 1,

@@ -2,7 +2,7 @@
 
 A step is written into `step-<iteration>.tmp`, flushed to disk, described by a manifest with size
 and SHA-256 of every file, then renamed. A folder without a manifest under its final name was never
-committed. A committed step is never written again.
+committed. A committed step is never rewritten.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def save(
     Args:
         root: folder of checkpoints, on a file system that all ranks share.
         iteration: number of the step.
-        write: writes this rank's tensors to the path it is given.
+        write: writes this rank's tensors to the given path.
         about: further entries of the manifest, JSON-ready.
 
     Returns:
@@ -140,7 +140,7 @@ def damage(checkpoint: Checkpoint, names: Sequence[str] | None = None) -> list[s
             lines.append(f"{path} is missing")
         elif path.stat().st_size != about["bytes"]:
             lines.append(
-                f"{path} has {path.stat().st_size} bytes, was written with {about['bytes']}"
+                f"{path} has {path.stat().st_size} bytes, but {about['bytes']} were written"
             )
         elif _sha256(path) != about["sha256"]:
             lines.append(f"{path} differs from what was written (SHA-256)")
@@ -185,7 +185,7 @@ def _on_first_rank(action: Callable[[], None], iteration: int) -> None:
 
 
 def _rank_and_world() -> tuple[int, int]:
-    """(rank, world size); a tool without process group is a world of one."""
+    """(rank, world size); (0, 1) in a tool without a process group."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 

@@ -57,7 +57,7 @@ class _Run:
 
 @dataclass
 class Stored:
-    """One state of one parameter: its whole shape, its partition, and its runs by shard."""
+    """One state of one parameter: its full shape, its partition, and its runs by shard."""
 
     shape: tuple[int, ...]
     partition_dim: int | None
@@ -113,7 +113,7 @@ class TensorReader:
         return self._scalars[name]
 
     def whole(self, name: str, state: str = WEIGHT) -> Tensor:
-        """A whole parameter or one of its states, with the shape it had when it was written."""
+        """A whole parameter or one of its states, in the shape it was written with."""
         stored = self._stored[name][state]
         shape = stored.shard_shape()
         shards = [

@@ -22,7 +22,7 @@ def resolve_batch(draft: Draft, data_parallel: int) -> None:
     """Make the three batch sizes agree.
 
     Raises:
-        ConfigError: where what the user set contradicts itself; the message shows the arithmetic.
+        ConfigError: the user's settings contradict each other; the message shows the arithmetic.
     """
     draft.fill(MICRO, 1, "default")
     draft.fill(ACCUMULATION, 1, "default")

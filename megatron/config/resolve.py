@@ -27,7 +27,7 @@ DEFAULT_TOKENIZER = ("HFTokenizer", "google/gemma-7b")
 
 @dataclass(frozen=True)
 class Site:
-    """What the defaults depend on of a machine.
+    """Properties of a machine that defaults depend on.
 
     Attributes:
         machine: name of the machine.

@@ -49,8 +49,8 @@ def parse(text: str, name: str = "ROPE_SCALING") -> Llama3Scaling:
         or original_length < 1
     ):
         raise ConfigError(
-            f"{name}={text}: needs four numbers, factor >= 1, 0 < low < high, original_length >= "
-            f"1; {fix}"
+            f"{name}={text}: needs four numbers, factor >= 1, 0 < low < high, "
+            f"original_length >= 1; {fix}"
         )
     return Llama3Scaling(factor, low, high, original_length)
 

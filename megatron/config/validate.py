@@ -251,8 +251,8 @@ def check_optimizer(draft: Draft) -> Iterator[str]:
         return
     if optimizers.RULES[rule.value].whole_matrix and zero.value > 1:
         yield (
-            f"{rule} needs whole matrices, which {zero} partitions. Set {zero.name}=1 or "
-            f"{rule.name}=adamw"
+            f"{rule} needs whole matrices, which {zero} partitions. "
+            f"Set {zero.name}=1 or {rule.name}=adamw"
         )
     if rule.value == "adamwschedulefree" and zero.value == 3:
         yield (
@@ -287,8 +287,8 @@ def check_learning_rate(draft: Draft) -> Iterator[str]:
     total = sum(phase.value for phase in phases)
     if total > 1 + 1e-9:  # 0.1 + 0.2 + 0.7 is not above 1
         yield (
-            f"{' + '.join(map(str, phases))} = {total:g} is more than the whole run (1). Lower one "
-            "of them"
+            f"{' + '.join(map(str, phases))} = {total:g} is more than the whole run (1). "
+            "Lower one of them"
         )
 
 

@@ -65,13 +65,13 @@ def parse_data_list(path: str | Path, name: str = "DATA_FILE_LIST") -> tuple[Dat
     for number, words in lines:
         if words[0] == "stage":
             raise DataError(
-                f"{name}: {path}:{number}: a stage stands in a list of `stage` lines alone; put "
+                f"{name}: {path}:{number}: `stage` lines and data lines do not mix; put "
                 "the data lines into a list of their own"
             )
     if not sources:
         raise DataError(
-            f"{name}={path} has no data line; write `weight prefix corpus`, e.g. `1.0 data/books "
-            "books`"
+            f"{name}={path} has no data line; write `weight prefix corpus`, "
+            "e.g. `1.0 data/books books`"
         )
     if not any(source.weight for source in sources):
         raise DataError(f"{name}={path}: every line has weight 0; give one a weight above 0")
@@ -106,15 +106,15 @@ def parse_data_stages(path: str | Path, name: str = "DATA_FILE_LIST") -> tuple[L
         where = f"{name}: {path}:{number}"
         if words[0] != "stage" or len(words) != 3:
             raise DataError(
-                f"{where}: {' '.join(words)[:80]!r} is not `stage TOKENS LIST`, e.g. `stage 2T "
-                "b.txt`; a list of stages has no other lines"
+                f"{where}: {' '.join(words)[:80]!r} is not `stage TOKENS LIST`, "
+                "e.g. `stage 2T b.txt`; a list of stages has no other lines"
             )
         start = _tokens(words[1], where)
         if not stages and start != 0:
             raise DataError(f"{where}: the first stage must start at 0, not at {words[1]}")
         if stages and start <= stages[-1].start_tokens:
             raise DataError(
-                f"{where}: starts at {start} tokens, the stage before it at "
+                f"{where}: starts at {start} tokens, but the stage before it starts at "
                 f"{stages[-1].start_tokens}; put the stages in order"
             )
         file = Path(path).parent / words[2]
@@ -140,8 +140,8 @@ def _lines(path: str | Path, name: str) -> list[tuple[int, list[str]]]:
     except FileNotFoundError:
         instead = f", or {name}={BUILTIN}" if name == "DATA_FILE_LIST" else ""
         raise DataError(
-            f"{name}={path} does not exist (working folder {Path.cwd()}); give a file of `weight "
-            f"prefix corpus` lines{instead}"
+            f"{name}={path} does not exist (working folder {Path.cwd()}); "
+            f"give a file of `weight prefix corpus` lines{instead}"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{name}={path} cannot be read: {error}") from None

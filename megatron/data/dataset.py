@@ -109,7 +109,7 @@ class StagedDataset:
     """The training data of a run: one data set per stage, each with sample 0 where it begins."""
 
     def __init__(self, parts: Sequence[tuple[int, Dataset]]) -> None:
-        """Args: parts are the first sample of each stage, ascending, and its data."""
+        """`parts` holds the first sample and the data of each stage, ascending."""
         self.parts = tuple(parts)
         self._firsts = [first for first, _ in parts]
         assert self._firsts == sorted(set(self._firsts))
@@ -158,7 +158,7 @@ class LaterDataset:
     """An order whose sample 0 is a later sample of the run."""
 
     def __init__(self, first: int, dataset: SampleSource) -> None:
-        """Args: first is the sample of the run that `dataset` begins with."""
+        """`first` is the sample of the run that `dataset` begins with."""
         self.first = first
         self.dataset = dataset
 

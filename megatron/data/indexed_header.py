@@ -60,7 +60,7 @@ def read_header(prefix: str, allow_empty: bool = False) -> IndexHeader:
     except OSError as error:
         raise DataError(f"{index} cannot be read: {error}") from None
     if header.tokens == 0 and not allow_empty:
-        raise DataError(f"{tokens} holds no tokens; take it off the list or {REMAKE}")
+        raise DataError(f"{tokens} holds no tokens; remove it from the list or {REMAKE}")
     return header
 
 
@@ -125,7 +125,7 @@ def _last_sequence(stream: FileIO, sequences: int) -> tuple[int, int]:
 def _where(prefix: str) -> str:
     """The fix for a missing file."""
     if Path(prefix).is_absolute():
-        return "correct the path in the list, or take the line out"
+        return "correct the path in the list, or remove the line"
     return (
-        f"paths are relative to the working folder ({Path.cwd()}): correct it, or take the line out"
+        f"paths are relative to the working folder ({Path.cwd()}): correct it, or remove the line"
     )

@@ -240,9 +240,9 @@ class _Maker:
         """Warn of files without a sample in a split; refuse a corpus that training would lose."""
         first = files[0]
         what = (
-            f"corpus {corpus}: {len(files)} file(s) have no {SPLIT_NAMES[split]} sample of SEQ + "
-            f"1 = {self.seq_length + 1} tokens, the first is {first.entry.prefix} with "
-            f"{first.header.tokens} tokens"
+            f"corpus {corpus}: {len(files)} file(s) have no {SPLIT_NAMES[split]} sample of "
+            f"SEQ + 1 = {self.seq_length + 1} tokens, the first is {first.entry.prefix} "
+            f"with {first.header.tokens} tokens"
         )
         if rest:
             self.warnings.append(f"{what}; the other files of the corpus take their share")

@@ -216,7 +216,7 @@ def _require_sample(source: DataSource, count: int, least: int) -> None:
     if source.weight and 0 < count < least:
         raise DataError(
             f"{source.prefix}.bin holds {count} tokens, one sample of SEQ={least - 1} needs "
-            f"{least - 1} + 1; lower SEQ or take the line out"
+            f"{least - 1} + 1; lower SEQ or remove the line"
         )
 
 

@@ -1,8 +1,8 @@
-"""The training engine: DeepSpeed behind one interface, and behind this one package.
+"""The training engine: DeepSpeed behind one interface, in this package only.
 
 One stage runs `Stack` under DeepSpeedEngine, more stages `PipelineModule` under PipelineEngine.
-Both are built from the same list of layers, name their parameters alike and give the same losses.
-Nothing else in the project imports deepspeed; `patches.py` lists what is changed in it.
+Both use the same list of layers and the same parameter names, and give the same losses. No other
+package imports deepspeed; `patches.py` lists the changes to it.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def start_engine(
         kind: of the engine.
         module: this rank's part of the model.
         loss, make_optimizer, groups, device, deepspeed_config: as `make_engine` has them.
-        mpu: DeepSpeed's look-ups; None where the module has them.
+        mpu: DeepSpeed's model-parallel unit; None where the module has its own.
         replica: MiCS' ranks with equal states.
     """
     optimizer = make_optimizer(module.named_parameters())

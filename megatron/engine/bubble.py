@@ -1,8 +1,8 @@
-"""The pipeline bubble as measured: the share of its steps in which a stage computes nothing.
+"""The measured pipeline bubble: the fraction of the steps' time in which a stage computes nothing.
 
-Forward and backward passes are timed on each stage; a stage that waits for its neighbour is in
-neither. On an accelerator the times are events on its stream, read when they have passed, so that
-no micro-batch waits for the device.
+Forward and backward passes are timed on each stage; a wait for a neighbour is in neither. On an
+accelerator the times are events on its stream, read once they have happened, so that no micro-batch
+waits for the device.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron.parallel.groups import Axis
 
 
 class _HostEvent:
-    """What torch.Event is on a device, for a host that computes itself."""
+    """torch.Event for a host that computes itself."""
 
     def __init__(self) -> None:
         self._time = time.perf_counter()
@@ -81,10 +81,10 @@ class StageClock(AbstractContextManager["StageClock"]):
         assert self._current is not None
         if self._current.passes:
             self._waiting.append(self._current)
-        self._current = None  # the passes of an evaluation are nobody's
+        self._current = None  # passes of an evaluation are not counted
 
     def timed(self, run: Callable[..., None]) -> Callable[..., None]:
-        """A forward or backward pass that leaves its times here."""
+        """`run`, a forward or backward pass, with its times recorded here."""
 
         def wrapped(*args: Any, **kwargs: Any) -> None:
             if self._current is None:

@@ -1,7 +1,7 @@
 """Joining and leaving the process group, and the groups that DeepSpeed asks for.
 
-A rank makes the groups that it is in and none for anyone else. DeepSpeed loops over all groups of
-the world, each a collective of the world: at TP 2, PP 8 that is 2,129 of them on 3,072 ranks.
+A rank makes only the groups that it is in. DeepSpeed makes all groups of the world, each by a
+collective of the world: at TP 2, PP 8 that is 2,129 of them on 3,072 ranks.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from megatron.parallel.groups import Axis
 def start_distributed(
     backend: str, rank: int, world_size: int, local_rank: int, init_method: str, timeout_s: float
 ) -> None:
-    """Joins the process group and hands it to DeepSpeed.
+    """Joins the process group and passes it to DeepSpeed.
 
     Args:
         backend: torch.distributed backend (gloo, nccl, xccl, ccl).
         rank: this process, 0 .. world_size - 1.
-        world_size: processes in all.
+        world_size: total number of processes.
         local_rank: this process on its host; DeepSpeed reads it from LOCAL_RANK.
         init_method: `tcp://host:port` or `file:///path`.
         timeout_s: seconds a collective may take before the run is taken down.
@@ -43,7 +43,7 @@ def start_distributed(
     # FutureWarnings from DeepSpeed's deprecated calls; users cannot act on them.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     if not dist.is_initialized():
-        # A process alone needs no port that another run could have taken.
+        # A single process needs no port, which another run might hold.
         alone = {"store": HashStore()} if world_size == 1 else {"init_method": init_method}
         timeout = datetime.timedelta(seconds=timeout_s)
         dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout, **alone)
@@ -51,10 +51,10 @@ def start_distributed(
 
 
 def stop_distributed() -> None:
-    """Leaves all process groups, at a run's end; a collective. Close the engine first.
+    """Leaves all process groups at a run's end; a collective. Close the engine first.
 
-    A backend's thread that releases a tensor while the interpreter ends aborts the process: what is
-    pending ends here.
+    A backend's thread that releases a tensor while the interpreter exits aborts the process, so all
+    tensors are released here.
     """
     if not dist.is_initialized():
         return
@@ -65,13 +65,13 @@ def stop_distributed() -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """DeepSpeed prints its progress straight to stdout; the log is ours."""
+    """Suppresses what DeepSpeed prints to stdout, past the logger."""
     with contextlib.redirect_stdout(io.StringIO()):
         yield
 
 
 class ModelParallelUnit:
-    """The group look-ups that DeepSpeed makes at PP = 1, under the names that it asks for.
+    """DeepSpeed's model-parallel unit (`mpu`) at PP = 1, with the method names that it calls.
 
     Args:
         tp: tensor-parallel axis.
@@ -106,7 +106,7 @@ class ModelParallelUnit:
 
 
 def groups_of(*axes: Axis) -> list[Any]:
-    """The axes' groups; for axes of one rank DeepSpeed is given one group of this rank alone."""
+    """The axes' groups; for axes of size one, a group of this rank alone, as DeepSpeed needs."""
     alone = None
     if any(axis.group is None for axis in axes):
         alone = members_group([dist.get_rank()])

@@ -1,4 +1,4 @@
-"""The engine as training sees it; `ZeroEngine` and `PipelineEngine` have it, a test may fake it."""
+"""The engine's interface to training; implemented by `ZeroEngine` and `PipelineEngine`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MakeOptimizer = Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optim
 
 
 class Engine(Protocol):
-    """One step, one evaluation, one learning rate: all that the training loop asks for.
+    """One step, one evaluation, one learning rate: all that the training loop needs.
 
     Attributes:
         module: the local part of the model (the whole of it at PP = 1).
@@ -40,7 +40,7 @@ class Engine(Protocol):
         """
 
     def eval_batch(self, micro_batches: MicroBatches) -> Tensor:
-        """The mean loss of one global batch without a step; as many micro-batches as a step has."""
+        """The mean loss of one global batch, without a step; micro-batches as in a step."""
 
     def logits(self, tokens: Tensor) -> Tensor | None:
         """Logits of the last layer, for sampling; a collective over one replica of the model.
@@ -58,7 +58,7 @@ class Engine(Protocol):
     def gradient_norm(self) -> Tensor | float:
         """Norm of the last step's gradient over all ranks before clipping; inf on overflow.
 
-        A tensor on the device where DeepSpeed has one, so that asking does not wait for the step.
+        A tensor on the device where DeepSpeed has one, so that reading it does not wait.
         """
 
     @property
@@ -80,10 +80,10 @@ class Engine(Protocol):
 
     @property
     def last_stage(self) -> int:
-        """Place on the pipeline axis of the rank that has the last stage, and so the logits."""
+        """Pipeline-axis rank that has the last stage, and so the logits."""
 
     def pipeline_bubble(self) -> float | None:
-        """Share of the steps since the last call in which a stage computed nothing.
+        """Fraction of the steps since the last call in which a stage computed nothing.
 
         A collective over the stages; None without a pipeline, or without a step.
         """

@@ -1,4 +1,4 @@
-"""Every change to DeepSpeed's own behaviour: what, why, and how to see that it can be dropped.
+"""Every change to DeepSpeed's own behaviour: what, why, and when it can be dropped.
 
 `PATCHES` is the list; the small ones are written out below it.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 OLDEST, NEWEST = (0, 19, 3), (0, 19, 8)
-"""Versions of DeepSpeed whose insides these patches know."""
+"""Versions of DeepSpeed whose internals these patches were written for."""
 
 
 class Patch(NamedTuple):
@@ -27,9 +27,9 @@ class Patch(NamedTuple):
 
     Attributes:
         theirs: DeepSpeed's function or variable.
-        ours: what takes its place.
-        why: what goes wrong without.
-        drop_when: what passes without the patch once it is not needed.
+        ours: its replacement.
+        why: what goes wrong without the patch.
+        drop_when: the check that passes without the patch once it is not needed.
     """
 
     theirs: str
@@ -63,7 +63,7 @@ PATCHES = (
         "deepspeed.runtime.pipe.engine.PipelineEngine._exec_reduce_tied_grads",
         "megatron.engine.patches.reduce_tied_gradients",
         "it looks for gradients in `grad`; bf16 with the optimizer on the host accumulates them in"
-        " `grad_accum`, where they would stay those of one stage",
+        " `grad_accum`, where they are not summed over stages",
         "tests/equivalence/test_zero_layouts.py: tied weights with the optimizer on the host",
     ),
     Patch(
@@ -105,7 +105,7 @@ PATCHES = (
     Patch(
         "deepspeed.accelerator.cpu_accelerator.CPU_Accelerator.is_fp16_supported",
         "megatron.engine.patches.patch_cpu_accelerator",
-        "DeepSpeed wants fp16 instructions; torch computes fp16 on every CPU, if slowly",
+        "DeepSpeed requires fp16 instructions; torch computes fp16 on every CPU, if slowly",
         "a run with DTYPE=fp16 starts on a CPU without them",
     ),
     Patch(
@@ -126,7 +126,7 @@ PATCHES = (
 
 
 def check_version(version: str = deepspeed.__version__) -> None:
-    """Logs a warning for a DeepSpeed that the patches have not been tried with."""
+    """Warns of a DeepSpeed that the patches have not been tested with."""
     numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdecimal())
     if not OLDEST <= numbers <= NEWEST:
         oldest, newest = (".".join(map(str, known)) for known in (OLDEST, NEWEST))
@@ -138,7 +138,7 @@ def check_version(version: str = deepspeed.__version__) -> None:
 
 @contextlib.contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Inside, a name of a module or class of DeepSpeed's means something else."""
+    """Inside, a name of a DeepSpeed module or class has another value."""
     original = getattr(owner, name)
     setattr(owner, name, value)
     try:
@@ -156,12 +156,12 @@ def patch_cpu_accelerator() -> None:
 
 
 def patch_new_group() -> contextlib.AbstractContextManager[None]:
-    """Inside, DeepSpeed's own requests for groups are met by `members_group`."""
+    """Inside, DeepSpeed makes its groups with `members_group`."""
     return replaced(deepspeed.comm, "new_group", members_group)
 
 
 def members_group(ranks: Iterable[int]) -> Any:
-    """A group made by its members only; for all of the world the world's own.
+    """A group made by its members only; for all ranks, the world's own group.
 
     Returns:
         The group, or GroupMember.NON_GROUP_MEMBER on a rank that is not in it.
@@ -175,7 +175,7 @@ def members_group(ranks: Iterable[int]) -> Any:
 
 
 def patch_global_grad_norm(zero: Any, device: torch.device) -> None:
-    """Gives DeepSpeed's optimizer a norm of one all-reduce over a replica of the model.
+    """Gives DeepSpeed's optimizer a norm that takes one all-reduce over a replica of the model.
 
     Args:
         zero: changed in place; an optimizer that sums once already is left alone.

@@ -58,7 +58,7 @@ class PipelineEngine(ZeroEngine):
 
 
 def stage_order(ranks: int, num_stages_per_rank: int) -> list[tuple[int, int]]:
-    """(place on the pipeline axis, local stage) in execution order; DualPipeV comes back."""
+    """(pp rank, local stage) in execution order; DualPipeV goes back through the ranks."""
     order = [(place, 0) for place in range(ranks)]
     return order if num_stages_per_rank == 1 else order + [(p, 1) for p in reversed(range(ranks))]
 
@@ -66,7 +66,7 @@ def stage_order(ranks: int, num_stages_per_rank: int) -> list[tuple[int, int]]:
 def relay(module: Stages, pp: Axis, tokens: Tensor) -> Tensor | None:
     """Forward through the stages by plain sends, for inputs of any length.
 
-    PipelineEngine keeps the shape of what it sends. A collective over the pipeline.
+    PipelineEngine fixes the shape of its sends. A collective over the pipeline.
 
     Args:
         module: this rank's stages.

@@ -1,7 +1,7 @@
 """The list of layers as DeepSpeed's pipeline: our stage bounds, our groups, its two schedules.
 
-DeepSpeed lists all ranks of the world and searches the list, for groups at the start and for a
-neighbour at every send; here both are answered by arithmetic, so neither grows with the world.
+DeepSpeed searches a list of all ranks for groups at the start and for a neighbour at every send.
+Here both are computed, so neither grows with the world.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Stages(PipelineModule):  # type: ignore[misc]
         self._recompute(layers, recompute_num_layers)
 
     def activate_stage(self, stage: int) -> None:
-        """Makes a call of the module one of this rank's first or second stage."""
+        """Selects this rank's first or second stage for the next calls of the module."""
 
     def _make_grid(self, process_group: Any, topology: Topology) -> Grid:
         del process_group
@@ -99,7 +99,7 @@ class Stages(PipelineModule):  # type: ignore[misc]
                 if isinstance(spec, TiedLayerSpec) and spec.key == key
             }
             if len(owners) == 1 or self.stage_id not in owners:
-                continue  # on one rank, both uses are of one module
+                continue  # both uses on one rank share a module
             ranks, group = tied_group(self._groups, sorted(owners))
             module = self.tied_modules[key]
             result[key] = {
@@ -145,7 +145,7 @@ class _Spec(LayerSpec):  # type: ignore[misc]
 
 
 class _TiedSpec(_Spec, TiedLayerSpec):  # type: ignore[misc]
-    """A layer of ours whose weight is also used by another one."""
+    """A layer of ours whose weight another layer uses too."""
 
     def __init__(self, layer: Layer) -> None:
         TiedLayerSpec.__init__(self, layer.tied_key, layer.module, forward_fn=layer.forward)
@@ -156,7 +156,7 @@ class Topology(PipeModelDataParallelTopology):  # type: ignore[misc]
     """Rank <-> (pipe, data, model) without a table; the order is that of `Layout`."""
 
     def __init__(self, layout: Layout) -> None:
-        super().__init__(num_pp=1, num_mp=1, num_dp=1)  # its table is not looked at
+        super().__init__(num_pp=1, num_mp=1, num_dp=1)  # its table is not used
         self.dims = [layout.pp, layout.dp, layout.tp]
         self._layout = layout
 
@@ -173,7 +173,7 @@ class Topology(PipeModelDataParallelTopology):  # type: ignore[misc]
 
 
 class Grid(PipelineParallelGrid):  # type: ignore[misc]
-    """The groups of this rank: those the run has already, and one of all that shares a model."""
+    """The groups of this rank: those of the run, and one of all ranks of a replica."""
 
     def __init__(self, groups: Groups, topology: Topology) -> None:
         # The parent's __init__ makes every group of the world; this one replaces it.
@@ -191,7 +191,7 @@ class Grid(PipelineParallelGrid):  # type: ignore[misc]
         self.slice_group, self.slice_proc_group = list(groups.tp.ranks), tp
         # Norms and overflows are summed over all slices and stages of one replica of the model.
         stages, slices, data = range(layout.pp), range(layout.tp), groups.dp.rank
-        replica = [layout.rank(stage, data, piece) for stage in stages for piece in slices]
+        replica = [layout.rank(stage, data, place) for stage in stages for place in slices]
         self.ds_model_proc_group = pp if layout.tp == 1 else members_group(replica)
         self.ds_model_world_size, self.ds_model_rank = len(replica), replica.index(rank)
 

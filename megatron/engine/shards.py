@@ -1,4 +1,4 @@
-"""What this rank owns of weights and optimizer states, whatever ZeRO did with them.
+"""The weights and optimizer states that this rank owns, under any ZeRO stage.
 
 DeepSpeed keeps fp32 weights and optimizer states in flat buffers, partitioned over the
 data-parallel ranks; nothing else reads them. A `Span` locates a run of a parameter in a buffer.
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from megatron.parallel.groups import Axis
 from megatron.parallel.piece import WEIGHT, Piece
 
-# The piece wanted -> its values by state, 1-D on the host, and its numbers.
+# Piece to read -> its values by state, 1-D on the host, and its scalars.
 ReadPiece = Callable[[Piece], tuple[Mapping[str, Tensor], Mapping[str, float]]]
 
 COUNTERS = ("k", "weight_sum", "lr_max", "scheduled_lr")
-"""What schedule-free rules keep in their parameter groups instead of their states."""
+"""Keys that schedule-free rules keep in their parameter groups instead of their states."""
 
 SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-"""What DeepSpeed's dynamic loss scaler remembers."""
+"""State of DeepSpeed's dynamic loss scaler."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Span:
 
     Attributes:
         parameter: the model's parameter (this tensor-parallel rank's shard of it).
-        flat: the buffer, 1-D; it is what the optimizer steps on.
+        flat: the buffer, 1-D, which the optimizer updates.
         flat_start: first element in the buffer.
         start: first element in the flattened shard.
         length: elements.
@@ -57,7 +57,7 @@ class Shards:
         zero: DeepSpeed's optimizer around `optimizer`.
         optimizer: the optimizer itself.
         tp: tensor-parallel axis.
-        writes: False for MiCS' replicas after the first, which writes everything.
+        writes: False for MiCS' replicas after the first; only the first writes.
         scales: whether the loss is scaled (fp16).
     """
 
@@ -79,7 +79,7 @@ class Shards:
         self._scales = scales
 
     def spans(self) -> list[Span]:
-        """The runs this rank steps on, for ZeRO 1, 2, 3 and DeepSpeed's bf16 optimizer."""
+        """The runs this rank updates, for ZeRO 1, 2, 3 and DeepSpeed's bf16 optimizer."""
         zero, kind = self._zero, type(self._zero).__name__
         if _is_stage3(zero):
             return list(_stage3_spans(zero))
@@ -103,7 +103,7 @@ class Shards:
 
         Args:
             owned_only: leave out what another rank writes (replicas of tensor parallelism and of
-                tied weights); False for reading, where every replica wants its values.
+                tied weights); False for reading, where every replica needs its values.
         """
         result = []
         for span in self.spans():
@@ -123,12 +123,12 @@ class Shards:
         return result
 
     def load(self, read: ReadPiece, load_optimizer: bool = True) -> None:
-        """Fills weights and states, and the model's weights from them; a collective.
+        """Loads weights and states, and the model's weights from them; a collective.
 
         Args:
             read: `read(piece) -> (tensors, scalars)` with `piece.tensors["weight"]` giving the
-                length wanted; tensors are 1-D on the host.
-            load_optimizer: False takes the weights alone.
+                length to read; tensors are 1-D on the host.
+            load_optimizer: False loads the weights alone.
         """
         for span in self.spans():
             weight = span.view(span.flat.detach())
@@ -146,16 +146,16 @@ class Shards:
             for key, number in scalars.items():
                 state[key] = self._step(number, span.flat) if key == "step" else number
         if not _is_stage3(self._zero):
-            self._zero._hp_optimizer_states_linked = False  # linked again at the next step
+            self._zero._hp_optimizer_states_linked = False  # relinked at the next step
         refresh_weights(self._zero)
 
     def counters(self) -> dict[str, float]:
         """Numbers that belong to the whole optimizer, kept beside the states."""
-        group = self._optimizer.param_groups[0]  # every group is stepped alike
+        group = self._optimizer.param_groups[0]  # all groups have the same counters
         return {key: group[key] for key in COUNTERS if key in group}
 
     def load_counters(self, values: Mapping[str, float]) -> None:
-        """Takes back what `counters` gave."""
+        """Loads what `counters` gave."""
         for group in self._optimizer.param_groups:
             group.update(values)
 
@@ -165,7 +165,7 @@ class Shards:
         return {key: scaler[key] for key in SCALER_STATE if self._scales}
 
     def load_scaler_state(self, values: Mapping[str, float]) -> None:
-        """Takes back what `scaler_state` gave; does nothing where the precision has changed."""
+        """Loads what `scaler_state` gave; does nothing where the precision has changed."""
         if values and self._scales:
             vars(self._zero.loss_scaler).update(values)
 

@@ -75,7 +75,7 @@ class ZeroEngine(Engine):
     def logits(self, tokens: Tensor) -> Tensor | None:
         self.module.eval()
         sp, length = self.groups.sp, tokens.shape[1]
-        # Equal runs for sequence parallelism of both kinds; causal attention never looks right.
+        # Equal shards for both kinds of sequence parallelism; causal attention ignores the padding.
         tokens = F.pad(tokens, (0, -length % (sp.size * self.groups.tp.size)))
         output = self._forward(own_positions(tokens.to(self.device), sp))
         self.module.train()
@@ -143,7 +143,7 @@ class ZeroEngine(Engine):
             yield tokens.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
     def _mean_over_data_parallel(self, value: Tensor) -> Tensor:
-        """Of samples and, as a sequence is split evenly, of their positions."""
+        """The mean over samples and, as sequences are split evenly, over their positions."""
         dp = self.groups.dp_sp
         if dp.group is not None:
             dist.all_reduce(value, group=dp.group)

@@ -27,7 +27,7 @@ def partitioned_initialisation(
 
     Args:
         config: DeepSpeed's.
-        mpu: over whose data-parallel ranks.
+        mpu: gives the data-parallel ranks.
     """
     if config["zero_optimization"]["stage"] < 3:
         return contextlib.nullcontext()
@@ -50,8 +50,8 @@ def make_secondary_group(size: int, dp: Axis) -> None:
     if size == 1:
         return
     first = dp.rank // size * size
-    # Of all ranks it is the axis' own group: DeepSpeed lists a group's ranks, and of the world's
-    # group finds no end.
+    # For all ranks, use the axis' own group: DeepSpeed lists a group's ranks, and does not
+    # terminate for the world's group.
     secondary = dp if size == dp.size else sub_axis(dp, range(first, first + size))
     deepspeed_groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = secondary.group
 
@@ -78,7 +78,7 @@ def average_over_replicas(zero: Any, replica: Axis) -> None:
     """Averages the gradient partitions that the next step will take.
 
     Every replica then has the gradient of the global batch, hence one norm, one clip, one update;
-    an infinity of one replica is seen by all.
+    all replicas see an infinity of one.
 
     Forward only: an all-reduce of 1/shard_size of the gradients per step, in the type in which
     DeepSpeed reduces them inside a shard group.

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 TRACEBACK = "Traceback (most recent call last):"
 SHOWN_LINES = 30
 
-# A process ends with these by itself. Its connections close as it dies, before its memory is
-# freed and its end can be seen: by then the tracebacks of its peers may have been printed.
+# No peer's failure ends a process with these. Its connections close before its exit can be seen:
+# by then its peers may have printed their tracebacks.
 _NO_CONSEQUENCE = {
     128 + int(number) for number in (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL)
 }

@@ -83,7 +83,7 @@ AURORA_ENVIRONMENT = {
     "FI_CXI_DEFAULT_CQ_SIZE": "1048576",
     "FI_CXI_RX_MATCH_MODE": "hybrid",
     "CCL_KVS_CONNECTION_TIMEOUT": "600",
-    "CCL_OP_SYNC": "1",  # against hangs
+    "CCL_OP_SYNC": "1",  # avoids hangs
     "PALS_PING_PERIOD": "240",
     "PALS_RPC_TIMEOUT": "240",
 }

@@ -93,7 +93,7 @@ class _Running:
         self._sent: set[int] = set()
 
     def poll(self) -> bool:
-        """Whether it has ended; what it left behind is then ended too."""
+        """Whether it has ended; if so, processes that it left behind are ended too."""
         if self.ended is None and (code := self.process.poll()) is not None:
             status = code if code >= 0 else 128 - code
             self.ended = Ended(status, time.monotonic(), stopped=-code in self._sent)
@@ -150,12 +150,12 @@ def watch(
         OSError: one cannot be started; those started before it are ended.
     """
     running: list[_Running] = []
-    with _passing_on(running) as signals:
+    with _forwarding_signals(running) as signals:
         try:
             prepare = _die_with_parent()
             for child in children:
                 running.append(_Running(child, output, prepare))
-            hung = _stay(running, grace_s, idle_timeout_s)
+            hung = _wait(running, grace_s, idle_timeout_s)
         finally:
             for one in running:
                 if not one.poll():  # only where starting one of them failed
@@ -164,7 +164,7 @@ def watch(
     return Watched([one.result() for one in running], signals, hung)
 
 
-def _stay(running: Sequence[_Running], grace_s: float, idle_timeout_s: float | None) -> bool:
+def _wait(running: Sequence[_Running], grace_s: float, idle_timeout_s: float | None) -> bool:
     """Read and poll until all have ended; True where they hung."""
     hung = False
     stop_at = kill_at = float("inf")
@@ -209,11 +209,11 @@ def _read(selector: selectors.BaseSelector, timeout_s: float) -> bool:
 
 
 @contextmanager
-def _passing_on(running: Sequence[_Running]) -> Iterator[list[int]]:
-    """Pass signals on to the children meanwhile; gives the list of those that came."""
+def _forwarding_signals(running: Sequence[_Running]) -> Iterator[list[int]]:
+    """Pass signals on to the children meanwhile; gives the list of those received."""
     came: list[int] = []
 
-    def pass_on(number: int, frame: FrameType | None) -> None:
+    def forward(number: int, frame: FrameType | None) -> None:
         came.append(number)
         for one in running:
             if one.ended is None:
@@ -221,7 +221,7 @@ def _passing_on(running: Sequence[_Running]) -> Iterator[list[int]]:
                 if came.count(signal.SIGINT) >= 3:
                     one.kill()
 
-    former: dict[int, Any] = {number: signal.signal(number, pass_on) for number in PASSED_ON}
+    former: dict[int, Any] = {number: signal.signal(number, forward) for number in PASSED_ON}
     try:
         yield came
     finally:

@@ -99,7 +99,7 @@ def make_groups(layout: Layout, timeout: timedelta | None = None) -> Groups:
 
     sp, dp = axis(layout.sp_ranks(rank)), axis(layout.dp_ranks(rank))
     if sp.size == 1 or dp.size == 1:
-        dp_sp = dp if sp.size == 1 else sp  # one of the two is all of it
+        dp_sp = dp if sp.size == 1 else sp  # one of the two is the whole axis
     else:
         dp_sp = axis(layout.without_sequence().dp_ranks(rank))
     return Groups(

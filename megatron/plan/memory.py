@@ -74,7 +74,7 @@ def _value_bytes(run: RunConfig) -> int:
 
 
 def _shard(amount: int, run: RunConfig, from_stage: int) -> int:
-    """What a rank keeps of an amount that ZeRO shards from a stage on; 0 runs as 1."""
+    """A rank's part of an amount that ZeRO shards from `from_stage` on; stage 0 runs as 1."""
     sharded = max(run.parallel.zero_stage, 1) >= from_stage
     return -(-amount // run.zero_ranks) if sharded else amount
 
@@ -107,7 +107,7 @@ def _optimizer(count: int, table: int, run: RunConfig) -> int:
 
 
 def _activations(run: RunConfig, layers: int, micro_batches: float) -> int:
-    """What `layers` blocks keep of so many micro-batches, and what is recomputed at once."""
+    """Bytes that `layers` blocks keep for `micro_batches`, and those recomputed at once."""
     if layers == 0:  # a last stage may have the head alone
         return 0
     recompute = run.train.activation_checkpointing

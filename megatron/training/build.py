@@ -21,7 +21,7 @@ RECOMPUTE = {"0": "none", "1": "full", "selective": "selective"}
 def model_layers(run: RunConfig, tp: Axis = SERIAL, sp: Axis = SERIAL) -> list[Layer]:
     """The run's model on these axes: tokens (B, S) in, this rank's logits (B, S, V/tp) out."""
     recompute = RECOMPUTE[run.train.activation_checkpointing]
-    # Several blocks to a kept activation are grouped by the engine, one by the block itself.
+    # The engine recomputes groups of blocks; a single block recomputes itself.
     if recompute == "full" and run.train.checkpoint_num_layers > 1:
         recompute = "none"
     context = ModelContext(

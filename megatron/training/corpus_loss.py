@@ -1,7 +1,7 @@
 """Training loss of each corpus: sums and counts beside the loss, on the ranks that compute it.
 
-The number of a sample's corpus travels in the upper half of its labels, so that it is right under
-any schedule, layout and order of micro-batches; labels without it (evaluation) are not counted.
+The upper half of a sample's labels carries the number of its corpus, so it is right under any
+schedule, layout and order of micro-batches; labels without it (evaluation) are not counted.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class CorpusLosses:
     def take(self, device: torch.device) -> dict[str, float]:
         """Mean loss of each corpus since the last call, over all ranks; those unseen left out.
 
-        An all-reduce over all ranks. Ranks that hold the same losses (tensor parallel) add to sums
-        and counts alike, which leaves their ratio; ranks that compute no loss add nothing.
+        An all-reduce over all ranks. Ranks with the same losses (tensor parallel) add equally to
+        sums and counts, which keeps their ratio; ranks that compute no loss add nothing.
         """
         totals = self._totals_on(device)
         if dist.is_initialized():

@@ -51,8 +51,8 @@ class WandbTracker:
     def close(self) -> None:
         """Ends the run and waits until all of it is sent or on disk."""
         self._client.finish()
-        # `finish` returns before the client's own process has written the last block of an offline
-        # run, and that process may be killed together with a batch job.
+        # `finish` returns before the client's own process has written an offline run's last block,
+        # and the end of a batch job may kill that process.
         self._wandb.teardown()
 
 
@@ -84,13 +84,13 @@ def start_tensorboard(run: RunConfig, iteration: int) -> TensorBoardTracker | No
 def start_wandb(run: RunConfig, iteration: int) -> WandbTracker | None:
     """Weights & Biases, or None where it is off.
 
-    The run's id is kept in <folder>/wandb/run_id, so that a resumed run continues there; the client
-    knows by itself how far it was, `iteration` is not needed.
+    The run's id is kept in <folder>/wandb/run_id, so that a resumed run continues there. The client
+    keeps the step itself; `iteration` is not needed.
     """
     mode, folder = run.log.wandb_mode, run.run_folder
     if run.log.wandb_disabled or mode == "disabled":
         return None
-    level = logging.INFO if mode is None else logging.WARNING  # asked for, it is missed
+    level = logging.INFO if mode is None else logging.WARNING  # requested, so its absence matters
     try:
         wandb = importlib.import_module("wandb")
     except ImportError as error:

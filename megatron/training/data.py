@@ -1,6 +1,6 @@
 """From a run's configuration to its data: lists, files checked by all ranks, and the sample order.
 
-What was found is kept as a record, which a resume holds against that of the checkpoint.
+The result is kept as a record, which a resume compares with the checkpoint's.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class Data:
     """What is trained on.
 
     Attributes:
-        stages: the lists, and from which token on each holds.
+        stages: the lists, and the token from which each is used.
         headers: of their files, by prefix.
         splits: train, validation and test data of a run from its start.
         tokenizer: that made them.
         record: all that decides the samples, for checkpoints.
-        corpus_losses: where LOG_CORPUS_LOSS asks for them.
+        corpus_losses: set with LOG_CORPUS_LOSS.
     """
 
     stages: tuple[ListStage, ...]
@@ -53,7 +53,7 @@ class Data:
 
 
 def build_data(run: RunConfig) -> Data:
-    """Opens and checks the data; called by all ranks, which share the checking.
+    """Opens and checks the data; called by all ranks, which divide the checks.
 
     Raises:
         DataError: anything is wrong with it, with file and fix.
@@ -100,7 +100,7 @@ ORDERS: dict[str, Order] = {"stateless": _stateless, "megatron": _megatron}
 
 
 def train_data(run: RunConfig, data: Data, state: RunState) -> SampleSource:
-    """The training samples of a run that stands at `state`, by their number in the run.
+    """The training samples of a run at `state`, by their number in the run.
 
     Raises:
         DataError: the limits of epochs leave fewer samples than the run has steps.
@@ -121,7 +121,7 @@ def train_data(run: RunConfig, data: Data, state: RunState) -> SampleSource:
         number, total, wanted = short
         raise DataError(
             f"{data.stages[number].path}: with its max_epochs the list gives {total:,} samples, "
-            f"the run wants {wanted:,} of it; raise max_epochs, add data or lower TRAIN_ITERS"
+            f"the run needs {wanted:,} of it; raise max_epochs, add data or lower TRAIN_ITERS"
         )
     return train
 
@@ -144,7 +144,7 @@ def run_record(
 
 
 def origin_of(state: RunState) -> Origin:
-    """Where the present data of a run began."""
+    """Where the current data of a run began."""
     if not state.data:
         return Origin()
     stage = state.data[-1]
@@ -152,10 +152,10 @@ def origin_of(state: RunState) -> Origin:
 
 
 def continue_data(state: RunState, record: DataRecord, allow_change: bool, where: str) -> RunState:
-    """The state of a run that goes on with the data of `record`.
+    """The state of a run that continues with the data of `record`.
 
     Args:
-        state: from a checkpoint; its last stage says what was trained on.
+        state: from a checkpoint; its last stage holds the record of the data until then.
         record: of this start.
         allow_change: another record begins a stage at the state's sample.
         where: the checkpoint, for messages.
@@ -168,7 +168,7 @@ def continue_data(state: RunState, record: DataRecord, allow_change: bool, where
         return dataclasses.replace(state, data=(stage,))
     last = state.data[-1]
     changes = differences(last.record, record)
-    if not changes:  # but for folders: keep where the files are now
+    if not changes:  # folders may have changed: keep the current ones
         same = dataclasses.replace(last, record=record)
         return dataclasses.replace(state, data=(*state.data[:-1], same))
     if not allow_change:
@@ -182,7 +182,7 @@ def continue_data(state: RunState, record: DataRecord, allow_change: bool, where
     log.warning(
         f"a new stage of data begins at step {state.iteration}, sample "
         f"{state.consumed_samples:,}:\n{shortened(changes)}\n  "
-        + ("each file goes on where it stood" if drawn else "all files begin anew")
+        + ("each file continues where it stopped" if drawn else "all files start over")
     )
     return dataclasses.replace(state, data=(*state.data, dataclasses.replace(stage, drawn=drawn)))
 

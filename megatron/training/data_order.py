@@ -28,7 +28,7 @@ def megatron_splits(
     """Train, validation and test data of a run; every rank calls this and builds its part.
 
     Raises:
-        DataError: the order asks of a file what it does not have.
+        DataError: the order needs more of a file than it has.
         ConfigError: the cache cannot be written.
     """
     return build_megatron_datasets(order_settings(run, entries), cache_folder(run), log)
@@ -53,7 +53,7 @@ def order_settings(run: RunConfig, entries: Iterable[DataSource]) -> OrderSettin
 
 
 def cache_folder(run: RunConfig) -> Path:
-    """Where the order is cached: shared by the runs of one folder unless the user says."""
+    """Where the order is cached: shared by the runs of one folder unless DATA_CACHE_PATH is set."""
     chosen = run.data.cache_path
     return Path(chosen) if chosen else run.run_folder.parent / "data-cache"
 
@@ -70,7 +70,7 @@ def recorded_settings(run: RunConfig) -> dict[str, Any]:
 
 
 def recorded_order(record: DataRecord, cache: Path) -> MegatronDataset:
-    """The training order of a record, whatever list and settings are today's.
+    """The training order of a record, independent of the current list and settings.
 
     Raises:
         DataError: a file has gone or has changed its length.
@@ -82,7 +82,7 @@ def recorded_order(record: DataRecord, cache: Path) -> MegatronDataset:
         if tokens != header.tokens:
             raise DataError(
                 f"{prefix}.bin has {tokens:,} tokens, the run read one of {header.tokens:,}: its "
-                "order cannot be made again; restore the file"
+                "order cannot be rebuilt; restore the file"
             )
     first, second, third = record["shares"]
     settings = OrderSettings(

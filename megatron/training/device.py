@@ -1,7 +1,7 @@
-"""The device of a rank: name, collectives' backend, peak, how to wait for it, how full it was.
+"""The device of a rank: name, collectives' backend, peak, synchronisation and peak memory.
 
-One row of PEAK_TFLOPS and one branch of `detect` an accelerator. Apple's GPUs have no collectives
-and no fp32 reductions that match, so that a Mac trains on its CPU.
+One row of PEAK_TFLOPS and one branch of `detect` per accelerator. Apple's GPUs have no collectives
+and no matching fp32 reductions, so a Mac trains on its CPU.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron.config.errors import ConfigError
 log = logging.getLogger(__name__)
 
 PEAK_TFLOPS = (
-    ("GB200", 2500.0),  # NVIDIA GB200 NVL72 data sheet, a GPU
+    ("GB200", 2500.0),  # NVIDIA GB200 NVL72 data sheet, per GPU
     ("B200", 2250.0),  # NVIDIA DGX B200 data sheet
     ("H200", 989.4),  # NVIDIA H200 data sheet
     ("GH200", 989.4),  # NVIDIA GH200 data sheet
@@ -36,7 +36,7 @@ PEAK_TFLOPS = (
         "MI250X",
         191.5,
     ),  # AMD Instinct MI250X data sheet: 383 for the two dies that PyTorch sees as two devices
-    ("Data Center GPU Max 1550", 298.2),  # a tile: 448 vector engines x 512 operations x 1.3 GHz
+    ("Data Center GPU Max 1550", 298.2),  # per tile: 448 vector engines x 512 operations x 1.3 GHz
 )
 """Part of a device's name -> its vendor's dense bf16 (and fp16) TFLOPS; the first match counts."""
 
@@ -70,7 +70,7 @@ class Device:
         )
 
     def synchronize(self) -> None:
-        """Waits for the work handed to the device."""
+        """Waits for the work queued on the device."""
         if self.kind == "cuda":
             torch.cuda.synchronize(self.index)
         elif self.kind == "xpu":
@@ -90,7 +90,7 @@ def detect(local_rank: int, dtype: str) -> Device:
 
     Args:
         local_rank: 0-based.
-        dtype: bf16, fp16 or fp32; tells which peak applies.
+        dtype: bf16, fp16 or fp32; decides which peak applies.
 
     Raises:
         ConfigError: an Intel GPU without a backend for its collectives.
@@ -109,8 +109,8 @@ def detect(local_rank: int, dtype: str) -> Device:
 def prepare(device: Device, dtype: str) -> None:
     """Sets this process' flags; call it once, before the first tensor on the device.
 
-    fp32 means fp32: TF32 would make a run depend on the accelerator's generation. On a CPU,
-    denormals are flushed: they cost a hundred times a normal number and mean nothing here.
+    fp32 is not TF32, which would make a run depend on the accelerator's generation. On a CPU,
+    denormals are flushed: they cost a hundred times a normal number and do not matter here.
     """
     if device.kind == "cuda":
         torch.cuda.set_device(device.index)
@@ -131,7 +131,7 @@ def peak_tflops(name: str, dtype: str) -> float | None:
 
 
 def _resident_peak() -> int:
-    """Bytes. On Linux not from getrusage, which a process inherits from the one that started it."""
+    """Bytes; on Linux not from getrusage, which a process inherits from its parent."""
     status = Path("/proc/self/status")
     if status.exists():
         lines = dict(line.split(":", 1) for line in status.read_text().splitlines())

@@ -1,6 +1,6 @@
 """A record's line on the console and its numbers in W&B and TensorBoard, by its event.
 
-Steps, taken or skipped, are shown as METRICS says; every other event has its row in EVENTS.
+METRICS defines how steps, taken or skipped, are shown; every other event has its row in EVENTS.
 """
 
 from __future__ import annotations

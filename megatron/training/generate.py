@@ -1,4 +1,4 @@
-"""Continues a prompt with the model as it is laid out; every rank takes part and gets the text."""
+"""Continues a prompt with the model in its layout; every rank takes part and gets the text."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def generate(
     generator = torch.Generator().manual_seed(seed)
     tokens = list(prompt)
     for _ in range(new_tokens):
-        # The whole window goes through the model again; its length is fixed so that compiled
-        # blocks see one shape. Causal attention keeps the padding on the right out of sight.
+        # The whole window is recomputed; its length is fixed so that compiled blocks see one
+        # shape. Causal attention hides the padding on the right.
         window = tokens[-context:]
         padded = torch.zeros(1, context, dtype=torch.long)
         padded[0, : len(window)] = torch.tensor(window)

@@ -37,7 +37,7 @@ def setup(rank: int, level: str) -> None:
         rank: global rank.
         level: DEBUG, INFO, WARNING or ERROR: lowest level rank 0 prints.
     """
-    # Looked up here, not at import, so that a redirected standard output is used.
+    # Not at import, so that a redirected standard output is used.
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(PrefixFormatter(rank))
     logger = logging.getLogger(ROOT)

@@ -1,7 +1,7 @@
-"""Where records go: console, metrics.jsonl, TensorBoard, W&B, behind one interface.
+"""Trackers of records: console, metrics.jsonl, TensorBoard, W&B, behind one interface.
 
-The loop holds one `Tracker`, which on ranks that do not log has none to pass records to. A tracker
-that fails is reported once and left out from then on; training continues.
+The loop holds one `Tracker`, which does nothing on ranks that do not log. A tracker that fails is
+reported once and then dropped; training continues.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ class Tracker(Protocol):
 
 
 class Progress:
-    """Estimates a run's rest from the wall time of its steps, evaluation and saving included.
+    """Estimates a run's remaining time from its steps' wall time, evaluation and saving included.
 
     The first step seen is the origin: start-up and compilation before it do not predict the rest.
 
     Args:
-        every: least seconds between two lines.
+        every: minimum seconds between two lines.
         clock: seconds, monotonic.
     """
 
@@ -49,7 +49,7 @@ class Progress:
         self._last = 0.0
 
     def line(self, iteration: int, train_iters: int) -> str | None:
-        """The line after step `iteration`; None where it is too early or nothing is left to do."""
+        """The line after step `iteration`; None where it is too early or no step is left."""
         now = self._clock()
         if self._origin is None:
             self._origin, self._last = (iteration, now), now
@@ -64,7 +64,7 @@ class Progress:
 
 
 class ConsoleTracker:
-    """Prints the line of each record, and now and then the time left."""
+    """Prints the line of each record, and regularly the time left."""
 
     def __init__(self, progress: Progress) -> None:
         self._log = logging.getLogger(TRAINING_LOG)
@@ -98,13 +98,13 @@ class JsonlTracker:
 
 
 class Trackers:
-    """Several trackers as one; none of them can stop training. Without any it ignores all."""
+    """Several trackers as one; none of them can stop training. Without any it does nothing."""
 
     def __init__(self, trackers: Iterable[Tracker] = ()) -> None:
         self._trackers = list(trackers)
 
     def log(self, record: MetricsRecord) -> None:
-        """Hands the record to each tracker."""
+        """Passes the record to each tracker."""
         for one in list(self._trackers):
             self._guard(one, partial(one.log, record), "is off from here on")
 
@@ -128,9 +128,7 @@ def start_jsonl(run: RunConfig, iteration: int) -> Tracker:
     path = run.run_folder / "metrics.jsonl"
     dropped = metrics_file.truncate_after(path, iteration)
     if dropped:
-        log.info(
-            f"{path}: dropped {dropped} lines later than step {iteration}, which will be done again"
-        )
+        log.info(f"{path}: dropped {dropped} lines after step {iteration}, which will be repeated")
     return JsonlTracker(path)
 
 

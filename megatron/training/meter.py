@@ -1,7 +1,6 @@
-"""Meter: collects the steps since the last log line and closes them to a record of metrics.jsonl.
+"""Meter: turns the steps since the last log line into a record of metrics.jsonl.
 
-Rates count only the steps that did work and only their time: evaluation, saving and skipped steps
-are off the clock.
+Rates count only the steps that did work and their time, not evaluation, saving and skipped steps.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ from megatron.training.metrics_file import MetricsRecord
 class Meter:
     """Collects steps; `record` closes the interval and starts the next.
 
-    Losses and gradient norms may be device tensors: they are kept as they are and fetched by
-    `record` only, so that no step waits for the device. Nobody may write to them afterwards.
+    Losses and gradient norms may be device tensors: only `record` fetches them, so that no step
+    waits for the device. They must not be written to afterwards.
 
     Args:
         run: the configuration.
         device: waited for before every reading of the clock that ends an interval or a pause.
-        measured: what only the engine knows, such as the pipeline's bubble; asked for by every
-            `record` on all ranks, so it may be a collective.
+        measured: gives what only the engine knows, such as the pipeline's bubble; `record` calls
+            it on all ranks, so it may be a collective.
         clock: seconds, monotonic.
         wall_clock: seconds since the epoch, for the records' `time`.
     """
@@ -49,7 +48,7 @@ class Meter:
         self.start()
 
     def start(self) -> None:
-        """Forgets everything and starts the clock: call it right before the first step."""
+        """Resets and starts the clock: call it right before the first step."""
         self._losses: list[SupportsFloat] = []
         self._grad_norm: SupportsFloat | None = None
         self._loss_scale: float | None = None
@@ -85,7 +84,7 @@ class Meter:
 
     @contextmanager
     def off_the_clock(self) -> Iterator[None]:
-        """What happens inside is no step's time; work queued before it is waited for and counts."""
+        """Leaves the time inside out of the steps; work queued before is waited for and counts."""
         self._device.synchronize()
         start = self._clock()
         try:

@@ -1,7 +1,7 @@
 """Metrics: one row each, from a finished interval to metrics.jsonl, console, W&B and TensorBoard.
 
-Global rates are measured; every per-device figure is the global one divided by the number of
-devices, here and once.
+Global rates are measured; every per-device figure is the global one divided, once and here, by the
+number of devices.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Text = str | Callable[[MetricsRecord], str]
 
 
 def render(text: Text, record: MetricsRecord) -> str:
-    """The text that is printed of a record."""
+    """The text of a record."""
     return text(record) if callable(text) else text.format_map(record)
 
 
@@ -42,7 +42,7 @@ class Interval:
         grad_norm, loss_scale: the last step's; None where the engine has none.
         skipped: steps that changed no weight.
         measured: what the engine measured, such as the pipeline's bubble.
-        corpus_loss: loss of each corpus; None where it is not asked for.
+        corpus_loss: loss of each corpus; None where it is not logged.
     """
 
     run: RunConfig
@@ -91,7 +91,7 @@ class Interval:
 
     @property
     def mfu(self) -> float | None:
-        """TFLOPS (lm) as a part of the device's dense peak; None where the peak is unknown."""
+        """TFLOPS (lm) as a fraction of the device's dense peak; None where the peak is unknown."""
         peak = self.device.peak_tflops
         return None if peak is None else self.tflops("lm") / peak
 
@@ -117,7 +117,7 @@ class Metric:
         scalars: its names in W&B and TensorBoard; a mapping's entries are `<name>/<entry>`.
         derived: name in W&B and TensorBoard -> a number made from the record of a step.
         always: also known where no step of the interval did work.
-        optional: no key, rather than null, where it is unknown.
+        optional: its key is left out, rather than null, where it is unknown.
     """
 
     key: str
@@ -196,7 +196,7 @@ METRICS: list[Metric] = [
     Metric("tokens_per_s", lambda i: i.tokens_per_s, scalars=("throughput/tokens_per_sec",),
            derived={"throughput/tokens_per_sec_per_replica":
                 lambda r: r["tokens_per_s"] / r["data_parallel"]}),
-    # A device does its part of one replica's work only: per replica it is the same figure.
+    # A device does part of one replica's work only, so the figure per replica is the same.
     Metric("tokens_per_gpu_per_s", lambda i: i.tokens_per_gpu_per_s,
            "tokens_per_gpu_per_second_tgs={tokens_per_gpu_per_s:.3f}", 16,
            ("throughput/tokens_per_gpu_per_sec", "throughput/tokens_per_gpu_per_sec_per_replica")),
@@ -220,4 +220,4 @@ METRICS: list[Metric] = [
 ]
 # fmt: on
 """In the order of metrics.jsonl. Names, order and widths of the line, and names on dashboards, are
-Megatron-DeepSpeed's with true units: seconds unless the name says ms, TFLOPS per device."""
+Megatron-DeepSpeed's with true units: seconds unless the name has ms, TFLOPS per device."""

@@ -1,8 +1,8 @@
-"""metrics.jsonl: one JSON object a line, readable by the strictest parser.
+"""metrics.jsonl: one JSON object per line, readable by the strictest parser.
 
-JSON has no NaN. A number that is not finite is written as null, and `non_finite` names it: {"loss":
-NaN} becomes {"loss": null, "non_finite": {"loss": "nan"}}, inside nested objects the same; `decode`
-undoes it.
+JSON has no NaN. A number that is not finite is written as null and named in `non_finite`: {"loss":
+NaN} becomes {"loss": null, "non_finite": {"loss": "nan"}}, also in nested objects. `decode` undoes
+it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def decode(line: str) -> MetricsRecord:
     """
     record = json.loads(line)
     if not isinstance(record, dict):
-        raise ValueError(f"a JSON object is expected, found {line.strip()[:80]}")
+        raise ValueError(f"expected a JSON object, found {line.strip()[:80]}")
     return _unmark(record)
 
 
@@ -56,10 +56,10 @@ def locate(run: Path) -> Path:
 
 
 def read(path: Path) -> list[MetricsRecord]:
-    """All records of a file; a last line without newline is still being written and left out.
+    """All records of a file; a last line without newline, still being written, is left out.
 
     Raises:
-        DataError: another line is no record; the message names file and line.
+        DataError: another line is not a record; the message names file and line.
     """
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
     records = []
@@ -75,10 +75,9 @@ def read(path: Path) -> list[MetricsRecord]:
 
 
 def truncate_after(path: Path, iteration: int) -> int:
-    """Drop what a resumed run will do again: records after `iteration`, and lines a crash tore.
+    """Drop what a resumed run will repeat: records after `iteration`, and truncated lines.
 
-    The file is replaced in one step, so a crash in here loses nothing; a missing file is left
-    missing.
+    The file is replaced in one step, so a crash here loses nothing; a missing file stays missing.
 
     Returns:
         Number of lines dropped.
@@ -88,7 +87,7 @@ def truncate_after(path: Path, iteration: int) -> int:
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     kept = [line for line in lines if _is_until(line, iteration)]
     dropped = sum(1 for line in lines if line) - len(kept)
-    if dropped or lines[-1]:  # the next record would be glued to a line without its newline
+    if dropped or lines[-1]:  # the next record would be appended to a line without its newline
         write_atomically(path, "".join(f"{line}\n" for line in kept))
     return dropped
 
@@ -96,7 +95,7 @@ def truncate_after(path: Path, iteration: int) -> int:
 def _is_until(line: str, iteration: int) -> bool:
     try:
         return bool(decode(line)["iteration"] <= iteration)
-    except (ValueError, KeyError, TypeError):  # torn, or without a usable iteration
+    except (ValueError, KeyError, TypeError):  # truncated, or without a usable iteration
         return False
 
 

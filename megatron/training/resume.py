@@ -1,4 +1,4 @@
-"""Resuming a run: what is taken from its newest sound checkpoint, and what is refused."""
+"""Resuming a run: what is loaded from its newest sound checkpoint, and what is refused."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ class MissingCheckpoint(RuntimeError):
 
 
 def resume(run: RunConfig, engine: Engine, data: DataRecord | None = None) -> RunState:
-    """Takes back the newest sound checkpoint, whatever layout wrote it; called by all ranks.
+    """Loads the newest sound checkpoint, written in any layout; called by all ranks.
 
     Args:
         run: the configuration.
         engine: to load into.
-        data: the record of what this start trains on.
+        data: the record of this start's data.
 
     Returns:
-        Where the run stands; the start of a run where there is no checkpoint.
+        The run's state; that of a run's start where there is no checkpoint.
 
     Raises:
         MissingCheckpoint: there is none and --exit-on-missing-checkpoint was given, or all are
             damaged.
-        ConfigError: it is of another model or optimizer, or a range to skip has passed.
+        ConfigError: its model or optimizer differs, or a range to skip has passed.
         DataError: it was trained on other data.
     """
     root = run.load_folder
@@ -100,8 +100,8 @@ def _check_model(run: RunConfig, stored: Mapping[str, Any], folder: Path) -> Non
 def _check_optimizer(run: RunConfig, stored: str, folder: Path) -> None:
     if stored != run.optimizer.optimizer:
         raise ConfigError(
-            f"OPT={run.optimizer.optimizer}, but {folder} holds the states of {stored}, which mean"
-            f" nothing to it; set OPT={stored}, or start a new run with another RUN_NAME"
+            f"OPT={run.optimizer.optimizer}, but {folder} holds the states of {stored}, which it"
+            f" cannot use; set OPT={stored}, or start a new run with another RUN_NAME"
         )
 
 
@@ -114,7 +114,7 @@ def _log_changes(run: RunConfig, stored: Mapping[str, Any]) -> None:
 
 
 def _with_ranges(run: RunConfig, state: RunState) -> RunState:
-    """The state with the ranges to skip of this start; what was skipped before stays on record."""
+    """The state with this start's ranges to skip; ranges skipped before stay recorded."""
     done, ranges = state.iteration, run.skip_ranges
     before = set(state.skip_ranges)
     for first, last in ranges:

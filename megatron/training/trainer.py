@@ -56,7 +56,7 @@ class Outcome:
 
 
 def manifest_of(run: RunConfig) -> dict[str, Any]:
-    """What the manifests of a run's checkpoints say of the run."""
+    """The run's entries in the manifests of its checkpoints."""
     return {
         "model": run.model.identity(),
         "optimizer": run.optimizer.optimizer,
@@ -110,7 +110,7 @@ class Trainer:
         data: what is trained and evaluated on.
         device: of this rank.
         tracker: receives every record.
-        stop: tells whether a signal asked the run to stop.
+        stop: records a signal to stop the run.
         state: where the run stands.
     """
 
@@ -196,7 +196,7 @@ class Trainer:
         self._advance(skipped=not applied)
 
     def skip(self) -> None:
-        """Passes over the next step, which is in a range to skip: its samples are not read."""
+        """Skips the next step, which is in a range to skip: its samples are not read."""
         iteration = self.state.iteration + 1
         with self.meter.off_the_clock():
             log.info(f"iteration {iteration} is in --train-range-to-skip: skipped")
@@ -208,7 +208,7 @@ class Trainer:
         self._advance(skipped=True)
 
     def record(self) -> None:
-        """Logs the steps since the last record; a collective where corpora or a pipeline are."""
+        """Logs the steps since the last record; a collective with corpus losses or a pipeline."""
         losses = self.data.corpus_losses
         corpora = None if losses is None else losses.take(self.engine.device)
         rate = learning_rate(self.state.iteration, self.run.optimizer)
@@ -221,7 +221,7 @@ class Trainer:
 
         Args:
             split: validation or test.
-            dataset: its samples; nothing happens where the run has none, or never evaluates.
+            dataset: its samples; does nothing where the run has none, or never evaluates.
         """
         run = self.run
         if dataset is None or run.log.eval_interval == 0:
@@ -250,7 +250,7 @@ class Trainer:
         )
 
     def save(self) -> bool:
-        """Commits a checkpoint; a failure is loud, and the run continues.
+        """Commits a checkpoint; a failure is logged as an error, and the run continues.
 
         Returns:
             Whether it is committed.

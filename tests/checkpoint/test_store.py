@@ -197,7 +197,7 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-DAMAGES = [(Path.unlink, "is missing"), (shorten, "bytes, was written with"), (flip, "SHA-256")]
+DAMAGES = [(Path.unlink, "is missing"), (shorten, "bytes, but"), (flip, "SHA-256")]
 
 
 @pytest.mark.parametrize(("harm", "words"), DAMAGES)

@@ -112,7 +112,7 @@ FAULTS = {
     "wrong pointer": (wrong_pointer, "part1.idx: sequence 7 has byte offset 6"),
     "missing file": (missing, "part1.bin does not exist"),
 }
-FIXES = ("make", "copy", "correct the path", "set TOKENIZER_TYPE", "take it off", "Copy")
+FIXES = ("make", "copy", "correct the path", "set TOKENIZER_TYPE", "remove it from", "Copy")
 
 
 def test_good_data_starts(tmp_path):

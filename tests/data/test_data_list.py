@@ -36,7 +36,7 @@ def test_lines(tmp_path):
         ("1 a b\ncorpus b max_epochs=0\n", ":2: .*above 0"),
         ("1 a b\ncorpus b epochs=2\n", ":2: .*max_epochs=NUMBER"),
         ("1 a b\ncorpus b max_epochs=2\ncorpus b max_epochs=3\n", ":3: .*two limits"),
-        ("1 a b\nstage 2T c.txt\n", ":2: a stage stands in a list of `stage` lines alone"),
+        ("1 a b\nstage 2T c.txt\n", ":2: `stage` lines and data lines do not mix"),
         ("-1 a\n", "0 .* or above"), ("nan a\n", "0 .* or above"), ("inf a\n", "0 .* or above"),
     ],
 )  # fmt: skip

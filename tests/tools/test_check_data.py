@@ -70,7 +70,7 @@ def test_the_same_content_under_two_names(data, capsys):
         assert run(data, *BYTES, *deep) == 3
         said = capsys.readouterr().out
         assert f"part2.bin has the same {'tokens' if deep else 'size'}" in said
-        assert "take one of them off the list" in said
+        assert "remove one from the list" in said
 
 
 def test_lengths_that_do_not_count_the_end_of_document(data, capsys):

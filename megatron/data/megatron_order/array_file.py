@@ -113,7 +113,7 @@ def read_arrays(path: Path, key: str, check_up_to: int) -> ArrayFile:
                 raise Damaged("it was made from something else")
             expected = start + max(entry["data_offsets"][1] for entry in header.values())
             if size != expected:
-                raise Damaged(f"it has {size} bytes, its header asks for {expected}")
+                raise Damaged(f"it has {size} bytes, but its header gives {expected}")
             if size <= check_up_to and f"{_crc_of_rest(file):08x}" != metadata["crc"]:
                 raise Damaged("its arrays are damaged")
     except FileNotFoundError:

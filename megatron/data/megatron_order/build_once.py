@@ -78,7 +78,7 @@ def build_missing(
 
     Args:
         files: in the order in which to build them; those that take longest first.
-        log: gets a line about what is built, what was damaged, and which files are waited for.
+        log: called with lines about what is built, was damaged or is waited for.
         check_up_to: as in `read_arrays`.
 
     Raises:

@@ -1,11 +1,10 @@
-"""The greedy blend, computed in parallel and exactly as if one draw came after the other.
+"""The greedy blend, computed in parallel with the result of one draw after the other.
 
 Draw s goes to the source d with the largest `weight[d] * max(s, 1) - count[d]`, in float64, the
-product rounded before the difference, the first of equals. A draw needs the counts before it. So
-the draws are divided into blocks, which start from guessed counts and run side by side. The rule
-forgets its past quickly: most guesses become right after some draws. A block is right if it started
-from the counts with which a right predecessor ended; the others run again from those counts. The
-guesses affect only the time this takes.
+product rounded before the difference, the first of equals. A draw needs the counts before it, so
+blocks of draws start from guessed counts and run side by side: most guesses become right after some
+draws. A block is right if it started from the counts with which a right predecessor ended; the
+others run again from those counts. The guesses affect only the time.
 """
 
 from __future__ import annotations

@@ -55,8 +55,8 @@ def blend(weights: FloatArray, size: int, available: Sequence[int]) -> Iterator[
         if len(beyond):
             source = int(sources[beyond[0]])
             raise DataError(
-                f"DATA_ORDER=megatron asks source {source} of a blend for more than its "
-                f"{available[source]} samples, from rounding; change TRAIN_ITERS by one, or use "
+                f"DATA_ORDER=megatron needs, by rounding, more than the {available[source]} "
+                f"samples of source {source} of a blend; change TRAIN_ITERS by one, or use "
                 "DATA_ORDER=stateless"
             )
         yield Picks(sources, draws.numbers)

@@ -27,7 +27,7 @@ _POINTER, _TWO_POINTERS = struct.Struct("<q"), struct.Struct("<2q")
 
 
 class FileReader:
-    """The samples of one file in one split, whichever list entries and corpora name it.
+    """The samples of one file in one split, for all list entries and corpora that name it.
 
     Its cached index and `.idx` are read in places, as its tokens are: maps of thousands of files
     would need more descriptors than a process has.

@@ -116,8 +116,8 @@ def duplicates(audits: Iterable[Audit], deep: bool) -> list[tuple[str, str]]:
         if before != audit.prefix:
             how = "the same tokens" if deep else "the same size, first and last tokens"
             found.append(
-                (audit.prefix, f"{audit.prefix}.bin has {how} as {before}.bin; take one of them "
-                 "off the list")
+                (audit.prefix, f"{audit.prefix}.bin has {how} as {before}.bin; remove one "
+                 "from the list")
             )  # fmt: skip
     return found
 

@@ -116,8 +116,8 @@ class CharTokenizer(_TextByText):
             character = error.args[0]
             raise DataError(
                 f"character {character!r} (U+{ord(character):04X}) is not among the "
-                f"{len(self.alphabet)} of the alphabet; make the alphabet from all of "
-                "the text, or use ByteTokenizer"
+                f"{len(self.alphabet)} of the alphabet; make the alphabet from all of the text, "
+                "or use ByteTokenizer"
             ) from error
 
     def decode(self, ids: Sequence[int]) -> str:

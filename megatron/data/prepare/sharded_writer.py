@@ -107,8 +107,8 @@ class ShardedWriter:
             sizes = sizes[sizes > 0]  # a document needs a token
             if len(sizes) and int(sizes.max()) >= _LENGTH_LIMIT:
                 raise DataError(
-                    f"{self.prefixes[number]}.idx: a document of {int(sizes.max())} tokens, the "
-                    "format holds 2^31 - 1; split it"
+                    f"{self.prefixes[number]}.idx: a document of {int(sizes.max())} tokens, "
+                    "but the format holds 2^31 - 1; split it"
                 )
             self._sizes[number][1] += self._lengths[number].write(sizes.astype("<i4").tobytes())
 

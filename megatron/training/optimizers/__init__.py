@@ -1,1 +1,1 @@
-"""Update rules: one table, one file an idea."""
+"""Update rules: one table, and one file per idea."""

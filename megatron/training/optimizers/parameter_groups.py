@@ -1,4 +1,4 @@
-"""Parameters that an update rule treats alike: block matrices, vocabulary matrices, vectors."""
+"""Groups of parameters for update rules: block matrices, vocabulary matrices, vectors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Groups for a torch optimizer, each with "name", "params", "lr" and "weight_decay".
 
-    A group with nothing in it is left out: a pipeline stage need not have all three.
+    An empty group is left out: a pipeline stage need not have all three.
     """
     members: dict[str, list[nn.Parameter]] = {HIDDEN: [], VOCABULARY: [], VECTORS: []}
     for _, parameter in named_parameters:

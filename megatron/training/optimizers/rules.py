@@ -1,7 +1,7 @@
 """The table of update rules: name of OPT -> optimizer, ready for deepspeed.initialize.
 
-Every entry gives the one-process result: elementwise rules step on ZeRO's flat partitions as they
-are, rules that look at whole matrices go through WholeMatrixOptimizer (ZeRO-1).
+Every entry gives the one-process result: elementwise rules update ZeRO's flat partitions directly,
+rules for whole matrices go through WholeMatrixOptimizer (ZeRO-1).
 """
 
 from __future__ import annotations

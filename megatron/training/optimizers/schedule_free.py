@@ -1,4 +1,4 @@
-"""Schedule-free rules train on one point and are evaluated at another: going there and back.
+"""Schedule-free rules train at one point and evaluate at another: the switch and back.
 
 The optimizer's weights are y, where gradients are taken; the model is x, the running average.
 With the state z and the first beta, x = y + (1 - 1/beta1) (z - y).
@@ -17,13 +17,13 @@ from torch.optim import Optimizer
 
 @contextmanager
 def evaluation_weights(optimizer: Optimizer, refresh: Callable[[], None]) -> Iterator[None]:
-    """Puts the averaged weights into the model, and the very same training weights back.
+    """Puts the averaged weights into the model, and the exact training weights back.
 
     Does nothing for other rules. Costs one more copy of this rank's fp32 weights.
 
     Args:
         optimizer: with DeepSpeed's flat partitions in it (ZeRO-1 or 2).
-        refresh: makes the model's weights from the fp32 partitions, on all ranks.
+        refresh: rebuilds the model's weights from the fp32 partitions, on all ranks.
     """
     rule: Any = optimizer  # only schedule-free ones have the two modes
     if "train_mode" not in optimizer.param_groups[0]:
@@ -31,7 +31,7 @@ def evaluation_weights(optimizer: Optimizer, refresh: Callable[[], None]) -> Ite
         return
     flats = [flat for group in optimizer.param_groups for flat in group["params"]]
     assert flats, "ZeRO-3 keeps its partitions out of the groups"
-    # Going back by the formula would round, and an evaluation would change the training.
+    # The inverse formula would round, so that an evaluation would change the training.
     kept = [flat.detach().clone() for flat in flats]
     rule.eval()
     refresh()

@@ -30,7 +30,7 @@ class SophiaG(Optimizer):
     """Sophia with an estimate of the Hessian's diagonal that is made by `hessian_step`.
 
     Args:
-        params: parameters or groups of them; a group's "lr" and "weight_decay" (decoupled) hold.
+        params: parameters or groups of them, each with "lr" and "weight_decay" (decoupled).
         betas: decay of the momentum and of the diagonal.
         rho: larger clips fewer elements to the sign of the momentum.
         eps: added to the diagonal.
@@ -49,7 +49,7 @@ class SophiaG(Optimizer):
             "lr": lr, "betas": betas, "rho": rho, "eps": eps, "weight_decay": weight_decay,
         }  # fmt: skip
         super().__init__(params, defaults)
-        self.hessian_tokens = 0  # > 0: the next step is an estimate from a gradient over so many
+        self.hessian_tokens = 0  # > 0: the next step is an estimate from a gradient over this many
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -145,7 +145,7 @@ class Curvature:
 
 
 def label_draws(seed: int, iteration: int, samples: list[int], seq_length: int) -> Tensor:
-    """One number in [0, 1) a token, to be given in place of labels.
+    """One number in [0, 1) per token, to be passed in place of labels.
 
     A pure function of seed, step, sample and position: no layout changes it.
 
@@ -170,7 +170,7 @@ def label_draws(seed: int, iteration: int, samples: list[int], seq_length: int) 
 def with_sampled_labels(
     loss: Callable[[Tensor, Tensor], Tensor], tp: Axis, vocab_size: int
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """The loss, with labels drawn from the model itself where it is given `label_draws`."""
+    """The loss, with labels drawn from the model's predictions where it gets `label_draws`."""
 
     def wrapped(logits: Tensor, labels: Tensor) -> Tensor:
         if labels.is_floating_point():
@@ -182,7 +182,7 @@ def with_sampled_labels(
 
 @torch.no_grad()
 def sample_labels(logits: Tensor, draws: Tensor, tp: Axis, vocab_size: int) -> Tensor:
-    """Draws a token a position from softmax(logits); collectives over the tensor-parallel axis.
+    """Draws one token per position from softmax(logits); collectives over the tensor-parallel axis.
 
     Args:
         logits: (B, S, V/tp), this rank's part of the padded vocabulary.

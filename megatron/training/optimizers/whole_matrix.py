@@ -1,8 +1,8 @@
-"""Update rules that look at whole matrices, on ZeRO's flat partitions and tensor-parallel shards.
+"""Update rules for whole matrices, on ZeRO's flat partitions and tensor-parallel shards.
 
-DeepSpeed's ZeRO-1 steps on flat pieces that end in the middle of a matrix. Here each matrix has one
-owner among the ranks of its pipeline stage: the pieces of weight and gradient go to the owner, the
-owner applies the rule to the whole matrix, and the new weight goes back into the pieces.
+DeepSpeed's ZeRO-1 updates flat partitions that end in the middle of a matrix. Here each matrix has
+one owner among the ranks of its pipeline stage: it gathers the shards of weight and gradient,
+applies the rule to the whole matrix, and the new weight is written back into the partitions.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class _Matrix:
         shape: this rank's shard.
         full_shape: over all tensor-parallel ranks.
         rows: rows that count; those after them pad the vocabulary and are zero.
-        partition_dim: dimension cut over tensor-parallel ranks, None where each has all of it.
+        partition_dim: dimension sharded over tensor-parallel ranks; None: replicated.
         owner: (data-parallel rank, tensor-parallel rank) that applies the rule.
         span: where this rank's run lies in its flat partition, None where it has none.
         rule: the rule with its state, on the owner only.
@@ -61,17 +61,16 @@ class _Matrix:
 class WholeMatrixOptimizer(Optimizer):
     """A rule for whole matrices as a client optimizer of DeepSpeed's ZeRO-1.
 
-    Memory a rank: states are shared out, with N = DP x TP ranks of a stage each holds about 1/N of
-    the stage's; during a step the owner also holds weight and gradient of its matrices, 8 bytes a
-    parameter of its 1/N (at least its largest matrix). Traffic: 8 bytes a parameter to the
-    owner and 4 back.
+    Memory per rank: states are sharded, about 1/N of the stage's on each of its N = DP x TP ranks.
+    During a step an owner also holds weight and gradient of its matrices, 8 bytes per parameter of
+    its 1/N (at least its largest matrix). Traffic per parameter: 8 bytes to the owner, 4 back.
 
     Args:
         param_groups: groups with a unique "name".
         whole: makes the rule of one matrix.
         whole_groups: names of the groups it is for.
-        elementwise: makes one optimizer for all other groups; it steps on the flat partitions as
-            they are, and its states are this optimizer's `state`.
+        elementwise: makes one optimizer for all other groups; it updates the flat partitions
+            directly, and its states are this optimizer's `state`.
     """
 
     def __init__(
@@ -105,14 +104,14 @@ class WholeMatrixOptimizer(Optimizer):
         spans: Iterable[Span],
         vocabulary_size: int,
     ) -> None:
-        """Says where the pieces of each matrix lie; called once, after deepspeed.initialize.
+        """Sets where the shards of each matrix lie; called once, after deepspeed.initialize.
 
         Args:
             named_parameters: of the local part of the model.
-            dp: data-parallel axis, over which ZeRO cut the flat buffers.
+            dp: data-parallel axis, over which ZeRO partitions the flat buffers.
             tp: tensor-parallel axis.
-            spans: the runs of parameters that this rank steps on.
-            vocabulary_size: rows of embedding and head that are no padding.
+            spans: the runs of parameters that this rank updates.
+            vocabulary_size: rows of embedding and head without padding.
         """
         names = {id(parameter): name for name, parameter in named_parameters}
         located = {id(span.parameter): span for span in spans}
@@ -133,10 +132,10 @@ class WholeMatrixOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One step of the groups in `param_groups` (DeepSpeed hands them over one at a time)."""
+        """One step of the groups in `param_groups` (DeepSpeed passes them one at a time)."""
         assert closure is None, "DeepSpeed gives no closure"
         if self._matrices is None:
-            # A DeepSpeed that makes states by a step on zero gradients, before bind: nothing to do.
+            # DeepSpeed may make states by a step on zero gradients before bind: nothing to do.
             gradients = [p.grad for group in self.param_groups for p in group["params"]]
             assert not any(g is not None and g.any() for g in gradients), "bind() was not called"
             return
@@ -167,11 +166,11 @@ class WholeMatrixOptimizer(Optimizer):
         return result
 
     def owned_names(self) -> list[str]:
-        """Global names of the matrices whose state this rank must be given back."""
+        """Global names of the matrices whose state this rank must load."""
         return [matrix.name for matrix in self._owned()]
 
     def load_whole_state(self, states: Mapping[str, Mapping[str, Tensor | float]]) -> None:
-        """Takes back what `whole_state` gave, in this or any other layout.
+        """Loads what `whole_state` gave, in this or any other layout.
 
         Args:
             states: at least the names of `owned_names()`.
@@ -201,7 +200,7 @@ class WholeMatrixOptimizer(Optimizer):
                 yield Piece(name, shape, None, 0, 1, 0, {WHOLE + key: tensor.reshape(-1)})
 
     def load_pieces(self, reader: TensorReader) -> None:
-        """Takes back what the ranks' `pieces` gave, in this or any other layout."""
+        """Loads what the ranks' `pieces` gave, in this or any other layout."""
         self.load_whole_state({name: _whole_state(reader, name) for name in self.owned_names()})
 
     def _owned(self) -> list[_Matrix]:
@@ -219,7 +218,7 @@ class WholeMatrixOptimizer(Optimizer):
             self._from_owner(matrix, group["params"][0])
 
     def _to_owner(self, matrix: _Matrix, flat: Tensor) -> None:
-        """Puts weight and gradient of a matrix together on its owner; a collective of the stage."""
+        """Assembles weight and gradient of a matrix on its owner; a collective of the stage."""
         both = torch.zeros(2, matrix.shape.numel(), dtype=flat.dtype, device=flat.device)
         if matrix.span is not None:
             assert flat.grad is not None
@@ -242,7 +241,7 @@ class WholeMatrixOptimizer(Optimizer):
             torch.cat([s[i].view(matrix.shape) for s in shards], dim=matrix.partition_dim or 0)
             for i in (0, 1)
         )
-        # Rows of padding are not the rule's business: their number depends on the layout.
+        # The rule does not see rows of padding, whose number depends on the layout.
         parameter.data = weights[: matrix.rows].contiguous()
         parameter.grad = gradients[: matrix.rows].contiguous()
 
@@ -308,7 +307,7 @@ def _matrix(
 
 
 def _placeholder(matrix: _Matrix, like: Tensor) -> nn.Parameter:
-    """A parameter of the right shape and of no size; the matrix is in it during a step only."""
+    """A zero-storage (expanded) parameter with the full shape; holds the matrix during a step."""
     return nn.Parameter(like.new_zeros(()).expand(matrix.used_shape))
 
 
