@@ -30,12 +30,12 @@ from megatron.plan.report import architecture_box
 from megatron.training import log
 from megatron.training.build import loss_function, model_layers
 from megatron.training.corpus_loss import CorpusLosses
-from megatron.training.data import Data, build_data
 from megatron.training.device import Device, detect, prepare
 from megatron.training.loggers import make_tracker
 from megatron.training.optimizers.rules import make_optimizer
 from megatron.training.optimizers.whole_matrix import WholeMatrixOptimizer
 from megatron.training.resume import MissingCheckpoint, resume
+from megatron.training.run_data import Data, build_data
 from megatron.training.stop import StopRequest
 from megatron.training.trainer import Trainer
 

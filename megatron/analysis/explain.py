@@ -26,9 +26,9 @@ from megatron.data.prepare.builtin import builtin_corpus
 from megatron.data.prepare.documents import document_range, parts_of, samples_with
 from megatron.data.prepare.tokenizer import Tokenizer, build_tokenizer
 from megatron.data.splits import Origin
-from megatron.training.data import run_record
 from megatron.training.data_order import cache_folder, recorded_order
 from megatron.training.metrics_file import read
+from megatron.training.run_data import run_record
 
 
 @dataclass(frozen=True, kw_only=True)

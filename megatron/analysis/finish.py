@@ -12,10 +12,10 @@ from megatron.analysis.run_report import write_report
 from megatron.checkpoint.state import RunState
 from megatron.config.schema import RunConfig
 from megatron.engine import Engine
-from megatron.training.data import Data
 from megatron.training.generate import generate
 from megatron.training.metrics_file import read
 from megatron.training.optimizers.schedule_free import evaluation_weights
+from megatron.training.run_data import Data
 from megatron.training.trainer import Outcome
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.config import optimizers, presets, skip
+from megatron.config import presets, skip, update_rules
 from megatron.config.errors import ConfigError
 from megatron.config.layout import Layout
 from megatron.config.option import Option, option
@@ -29,7 +29,7 @@ TOKENIZER_TYPES = (
     "ByteTokenizer", "CharTokenizer", "NullTokenizer", "BuiltinTokenizer",
 )  # fmt: skip
 
-DATA_ORDERS = ["stateless", "megatron"]  # made in training/data.py
+DATA_ORDERS = ["stateless", "megatron"]  # made in training/run_data.py
 
 RUN_FILE = "run.json"
 """In a run's folder: the configuration, where each value came from, and the run's provenance."""
@@ -79,7 +79,7 @@ class TrainConfig:
 class OptimizerConfig:
     """Optimizer and learning rate."""
 
-    optimizer: str = option("adamw", "OPT OPTIMIZER OPTIM", "--optimizer", "optimizer: " + ", ".join(optimizers.accepted()))
+    optimizer: str = option("adamw", "OPT OPTIMIZER OPTIM", "--optimizer", "optimizer: " + ", ".join(update_rules.accepted()))
     learning_rate: float = option(2e-4, "LR", "--lr", "peak learning rate", above=0)
     min_learning_rate: float = option(0.0, "MIN_LR", "--min-lr", "minimum learning rate, reached at the end of the decay")
     lr_decay_style: str = option("cosine", "LR_DECAY_STYLE", "--lr-decay-style", "learning rate schedule after warm-up", STYLES)

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from megatron.config import optimizers, rope_scaling
+from megatron.config import rope_scaling, update_rules
 from megatron.config.errors import ConfigError
 from megatron.config.option import Draft, Setting
 from megatron.config.pipeline_stages import num_stages_per_rank, parse_cuts
@@ -245,11 +245,11 @@ def check_reduction(draft: Draft) -> Iterator[str]:
 def check_optimizer(draft: Draft) -> Iterator[str]:
     """A known optimizer that works with the layout."""
     rule, zero, host = draft["optimizer.optimizer"], draft[ZERO], draft[CPU_OPTIMIZER]
-    problem = optimizers.problem(rule.value, rule.name)
+    problem = update_rules.problem(rule.value, rule.name)
     if problem:
         yield problem
         return
-    if optimizers.RULES[rule.value].whole_matrix and zero.value > 1:
+    if update_rules.RULES[rule.value].whole_matrix and zero.value > 1:
         yield (
             f"{rule} needs whole matrices, which {zero} partitions. "
             f"Set {zero.name}=1 or {rule.name}=adamw"
@@ -259,7 +259,7 @@ def check_optimizer(draft: Draft) -> Iterator[str]:
             f"{rule} counts steps and swaps weights per parameter group, which {zero} partitions. "
             f"Set {zero.name}=2 or {rule.name}=adamw"
         )
-    on_host = [name for name, known in optimizers.RULES.items() if known.on_the_host]
+    on_host = [name for name, known in update_rules.RULES.items() if known.on_the_host]
     if host.value and rule.value not in on_host:
         yield (
             f"{rule} does not run on the host: {host.name} supports "

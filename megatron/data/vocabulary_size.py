@@ -1,6 +1,6 @@
 """Vocabulary size of a tokenizer, from its name or its files, without loading it.
 
-Only what fixes the shape of the model: the tokenizers themselves live in megatron/data.
+Only what fixes the shape of the model: the tokenizers themselves are in data/prepare.
 """
 
 from __future__ import annotations

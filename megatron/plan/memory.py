@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from megatron.config.optimizers import RULES
 from megatron.config.pipeline_stages import num_stages_per_rank
 from megatron.config.schema import RunConfig
+from megatron.config.update_rules import RULES
 
 LOSS_BLOCK = 1 << 24  # logits that the cross entropy turns into fp32 at once
 

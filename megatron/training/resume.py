@@ -15,8 +15,8 @@ from megatron.config.schema import RunConfig
 from megatron.config.skip import merge, ranges_text
 from megatron.data.data_record import DataRecord
 from megatron.engine import Engine
-from megatron.training.data import continue_data
 from megatron.training.optimizers.whole_matrix import WholeMatrixOptimizer
+from megatron.training.run_data import continue_data
 
 log = logging.getLogger(__name__)
 

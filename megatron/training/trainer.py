@@ -25,7 +25,6 @@ from megatron.data.dataset import SampleSource
 from megatron.data.loader import Loader, StepPlan, evaluation_loader
 from megatron.engine import Engine, MicroBatches, Shards
 from megatron.parallel.piece import Piece
-from megatron.training.data import Data, train_data
 from megatron.training.device import Device
 from megatron.training.dump import dump_tokens
 from megatron.training.loggers import Tracker
@@ -33,6 +32,7 @@ from megatron.training.meter import Meter
 from megatron.training.optimizers.schedule_free import evaluation_weights
 from megatron.training.optimizers.sophia import Curvature, SophiaG
 from megatron.training.optimizers.whole_matrix import WholeMatrixOptimizer
+from megatron.training.run_data import Data, train_data
 from megatron.training.stop import StopRequest
 
 log = logging.getLogger(__name__)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron.config.errors import ConfigError, DataError
-from megatron.config.optimizers import REFUSED, accepted
 from megatron.config.resolve import Site, resolve
+from megatron.config.update_rules import REFUSED, accepted
 from tests.config.helpers import refusal, resolved
 
 NOBODY = 65534

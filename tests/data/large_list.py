@@ -55,7 +55,7 @@ def start(path: str) -> dict[str, float]:
 
     from megatron.checkpoint.state import RunState
     from megatron.config.resolve import Site, resolve
-    from megatron.training.data import build_data, train_data
+    from megatron.training.run_data import build_data, train_data
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     environ = {

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from megatron.config.errors import ConfigError, DataError
 from megatron.config.resolve import Site, resolve
-from megatron.training.data import build_data
+from megatron.training.run_data import build_data
 
 
 def start(settings: Mapping[str, str]) -> tuple[int, str]:

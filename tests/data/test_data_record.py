@@ -11,7 +11,7 @@ from megatron.data.data_list import ListStage
 from megatron.data.data_record import data_record, differences, drawn_before, stateless_order
 from megatron.data.indexed_header import read_header
 from megatron.data.splits import Origin, build_datasets
-from megatron.training.data import continue_data
+from megatron.training.run_data import continue_data
 from tests.data.pairs import write_list
 
 SIZES = {"news": [401, 120], "code": [300]}

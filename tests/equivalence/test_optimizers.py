@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.config.optimizers import accepted
+from megatron.config.update_rules import accepted
 from tests.equivalence import front
 from tests.spawn import run
 

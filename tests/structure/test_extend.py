@@ -135,7 +135,7 @@ def add_optimizer() -> None:
     """Steps of a fixed size, which it counts per weight in a state of its own."""
     import torch
 
-    from megatron.config.optimizers import RULES, Rule
+    from megatron.config.update_rules import RULES, Rule
 
     class SignSGD(torch.optim.Optimizer):
         def __init__(self, groups: Any, settings: Any) -> None:
@@ -232,7 +232,7 @@ def add_data_source() -> list[int]:
 
     from megatron.config.schema import DATA_ORDERS
     from megatron.data.dataset import Sample, Splits
-    from megatron.training.data import ORDERS
+    from megatron.training.run_data import ORDERS
 
     asked: list[int] = []
 

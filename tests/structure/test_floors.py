@@ -65,7 +65,7 @@ WRITER = "megatron.checkpoint.atomic"  # the one writer of files serves every ro
 PLAIN = {
     "megatron.config.errors",
     "megatron.config.layout",
-    "megatron.config.optimizers",
+    "megatron.config.update_rules",
     "megatron.config.pipeline_stages",
     "megatron.config.rope_scaling",
     "megatron.config.shape",
@@ -374,8 +374,6 @@ def test_deepspeed_and_its_insides_stay_in_the_engine(inside_names: Set[str]) ->
 
 ONE_NAME_TWICE = {
     "engine": "the package and the file of the class it is for",
-    "optimizers": "one subject: their names without torch, their update rules with it",
-    "data": "the room, and the file that opens it for a RunConfig",
     "IntArray": "the same type: numpy's int64 array",
     "FloatArray": "the same type: numpy's float64 array",
     "Log": "the same type: takes a line",

@@ -15,8 +15,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from megatron.config.errors import ConfigError
-from megatron.config.optimizers import RULES
 from megatron.config.schema import OptimizerConfig
+from megatron.config.update_rules import RULES
 from megatron.training.optimizers.parameter_groups import (
     HIDDEN,
     VECTORS,

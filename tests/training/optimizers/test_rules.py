@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megatron.config.optimizers import RULES
 from megatron.config.schema import OptimizerConfig
+from megatron.config.update_rules import RULES
 from megatron.parallel.groups import SERIAL
 from megatron.training.optimizers import rules as table
 from megatron.training.optimizers.parameter_groups import parameter_groups
