@@ -66,6 +66,8 @@ class TrainConfig:
     global_batch_size: int = option(None, "GLOBAL_BATCH", "--global-batch-size", "samples per step over all ranks = MICRO_BATCH x GRAD_ACC_STEPS x DP", least=1)
     train_iters: int = option(None, "TRAIN_ITERS TRAIN_ITER", "--train-iters", "number of training steps", least=1)
     train_tokens: int = option(None, "TRAIN_TOKENS", "--train-tokens", "number of training tokens, an alternative to TRAIN_ITERS", least=1)
+    exit_duration_mins: float | None = option(None, "EXIT_DURATION_IN_MINS", "--exit-duration-in-mins", "minutes after which the run saves and stops; unset: never", above=0)
+    exit_interval: int | None = option(None, "EXIT_INTERVAL", "--exit-interval", "save and stop at a step that is a multiple of this; unset: never", least=1)
     seed: int = option(1234, "SEED", "--seed", "random seed of the initial weights and of the sample order")
     dtype: str = option(None, "DTYPE", "--dtype", "precision of weights and activations; default bf16 (Polaris: fp16)", ("bf16", "fp16", "fp32"))
     grad_reduce_in_bf16: bool = option(False, "GRAD_REDUCE_IN_BF16", "--grad-reduce-in-bf16", "DTYPE=bf16: average gradients over the ranks in bf16, which halves the traffic; 0: in fp32")
@@ -129,6 +131,23 @@ class CheckpointConfig:
     load: str | None = option(None, "LOAD", "--load", "folder to resume from; default: the one that checkpoints are saved to")
     save_interval: int = option(50, "SAVE_INTERVAL", "--save-interval", "steps between checkpoints; 0: only at the end")
     exit_on_missing_checkpoint: bool = option(False, "", "--exit-on-missing-checkpoint", "exit with status 4 if LOAD holds no usable checkpoint")
+    async_save: bool = option(False, "ASYNC_SAVE", "--async-save", "write checkpoints behind the steps: a step waits for the copy to host memory only")
+    keep_last: int | None = option(None, "KEEP_LAST", "--keep-last", "checkpoints to keep, the newest; unset: all", least=1)
+    keep_every: int | None = option(None, "KEEP_EVERY", "--keep-every", "with KEEP_LAST: also keep checkpoints of steps that are a multiple of this", least=1)
+    keep_best: int | None = option(None, "KEEP_BEST", "--keep-best", "with KEEP_LAST: also keep this many checkpoints of the lowest validation loss", least=1)
+    export_hf: bool = option(False, "EXPORT_HF", "--export-hf", "export each checkpoint as a Hugging Face folder, huggingface/step-N in the run's folder")
+
+
+@dataclass(frozen=True)
+class StabilityConfig:
+    """What is done about losses that are not finite or that spike."""
+
+    spike_policy: str = option("warn", "SPIKE_POLICY", "--spike-policy", "on a spike of loss or gradient norm: off, warn, skip the update, or rollback to an earlier checkpoint and skip the suspect steps", ("off", "warn", "skip", "rollback"))
+    spike_threshold: float = option(8.0, "SPIKE_THRESHOLD", "--spike-threshold", "robust z-score (distance from the median in standard deviations estimated from the MAD) above which loss or gradient norm is a spike", above=0)
+    spike_window: int = option(128, "SPIKE_WINDOW", "--spike-window", "past steps that a step's loss and gradient norm are compared with", least=8)
+    rollback_steps: int = option(20, "ROLLBACK_STEPS", "--rollback-steps", "SPIKE_POLICY=rollback: resume from the newest checkpoint at least this many steps before the spike", least=1)
+    max_rollbacks: int = option(3, "MAX_ROLLBACKS", "--max-rollbacks", "SPIKE_POLICY=rollback: after this many the run ends with status 5")
+    max_bad_steps: int = option(20, "MAX_BAD_STEPS", "--max-bad-steps", "steps in a row without an update (not finite, or refused as a spike) after which the run ends with status 5; 0: never")
 
 
 @dataclass(frozen=True)
@@ -158,6 +177,8 @@ class LaunchConfig:
     num_hosts: int = option(None, "NHOSTS", "--nhosts", "number of hosts; default: all of the host file", least=1)
     devices_per_host: int = option(None, "NGPU_PER_HOST", "--ngpu-per-host", "ranks per host, one per accelerator; default from the machine table")
     cpu_bind: str | None = option(None, "CPU_BIND", "--cpu-bind", "CPU binding, as mpiexec or srun spells it; default from the machine table")
+    retries: int = option(0, "RETRIES", "--retries", "restarts after a failure or a hang, each from the newest sound checkpoint")
+    hang_timeout: float | None = option(None, "HANG_TIMEOUT", "--hang-timeout", "seconds without progress after which a run counts as hung (status 124); unset: learnt from its steps; 0: never")
     launch_with: str | None = option(None, "LAUNCH_WITH", "--launch-with", "launcher; default from the machine table", ("mpiexec", "srun", "mpirun", "torchrun", "local", "deepspeed"))
 
 
@@ -171,6 +192,7 @@ class RunConfig:
     optimizer: OptimizerConfig
     data: DataConfig
     checkpoint: CheckpointConfig
+    stability: StabilityConfig
     log: LogConfig
     launch: LaunchConfig
     machine: str = "generic"
@@ -281,7 +303,7 @@ class RunConfig:
         """
         sections: dict[str, Any] = {}
         for name, section in SECTIONS.items():
-            given = values.get(name)
+            given = values.get(name, {} if section is StabilityConfig else None)
             if not isinstance(given, Mapping):
                 raise ConfigError(f"run.json has no section {name!r}")
             unknown = sorted(set(given) - {field.name for field in dataclasses.fields(section)})
@@ -316,6 +338,7 @@ SECTIONS: dict[str, type[Any]] = {
     "optimizer": OptimizerConfig,
     "data": DataConfig,
     "checkpoint": CheckpointConfig,
+    "stability": StabilityConfig,
     "log": LogConfig,
     "launch": LaunchConfig,
 }

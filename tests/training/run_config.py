@@ -34,6 +34,7 @@ def tiny_run(folder: Path, **log: Any) -> schema.RunConfig:
         optimizer=schema.OptimizerConfig(lr_decay_iters=100),
         data=schema.DataConfig(data_file_list="builtin", tokenizer_type="BuiltinTokenizer"),
         checkpoint=schema.CheckpointConfig(run_name=folder.name, run_dir=str(folder)),
+        stability=schema.StabilityConfig(),
         log=schema.LogConfig(**log),
         launch=schema.LaunchConfig(num_hosts=1, devices_per_host=0),
     )
