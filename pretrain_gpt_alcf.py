@@ -13,9 +13,11 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
-from datetime import timedelta
 from functools import partial
+
+from megatron.launch.walltime import job_end
 
 from megatron.analysis import finish
 from megatron.config.deepspeed import deepspeed_config
@@ -23,8 +25,10 @@ from megatron.config.errors import ConfigError, DataError
 from megatron.config.pipeline_stages import stage_bounds
 from megatron.config.schema import RunConfig, read_run
 from megatron.engine import Engine, make_engine, start_distributed, stop_distributed
+from megatron.launch.heartbeat import Heartbeat
 from megatron.launch.ranks import Ranks, find_ranks, rendezvous
 from megatron.launch.start import prepare_run
+from megatron.parallel.control import Control, make_control
 from megatron.parallel.groups import Groups, make_groups
 from megatron.plan.report import architecture_box
 from megatron.training import log
@@ -36,7 +40,7 @@ from megatron.training.optimizers.rules import make_optimizer
 from megatron.training.optimizers.whole_matrix import WholeMatrixOptimizer
 from megatron.training.resume import MissingCheckpoint, resume
 from megatron.training.run_data import Data, build_data
-from megatron.training.stop import StopRequest
+from megatron.training.stop import STOP_FILE, StopRequest
 from megatron.training.trainer import Trainer
 
 COLLECTIVE_TIMEOUT_S = 1800.0
@@ -58,10 +62,13 @@ def main(argv: Sequence[str]) -> int:
 
 def pretrain(run: RunConfig, ranks: Ranks) -> int:
     """One run, from its configuration to its report."""
+    started = time.time()
     log.setup(ranks.rank, "DEBUG" if run.log.debug else run.log.log_level)
     leads = ranks.rank == 0
     if leads:
         print(architecture_box(run))
+    heartbeat = Heartbeat()
+    heartbeat.enter("start")
     device = detect(ranks.local_rank, run.train.dtype)
     prepare(device, run.train.dtype)
     start_distributed(
@@ -72,31 +79,58 @@ def pretrain(run: RunConfig, ranks: Ranks) -> int:
         rendezvous(os.environ),
         COLLECTIVE_TIMEOUT_S,
     )
-    groups = make_groups(run.layout, timedelta(seconds=COLLECTIVE_TIMEOUT_S))
-    data = build_data(run)
+    groups, control = make_groups(run.layout), make_control()
+    data = build_data(run, control)
     engine = build_engine(run, groups, device, data.corpus_losses)
-    status = train(run, engine, data, device, leads=leads)
-    engine.close()
-    stop_distributed()
+    # To the very end: what comes after the last save must not turn a saved run into a failed one.
+    with stop_request(run, started, leads=leads) as stop:
+        status = train(run, engine, data, device, stop, control, heartbeat)
+        engine.close()
+        stop_distributed()
+    heartbeat.close()
     return status
 
 
-def train(run: RunConfig, engine: Engine, data: Data, device: Device, *, leads: bool) -> int:
-    """Resumes, trains to the last step or a signal, and reports; `leads` on the rank that logs."""
-    with StopRequest(device.torch_device) as stop:
-        state = resume(run, engine, data.record)
-        if state.iteration >= run.train.train_iters:
-            finish.log_finished(run, state)
-            return 0
-        tracker = make_tracker(run, logs=leads, iteration=state.iteration)
-        outcome = Trainer(run, engine, data, device, tracker, stop, state).train()
+def train(
+    run: RunConfig,
+    engine: Engine,
+    data: Data,
+    device: Device,
+    stop: StopRequest,
+    control: Control,
+    heartbeat: Heartbeat,
+) -> int:
+    """Resumes, trains to the last step or until it is asked to stop, and reports."""
+    leads = control.rank == 0
+    heartbeat.enter("load")
+    state = resume(run, engine, data.record, control)
+    if state.iteration >= run.train.train_iters:
+        finish.log_finished(run, state)
+        return 0
+    tracker = make_tracker(run, logs=leads, iteration=state.iteration)
+    trainer = Trainer(run, engine, data, device, tracker, stop, state, control, heartbeat)
+    outcome = trainer.train()
     tracker.close()
-    if outcome.signal:
-        return finish.stopped(outcome)
-    sample = finish.sample_text(run, engine, data)
-    if leads:
-        finish.print_summary(run, sample)
-    return 0
+    if outcome.cause == STOP_FILE:
+        stop.remove_file()
+    heartbeat.enter("finish")
+    if not outcome.cause:
+        sample = finish.sample_text(run, engine, data)
+        if leads:
+            finish.print_summary(run, sample)
+    return finish.status(outcome, leads=leads)
+
+
+def stop_request(run: RunConfig, started: float, *, leads: bool) -> StopRequest:
+    """What stops this rank; one rank looks at the clock and at the run's folder for all."""
+    if not leads:
+        return StopRequest()
+    minutes = run.train.exit_duration_mins
+    return StopRequest(
+        run.run_folder / "STOP",
+        stop_at=None if minutes is None else started + 60 * minutes,
+        job_end=job_end(os.environ),
+    )
 
 
 def build_engine(
@@ -129,9 +163,11 @@ def build_engine(
 
 
 def _refused(ranks: Ranks, error: Exception, status: int) -> int:
-    """All ranks fail with the same error; one of them prints it."""
-    if ranks.rank == 0:
-        print(f"error: {error}", file=sys.stderr)
+    """Every rank prints its error: it may be the only one that has it. The launcher folds them."""
+    text = f"error: {error}"
+    if ranks.world_size > 1:
+        text = "\n".join(f"[rank {ranks.rank}] error: {line}" for line in str(error).splitlines())
+    print(text, file=sys.stderr)
     return status
 
 

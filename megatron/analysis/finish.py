@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import signal
 import sys
 from pathlib import Path
 
@@ -16,9 +15,13 @@ from megatron.training.generate import generate
 from megatron.training.metrics_file import read
 from megatron.training.optimizers.schedule_free import evaluation_weights
 from megatron.training.run_data import Data
+from megatron.training.stop import cause_text
 from megatron.training.trainer import Outcome
 
 log = logging.getLogger(__name__)
+
+NOT_SAVED = 6
+"""Exit status of a run that ended without its last state on disk."""
 
 _PROMPT_TOKENS = 24
 _NEW_TOKENS = 64
@@ -75,12 +78,22 @@ def log_finished(run: RunConfig, state: RunState) -> None:
     )
 
 
-def stopped(outcome: Outcome) -> int:
-    """Status of a run that a signal stopped: 0 with its state saved, else 128 + signal."""
-    name = signal.Signals(outcome.signal).name
+def status(outcome: Outcome, *, leads: bool) -> int:
+    """The exit status of a run that has ended; what is not on disk is the last thing said."""
     iteration = outcome.state.iteration
-    if outcome.saved:
-        log.info(f"{name}: saved step {iteration} and exits; the same command resumes from there")
-        return 0
-    log.error(f"{name}: exits at step {iteration} without a checkpoint of it")
-    return 128 + outcome.signal
+    if outcome.error:
+        newest = (
+            "there is none" if outcome.saved_at < 0 else f"the newest is step {outcome.saved_at}"
+        )
+        if leads:
+            print(
+                f"error: step {iteration} is not in a checkpoint ({newest}): {outcome.error}",
+                file=sys.stderr,
+            )
+        return NOT_SAVED
+    if outcome.cause:
+        log.info(
+            f"{cause_text(outcome.cause)}: saved step {iteration} and exits; "
+            "the same command resumes from there"
+        )
+    return 0
