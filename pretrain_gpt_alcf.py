@@ -25,6 +25,7 @@ from megatron.config.schema import RunConfig, read_run
 from megatron.engine import Engine, make_engine, start_distributed, stop_distributed
 from megatron.launch.ranks import Ranks, find_ranks, rendezvous
 from megatron.launch.start import prepare_run
+from megatron.parallel.control import Control, make_control
 from megatron.parallel.groups import Groups, make_groups
 from megatron.plan.report import architecture_box
 from megatron.training import log
@@ -72,24 +73,26 @@ def pretrain(run: RunConfig, ranks: Ranks) -> int:
         rendezvous(os.environ),
         COLLECTIVE_TIMEOUT_S,
     )
-    groups = make_groups(run.layout, timedelta(seconds=COLLECTIVE_TIMEOUT_S))
+    timeout = timedelta(seconds=COLLECTIVE_TIMEOUT_S)
+    groups, control = make_groups(run.layout, timeout), make_control(timeout)
     data = build_data(run)
     engine = build_engine(run, groups, device, data.corpus_losses)
-    status = train(run, engine, data, device, leads=leads)
+    status = train(run, engine, data, device, control)
     engine.close()
     stop_distributed()
     return status
 
 
-def train(run: RunConfig, engine: Engine, data: Data, device: Device, *, leads: bool) -> int:
-    """Resumes, trains to the last step or a signal, and reports; `leads` on the rank that logs."""
+def train(run: RunConfig, engine: Engine, data: Data, device: Device, control: Control) -> int:
+    """Resumes, trains to the last step or a signal, and reports."""
+    leads = control.rank == 0
     with StopRequest(device.torch_device) as stop:
-        state = resume(run, engine, data.record)
+        state = resume(run, engine, data.record, control)
         if state.iteration >= run.train.train_iters:
             finish.log_finished(run, state)
             return 0
         tracker = make_tracker(run, logs=leads, iteration=state.iteration)
-        outcome = Trainer(run, engine, data, device, tracker, stop, state).train()
+        outcome = Trainer(run, engine, data, device, tracker, stop, state, control).train()
     tracker.close()
     if outcome.signal:
         return finish.stopped(outcome)

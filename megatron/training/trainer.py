@@ -10,20 +10,20 @@ import time
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch.optim import Optimizer
 
-from megatron.checkpoint import store
+from megatron.checkpoint.retention import Retention
+from megatron.checkpoint.saver import Saved, Saver
 from megatron.checkpoint.state import RunState
-from megatron.checkpoint.tensors import write_pieces
 from megatron.config.schedule import learning_rate
 from megatron.config.schema import RunConfig
 from megatron.config.skip import is_skipped
 from megatron.data.dataset import SampleSource
 from megatron.data.loader import Loader, StepPlan, evaluation_loader
 from megatron.engine import Engine, MicroBatches, Shards
+from megatron.parallel.control import ALONE, Control
 from megatron.parallel.piece import Piece
 from megatron.training.device import Device
 from megatron.training.dump import dump_tokens
@@ -66,37 +66,36 @@ def manifest_of(run: RunConfig) -> dict[str, Any]:
 
 
 def save_checkpoint(
-    folder: Path,
+    saver: Saver,
     shards: Shards,
     optimizer: Optimizer,
     state: RunState,
     manifest: Mapping[str, Any],
-) -> Path:
-    """Commits the weights and optimizer states of all ranks; called by all of them.
+) -> Saved | None:
+    """Saves the weights and optimizer states of all ranks; called by all of them.
 
     Args:
-        folder: of the run's checkpoints.
+        saver: of the run's checkpoints.
         shards: what this rank owns.
         optimizer: whose states these are.
         state: of the run.
         manifest: of the run, by `manifest_of`.
 
     Returns:
-        The checkpoint's folder.
-
-    Raises:
-        SaveError: it could not be written; older checkpoints are untouched.
+        How the save ended; None where it is in flight.
     """
     pieces: Iterable[Piece] = shards.pieces()
     if isinstance(optimizer, WholeMatrixOptimizer):
         pieces = itertools.chain(pieces, optimizer.pieces())
+    values = state.to_dict()
+    data = values.pop("data")
     about = {
-        "state": state.to_dict(),
+        "state": values,
         "counters": shards.counters(),
         "loss_scaler": shards.scaler_state(),
         **manifest,
     }
-    return store.save(folder, state.iteration, lambda file: write_pieces(file, pieces), about)
+    return saver.save(state.iteration, pieces, about, data)
 
 
 class Trainer:
@@ -112,6 +111,7 @@ class Trainer:
         tracker: receives every record.
         stop: records a signal to stop the run.
         state: where the run stands.
+        control: messages between all ranks.
     """
 
     def __init__(
@@ -123,6 +123,7 @@ class Trainer:
         tracker: Tracker,
         stop: StopRequest,
         state: RunState,
+        control: Control = ALONE,
     ) -> None:
         self.run, self.engine, self.data = run, engine, data
         self.tracker, self.stop, self.state = tracker, stop, state
@@ -145,7 +146,14 @@ class Trainer:
                 engine, self.plan, interval, run.train.seed, run.model.seq_length
             )
         self._shards = engine.shards()
-        self._checkpoints, self._manifest = run.checkpoint_folder, manifest_of(run)
+        self._manifest, keep = manifest_of(run), run.checkpoint
+        self._saver = Saver(
+            run.checkpoint_folder,
+            control,
+            Retention(keep.keep_last, keep.keep_every, keep.keep_best),
+            asynchronous=False,
+            warn=log.warning,
+        )
 
     def train(self) -> Outcome:
         """Runs the steps after the state, until the last one or a signal.
@@ -255,17 +263,14 @@ class Trainer:
         Returns:
             Whether it is committed.
         """
-        start = time.perf_counter()
-        try:
-            path = save_checkpoint(
-                self._checkpoints, self._shards, self.engine.optimizer, self.state, self._manifest
-            )
-        except store.SaveError as error:
-            log.error(f"{error}; the run continues, older checkpoints are intact")
+        saved = save_checkpoint(
+            self._saver, self._shards, self.engine.optimizer, self.state, self._manifest
+        )
+        assert saved is not None
+        if saved.path is None:
+            log.error(f"{saved.error}; the run continues, older checkpoints are intact")
             return False
-        size = sum(file.stat().st_size for file in path.iterdir())
-        elapsed = time.perf_counter() - start
-        self._log_event("save", path=str(path), bytes=size, elapsed_s=elapsed)
+        self._log_event("save", path=str(saved.path), bytes=saved.bytes, elapsed_s=saved.elapsed_s)
         return True
 
     def read_ahead(self) -> AbstractContextManager[Loader | None]:
