@@ -82,14 +82,10 @@ def status(outcome: Outcome, *, leads: bool) -> int:
     """The exit status of a run that has ended; what is not on disk is the last thing said."""
     iteration = outcome.state.iteration
     if outcome.error:
-        newest = (
-            "there is none" if outcome.saved_at < 0 else f"the newest is step {outcome.saved_at}"
-        )
         if leads:
-            print(
-                f"error: step {iteration} is not in a checkpoint ({newest}): {outcome.error}",
-                file=sys.stderr,
-            )
+            known = outcome.saved_at >= 0
+            newest = f"is step {outcome.saved_at}" if known else "does not exist"
+            print(f"error: {outcome.error}; the newest checkpoint {newest}", file=sys.stderr)
         return NOT_SAVED
     if outcome.cause:
         log.info(
