@@ -18,8 +18,8 @@ from megatron.data.indexed import IndexedWriter
 from megatron.engine import Engine
 from megatron.engine.pipeline import PipelineEngine
 from megatron.engine.zero import ZeroEngine
-from megatron.launch.ranks import Ranks
 from megatron.launch import starts
+from megatron.launch.ranks import Ranks
 from pretrain_gpt_alcf import pretrain
 
 VOCAB_SIZE = 160
