@@ -16,18 +16,19 @@ import sys
 import time
 from collections.abc import Sequence
 from functools import partial
-
-from megatron.launch.walltime import job_end
+from pathlib import Path
 
 from megatron.analysis import finish
 from megatron.config.deepspeed import deepspeed_config
 from megatron.config.errors import ConfigError, DataError
 from megatron.config.pipeline_stages import stage_bounds
-from megatron.config.schema import RunConfig, read_run
+from megatron.config.schema import RunConfig
 from megatron.engine import Engine, make_engine, start_distributed, stop_distributed
 from megatron.launch.heartbeat import Heartbeat
 from megatron.launch.ranks import Ranks, find_ranks, rendezvous
-from megatron.launch.start import prepare_run
+from megatron.launch.start import configuration
+from megatron.launch.starts import accept
+from megatron.launch.walltime import job_end
 from megatron.parallel.control import Control, make_control
 from megatron.parallel.groups import Groups, make_groups
 from megatron.plan.report import architecture_box
@@ -39,7 +40,7 @@ from megatron.training.loggers import make_tracker
 from megatron.training.optimizers.rules import make_optimizer
 from megatron.training.optimizers.whole_matrix import WholeMatrixOptimizer
 from megatron.training.resume import MissingCheckpoint, resume
-from megatron.training.run_data import Data, build_data
+from megatron.training.run_data import Data, build_data, train_data
 from megatron.training.stop import STOP_FILE, StopRequest
 from megatron.training.trainer import Trainer
 
@@ -50,8 +51,8 @@ def main(argv: Sequence[str]) -> int:
     """Trains; returns the exit status documented in the README."""
     ranks = find_ranks(os.environ)
     try:
-        run = read_run(argv[1]) if argv[:1] == ["--config"] else prepare_run(os.environ, argv)
-        return pretrain(run, ranks)
+        with configuration(os.environ, argv) as (run, config):
+            return pretrain(run, ranks, config)
     except ConfigError as error:
         return _refused(ranks, error, 2)
     except DataError as error:
@@ -60,8 +61,8 @@ def main(argv: Sequence[str]) -> int:
         return _refused(ranks, error, 4)
 
 
-def pretrain(run: RunConfig, ranks: Ranks) -> int:
-    """One run, from its configuration to its report."""
+def pretrain(run: RunConfig, ranks: Ranks, config: Path | None = None) -> int:
+    """One run, from its configuration to its report; `config` is the file that holds it."""
     started = time.time()
     log.setup(ranks.rank, "DEBUG" if run.log.debug else run.log.log_level)
     leads = ranks.rank == 0
@@ -84,7 +85,7 @@ def pretrain(run: RunConfig, ranks: Ranks) -> int:
     engine = build_engine(run, groups, device, data.corpus_losses)
     # To the very end: what comes after the last save must not turn a saved run into a failed one.
     with stop_request(run, started, leads=leads) as stop:
-        status = train(run, engine, data, device, stop, control, heartbeat)
+        status = train(run, engine, data, device, stop, control, heartbeat, config)
         engine.close()
         stop_distributed()
     heartbeat.close()
@@ -99,14 +100,21 @@ def train(
     stop: StopRequest,
     control: Control,
     heartbeat: Heartbeat,
+    config: Path | None = None,
 ) -> int:
-    """Resumes, trains to the last step or until it is asked to stop, and reports."""
+    """Resumes, trains to the last step or until it is asked to stop, and reports.
+
+    Once nothing can refuse it, the start of the file `config`, where there is one, is accepted.
+    """
     leads = control.rank == 0
     heartbeat.enter("load")
     state = resume(run, engine, data.record, control)
     if state.iteration >= run.train.train_iters:
         finish.log_finished(run, state)
         return 0
+    train_data(run, data, state)  # refuses a list that is too short
+    if leads and config:
+        accept(config, run.run_folder)
     tracker = make_tracker(run, logs=leads, iteration=state.iteration)
     trainer = Trainer(run, engine, data, device, tracker, stop, state, control, heartbeat)
     outcome = trainer.train()
