@@ -147,8 +147,9 @@ class Exporter:
         if thread is None:
             return
         thread.join(limit_s)
-        self._abandoned.set()
-        thread.join()
+        if thread.is_alive():
+            self._abandoned.set()
+            thread.join()
 
     def _work(self) -> None:
         """Takes the waiting checkpoint, again and again, until none waits."""
@@ -184,7 +185,7 @@ class Exporter:
 
 def _dtype_of(config: Mapping[str, Any]) -> str:
     """The type of an imported model's weights, in either spelling; float32 where it says none."""
-    name = config.get("dtype") or config.get("torch_dtype")
+    name = str(config.get("dtype") or config.get("torch_dtype"))
     return name if name in DTYPES.values() else "float32"
 
 
