@@ -25,6 +25,7 @@ from megatron.config.schema import RunConfig, read_run
 from megatron.engine import Engine, make_engine, start_distributed, stop_distributed
 from megatron.launch.ranks import Ranks, find_ranks, rendezvous
 from megatron.launch.start import prepare_run
+from megatron.parallel.control import make_control
 from megatron.parallel.groups import Groups, make_groups
 from megatron.plan.report import architecture_box
 from megatron.training import log
@@ -93,9 +94,7 @@ def train(run: RunConfig, engine: Engine, data: Data, device: Device, *, leads: 
     tracker.close()
     if outcome.signal:
         return finish.stopped(outcome)
-    sample = finish.sample_text(run, engine, data)
-    if leads:
-        finish.print_summary(run, sample)
+    finish.report(run, engine, data, make_control())
     return 0
 
 
