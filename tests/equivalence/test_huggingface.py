@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import product
 from pathlib import Path
 
@@ -144,3 +145,38 @@ def test_the_printed_command_sets_what_the_architecture_needs(tmp_path: Path, ca
     for word in ("ARCHITECTURE=qwen3", "HEAD_DIM=16", "NUM_KV_HEAD=4", "RMS_NORM_EPS=1e-05"):
         assert word in words
     assert "TIE_EMBEDDINGS=1" in words and not any("ROPE_SCALING" in word for word in words)
+
+
+def import_train_and_save(variables: dict[str, str]) -> torch.Tensor | None:
+    """Two steps from the imported model, saved; the logits of a fixed input."""
+    run_of = front.run_config(variables)
+    engine = front.build(run_of)
+    state = front.resume(run_of, engine)
+    front.steps(run_of, engine, state.iteration, 2)
+    front.save(run_of, engine, 2)
+    return engine.logits(front.probe(run_of))
+
+
+@pytest.mark.parametrize("layout", ["tp2", "dp2-zero3"])
+def test_an_imported_model_is_exported_after_training(layout: str, tmp_path: Path) -> None:
+    ids = {"bos_token_id": 1, "eos_token_id": [2, 7], "max_position_embeddings": 4096}
+    hugging_face_model("qwen3", tmp_path / "hf", **ids)
+    for name in ("generation_config.json", "tokenizer_config.json"):
+        (tmp_path / "hf" / name).write_text(f'{{"note": "{name}"}}')
+    assert convert_hf.main(["import", str(tmp_path / "hf"), str(tmp_path / "run")]) == 0
+    variables = {**LAYOUTS[layout], **VARIABLES_OF["qwen3"], "RUN_DIR": str(tmp_path / "run")}
+    results = run(import_train_and_save, front.world(variables), variables)
+    assert convert_hf.main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+
+    before, after = (
+        json.loads((tmp_path / name / "config.json").read_text()) for name in ("hf", "out")
+    )
+    assert after == before
+    for name in ("generation_config.json", "tokenizer_config.json"):
+        assert (tmp_path / "out" / name).read_text() == f'{{"note": "{name}"}}'
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        expected = model(front.probe(front.run_config(variables))).logits
+    parts = results if layout == "tp2" else results[:1]
+    ours = torch.cat(parts, dim=-1)[..., :200]
+    assert (ours - expected).abs().max() <= 1e-5
