@@ -122,11 +122,12 @@ def train(
     if outcome.cause == STOP_FILE:
         stop.remove_file()
     heartbeat.enter("finish")
+    status = finish.NOT_SAVED if outcome.error else 0
     if not outcome.cause:
-        sample = finish.sample_text(run, engine, data)
-        if leads:
-            finish.print_summary(run, sample)
-    return finish.status(outcome, leads=leads)
+        finish.report(run, engine, data, control, status)
+    if leads:
+        finish.print_end(outcome)
+    return status
 
 
 def stop_request(run: RunConfig, started: float, *, leads: bool) -> StopRequest:
