@@ -58,7 +58,7 @@ SAME_NUMBERS = (
     "checkpoint.run_name", "checkpoint.run_dir", "checkpoint.save", "checkpoint.load",
     "checkpoint.save_interval", "checkpoint.exit_on_missing_checkpoint", "checkpoint.async_save",
     "checkpoint.keep_last", "checkpoint.keep_every", "checkpoint.keep_best",
-    "checkpoint.export_hf",
+    "checkpoint.export_hf", "checkpoint.resume",
     "stability.max_rollbacks", "stability.max_bad_steps",
     "log.log_interval", "log.eval_interval", "log.wandb_project", "log.wandb_mode",
     "log.wandb_disabled", "log.no_tensorboard", "log.log_corpus_loss", "log.dump_tokens",
