@@ -38,7 +38,9 @@ def is_pending(config: Path) -> bool:
 
 def is_accepted(config: Path) -> bool:
     """Whether the start with the pending configuration `config` was accepted."""
-    return _kept(config).exists()
+    with suppress(OSError):  # a file system in trouble: asked again with the next line
+        return _kept(config).exists()
+    return False
 
 
 @contextmanager

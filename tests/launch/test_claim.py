@@ -254,6 +254,22 @@ def test_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert files(tmp_path) == set()
 
 
+@pytest.mark.parametrize("name", ["link", "replace"])
+def test_an_answer_that_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """NFS sends a request again, and then reports that it was done before."""
+    function = getattr(os, name)
+
+    def repeated(source: Path, target: Path) -> None:
+        function(source, target)
+        function(source, target)
+
+    monkeypatch.setattr(os, name, repeated)
+    write_claim(tmp_path, host=socket.gethostname(), process_started="1")
+    with claimed(tmp_path, "", "", lambda line: None):
+        assert claim_of(tmp_path)["pid"] == os.getpid()
+    assert files(tmp_path) == set()
+
+
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with (
