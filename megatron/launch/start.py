@@ -24,8 +24,9 @@ from megatron.config.resolve import Resolved, resolve
 from megatron.config.schema import RUN_FILE, RunConfig
 from megatron.launch import launch_plan, provenance
 from megatron.launch.launch_plan import LaunchPlan, LaunchRequest
-from megatron.launch.local import Screen, execute
+from megatron.launch.local import Screen
 from megatron.launch.ranks import find_ranks
+from megatron.launch.retry import run_with_retries
 from megatron.launch.site import Location, find_location, site
 from megatron.plan import report
 
@@ -85,7 +86,7 @@ def start(resolved: Resolved, planned: LaunchPlan) -> int:
     with closing(Screen(resolved.run.run_folder / OUTPUT_FILE)) as screen:
         for line in _headlines(resolved, planned):
             screen.print(line)
-        return execute(planned, screen)
+        return run_with_retries(planned, screen, resolved.run)
 
 
 def plan_of(run: RunConfig, environ: Mapping[str, str], location: Location) -> LaunchPlan:
