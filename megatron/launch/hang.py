@@ -131,13 +131,13 @@ class Table:
         idle = now - max(since, *(rank.progress_at for rank in self.ranks.values()))
         limit = max((self._limit(rank, signal_at) for rank in live), default=START_S)
         if idle > limit:
-            return f"no rank has made progress for {idle:.0f} s (limit {limit:.0f} s)"
+            return f"no rank has made progress for {idle:.0f} s (limit {limit:.4g} s)"
         for rank in live:
             silent, limit = now - max(since, rank.heard_at), self._limit(rank, signal_at)
             if silent > limit and not self._overtaken(rank.beat):
                 return (
                     f"rank {rank.beat.rank} has been silent for {silent:.0f} s "
-                    f"(limit {limit:.0f} s)"
+                    f"(limit {limit:.4g} s)"
                 )
         return ""
 
@@ -172,7 +172,7 @@ def describe(table: Table, world_size: int, now: float, silent_s: float) -> list
     silent = table.silent(now, silent_s)
     lines = [
         f"rank {rank.beat.rank} ({rank.beat.host}, pid {rank.beat.pid}) silent for "
-        f"{now - rank.heard_at:.0f} s, last in {place(rank.beat)}"
+        f"{now - rank.heard_at:.0f} s, last heard in {place(rank.beat)}"
         for rank in silent
     ]
     never = [number for number in range(world_size) if number not in table.ranks]
