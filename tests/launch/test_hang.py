@@ -18,7 +18,9 @@ class Run:
     def __init__(self, ranks: int, fixed_s: float | None = None) -> None:
         self.table = Table(Limits(fixed_s))
         self.now, self.number = 100.0, 0
-        self.beats = {rank: Beat(rank, "host", 7 + rank, 0, "start", None, 0) for rank in range(ranks)}
+        self.beats = {
+            rank: Beat(rank, "host", 7 + rank, 0, "start", None, 0) for rank in range(ranks)
+        }
         self.beat()
 
     def beat(self, *ranks: int, **changes: object) -> None:

@@ -44,9 +44,7 @@ def run(folder: Path, script: str, retries: int, pause_s: float = 0.01) -> tuple
     path.write_text(COUNTING.format(folder=str(folder)) + script, encoding="utf-8")
     request = LaunchRequest(2, 1, 2, launcher="local")
     environ = {"PATH": os.environ["PATH"]}
-    planned = launch_plan.make_plan(
-        request, [sys.executable, str(path)], environ, at("laptop", {})
-    )
+    planned = launch_plan.make_plan(request, [sys.executable, str(path)], environ, at("laptop", {}))
     config = configuration(folder, RETRIES=str(retries))
     with closing(Screen(folder / "output.log")) as screen:
         status = run_with_retries(planned, screen, config, pause_s)
