@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron.launch import failure, process
+from megatron.launch.hang import named
 from megatron.launch.hang_watch import STOPS, HangWatch, host_name, reachable_name
 from megatron.launch.heartbeat import HEARTBEAT
 from megatron.launch.launch_plan import LOCAL, LaunchPlan
@@ -156,14 +157,22 @@ def attempt(
         if not watched.hung:
             ended = print_failure(watched, screen, planned)
             return replace(ended, hosts=_hosts(planned, hangs, ended.ranks))
-        number = next((number for number in watched.signals if number in STOPS), None)
-        status = process.HUNG if number is None else 128 + number
-        screen.print(f"the run hung and was killed, status {status}: {hangs.verdict}", True)
-        ranks = tuple(hangs.suspects)
-        hosts = _hosts(planned, hangs, ranks)
-        if 2 * len(hosts) > len(planned.hosts):  # that many are not broken: something else is
-            hosts = ()
-        return Attempt(status, tuple(watched.signals), f"it hung: {hangs.verdict}", ranks, hosts)
+        return _hung(planned, hangs, watched, screen)
+
+
+def _hung(
+    planned: LaunchPlan, hangs: HangWatch, watched: process.Watched, screen: Screen
+) -> Attempt:
+    """Say how a hang was ended, and which ranks to look at."""
+    number = next((number for number in watched.signals if number in STOPS), None)
+    status = process.HUNG if number is None else 128 + number
+    ranks = tuple(hangs.suspects)
+    reason = f"{hangs.verdict}; look at {named(ranks)} first"
+    screen.print(f"the run hung and was killed, status {status}: {reason}", is_error=True)
+    hosts = _hosts(planned, hangs, ranks)
+    if 2 * len(hosts) > len(planned.hosts):  # that many are not broken: something else is
+        hosts = ()
+    return Attempt(status, tuple(watched.signals), f"it hung: {reason}", ranks, hosts)
 
 
 def _children(planned: LaunchPlan, more: Mapping[str, str] | None = None) -> list[process.Child]:
