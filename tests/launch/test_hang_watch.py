@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from megatron.launch.hang_watch import HangWatch, main_stack, reachable_name
 from megatron.launch.heartbeat import Beat, Heartbeat
 from megatron.launch.launch_plan import LaunchPlan, LaunchRequest
 from megatron.launch.local import Attempt, Screen, attempt
-from tests.launch.places import at
+from tests.launch.places import at, pbs_job
 
 PRELUDE = f"""
 import os, signal, sys, threading, time
@@ -268,3 +269,69 @@ def test_shown_stacks_are_those_of_the_main_thread(tmp_path: Path) -> None:
     )
     assert main_stack(path) == ['  File "a.py"', '  File "b.py"']
     assert main_stack(tmp_path / "none.txt") == []
+
+
+MPIEXEC = """#!{python}
+import os, subprocess, sys, time
+program = sys.argv[next(i for i, word in enumerate(sys.argv) if word.endswith('python')) :]
+ranks = [
+    subprocess.Popen(program, env=dict(os.environ, RANK=str(rank), PALS_RANKID=str(rank)))
+    for rank in range(2)
+]
+while all(rank.poll() is None for rank in ranks):
+    time.sleep(0.02)
+time.sleep(0.3)
+for rank in ranks:
+    rank.kill()
+sys.exit(max(rank.wait() for rank in ranks))
+"""
+
+
+def run_behind_a_launcher(
+    folder: Path, script: str, timeout_s: float | None
+) -> tuple[Attempt, list[str]]:
+    """Two ranks on two hosts, as far as the plan knows; the launcher is on the first."""
+    launcher = folder / "bin" / "mpiexec"
+    launcher.parent.mkdir()
+    launcher.write_text(MPIEXEC.format(python=sys.executable), encoding="utf-8")
+    launcher.chmod(0o755)
+    (folder / "program.py").write_text(PRELUDE + script, encoding="utf-8")
+    environ = pbs_job(folder, socket.gethostname(), "node2") | {
+        "PATH": f"{launcher.parent}:{os.environ['PATH']}",
+        "MASTER_ADDR": "localhost",
+    }
+    request = LaunchRequest(2, 2, 1, launcher="mpiexec", folder=folder)
+    program = [sys.executable, str(folder / "program.py")]
+    planned = launch_plan.make_plan(request, program, environ, at(socket.gethostname(), environ))
+    planned = replace(planned, command=(str(launcher), *planned.command[1:]))
+    with closing(Screen(folder / "output.log")) as screen:
+        ended = attempt(planned, screen, folder / "hangs", timeout_s)
+    return ended, (folder / "output.log").read_text(encoding="utf-8").splitlines()
+
+
+def test_ranks_of_other_hosts_are_watched_over_the_network(tmp_path: Path) -> None:
+    script = step_forever("os.kill(os.getpid(), signal.SIGSTOP)", "rank == 1")
+    ended, lines = run_behind_a_launcher(tmp_path, script, 2.5)
+    assert (ended.status, ended.ranks) == (124, (1,))
+    assert any(line.startswith("  rank 0 in step 6: wait_in_a_collective") for line in lines)
+
+
+def test_the_first_error_behind_a_launcher_is_the_last_thing_on_the_screen(tmp_path: Path) -> None:
+    script = """
+if rank == 1:
+    time.sleep(0.2)
+    print('[rank 1] error: tokens.bin ends at byte 7', file=sys.stderr, flush=True)
+    time.sleep(0.3)
+    sys.exit(3)
+time.sleep(0.4)
+for n in range(500):
+    print('[rank0]: Traceback (most recent call last):', n, file=sys.stderr)
+sys.stderr.flush()
+time.sleep(20)
+"""
+    ended, lines = run_behind_a_launcher(tmp_path, script, None)
+    assert (ended.status, ended.ranks, ended.hosts) == (3, (1,), (socket.gethostname(),))
+    assert lines[-2:] == [
+        "rank 1 failed with status 3:",
+        "[rank 1] error: tokens.bin ends at byte 7",
+    ]
