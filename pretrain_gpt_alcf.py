@@ -20,15 +20,17 @@ import sys
 from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 
 from megatron.analysis import finish
 from megatron.config.deepspeed import deepspeed_config
 from megatron.config.errors import ConfigError, DataError
 from megatron.config.pipeline_stages import stage_bounds
-from megatron.config.schema import RunConfig, read_run
+from megatron.config.schema import RunConfig
 from megatron.engine import Engine, make_engine, start_distributed, stop_distributed
 from megatron.launch.ranks import Ranks, find_ranks, rendezvous
-from megatron.launch.start import prepare_run
+from megatron.launch.start import configuration
+from megatron.launch.starts import accept
 from megatron.parallel.groups import Groups, make_groups
 from megatron.plan.report import architecture_box
 from megatron.training import log
@@ -50,8 +52,8 @@ def main(argv: Sequence[str]) -> int:
     """Trains; returns the exit status documented in the README."""
     ranks = find_ranks(os.environ)
     try:
-        run = read_run(argv[1]) if argv[:1] == ["--config"] else prepare_run(os.environ, argv)
-        return pretrain(run, ranks)
+        with configuration(os.environ, argv) as (run, config):
+            return pretrain(run, ranks, config)
     except ConfigError as error:
         return _refused(ranks, error, 2)
     except DataError as error:
@@ -60,8 +62,8 @@ def main(argv: Sequence[str]) -> int:
         return _refused(ranks, error, 4)
 
 
-def pretrain(run: RunConfig, ranks: Ranks) -> int:
-    """One run, from its configuration to its report."""
+def pretrain(run: RunConfig, ranks: Ranks, config: Path | None = None) -> int:
+    """One run, from its configuration to its report; `config` is the file that holds it."""
     log.setup(ranks.rank, "DEBUG" if run.log.debug else run.log.log_level)
     leads = ranks.rank == 0
     if leads:
@@ -79,19 +81,32 @@ def pretrain(run: RunConfig, ranks: Ranks) -> int:
     groups = make_groups(run.layout, timedelta(seconds=COLLECTIVE_TIMEOUT_S))
     data = build_data(run)
     engine = build_engine(run, groups, device, data.corpus_losses)
-    status = train(run, engine, data, device, leads=leads)
+    status = train(run, engine, data, device, config if leads else None, leads=leads)
     engine.close()
     stop_distributed()
     return status
 
 
-def train(run: RunConfig, engine: Engine, data: Data, device: Device, *, leads: bool) -> int:
-    """Resumes, trains to the last step or a signal, and reports; `leads` on the rank that logs."""
+def train(
+    run: RunConfig,
+    engine: Engine,
+    data: Data,
+    device: Device,
+    config: Path | None = None,
+    *,
+    leads: bool,
+) -> int:
+    """Resumes, trains to the last step or a signal, and reports; `leads` on the rank that logs.
+
+    Once a step is to be made, the start of the file `config`, where there is one, is accepted.
+    """
     with StopRequest(device.torch_device) as stop:
         state = resume(run, engine, data.record)
         if state.iteration >= run.train.train_iters:
             finish.log_finished(run, state)
             return 0
+        if config:
+            accept(config, run.run_folder)
         tracker = make_tracker(run, logs=leads, iteration=state.iteration)
         outcome = Trainer(run, engine, data, device, tracker, stop, state).train()
     tracker.close()

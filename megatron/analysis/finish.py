@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -61,7 +62,7 @@ def _next_steps(run: RunConfig, folder: Path, report: Path) -> list[str]:
         f"report        {report}",
         f"metrics       {folder / 'metrics.jsonl'}",
         f"plot again    python3 tools/plot.py {folder}",
-        f"resume        {more} bash train_alcf.sh   (with the same settings)",
+        f"resume        {more} bash train_alcf.sh --resume {shlex.quote(str(folder))}",
         f"Hugging Face  python3 tools/convert_hf.py export {folder} OUT",
     ]
 
@@ -70,8 +71,9 @@ def log_finished(run: RunConfig, state: RunState) -> None:
     """Log that a run has already done all its steps."""
     log.info(
         f"{run.run_folder} has done its {state.iteration} steps (TRAIN_ITERS="
-        f"{run.train.train_iters}); to continue it set TRAIN_ITERS higher, to start again choose"
-        " another RUN_NAME"
+        f"{run.train.train_iters}). To continue it: TRAIN_ITERS=N bash train_alcf.sh --resume "
+        f"{shlex.quote(str(run.run_folder))}, with N above that; to start again choose another "
+        "RUN_NAME"
     )
 
 

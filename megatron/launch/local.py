@@ -18,41 +18,9 @@ from megatron.launch.hang_watch import STOPS, HangWatch, host_name, reachable_na
 from megatron.launch.heartbeat import HEARTBEAT
 from megatron.launch.launch_plan import LOCAL, LaunchPlan
 from megatron.launch.ranks import EXPECTED, free_port
+from megatron.launch.screen import Screen
 
 HUNG_GRACE_S = 2.0  # a stopped process hears no SIGTERM, and one in a collective only notes it
-
-
-class Screen:
-    """Lines to the terminal and to a file; a terminal that is gone does not stop a run.
-
-    Args:
-        log: file to append to; None: none.
-    """
-
-    def __init__(self, log: Path | None = None) -> None:
-        self._log = log.open("ab") if log else None
-
-    def close(self) -> None:
-        """Close the file."""
-        if self._log:
-            self._log.close()
-
-    def line(self, line: bytes, is_error: bool = False) -> None:
-        """One line with its end."""
-        if self._log:
-            self._log.write(line)
-            self._log.flush()
-        stream = sys.stderr if is_error else sys.stdout
-        try:
-            stream.buffer.write(line)
-            stream.flush()
-        except OSError:  # the reader left, or the terminal was closed
-            # Python would otherwise try once more at its own end, and change the exit status.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-    def print(self, text: str, is_error: bool = False) -> None:
-        """A text of our own."""
-        self.line(f"{text}\n".encode(), is_error)
 
 
 def usable_cores() -> int:

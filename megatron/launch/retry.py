@@ -14,7 +14,8 @@ from megatron.config.schema import RunConfig
 from megatron.launch import process
 from megatron.launch.hang_watch import STOPS
 from megatron.launch.launch_plan import LaunchPlan
-from megatron.launch.local import Attempt, Screen, attempt
+from megatron.launch.local import Attempt, attempt
+from megatron.launch.screen import Screen
 
 STACKS_FOLDER = "hangs"
 FIRST_PAUSE_S = 5.0

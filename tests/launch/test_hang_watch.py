@@ -20,7 +20,8 @@ from megatron.launch import hang_watch, launch_plan
 from megatron.launch.hang_watch import HangWatch, main_stack, reachable_name
 from megatron.launch.heartbeat import Beat, Heartbeat
 from megatron.launch.launch_plan import LaunchPlan, LaunchRequest
-from megatron.launch.local import Attempt, Screen, attempt
+from megatron.launch.local import Attempt, attempt
+from megatron.launch.screen import Screen
 from tests.launch.places import at, pbs_job
 
 PRELUDE = f"""

@@ -17,8 +17,9 @@ from megatron.config.resolve import Site, resolve
 from megatron.config.schema import RunConfig
 from megatron.launch import launch_plan, retry
 from megatron.launch.launch_plan import LaunchRequest
-from megatron.launch.local import Attempt, Screen
+from megatron.launch.local import Attempt
 from megatron.launch.retry import is_final, newest_step, run_with_retries
+from megatron.launch.screen import Screen
 from tests.launch.places import at, pbs_job
 
 COUNTING = """
