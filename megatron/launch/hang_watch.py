@@ -25,6 +25,7 @@ ASK_AGAIN_S = 1.0
 SUSPENDED_S = 5.0  # the launcher's loop turns many times a second
 UNHEARD_S = 600.0
 RECEIVE_BUFFER = 4 << 20
+MOST_AT_ONCE = 10_000  # datagrams: the lines of the ranks are to be read, too
 SUSPECTS = 2
 SHOWN_LINES = 30
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -131,10 +132,10 @@ class HangWatch:
         return now - self._lost
 
     def _receive(self, now: float) -> None:
-        while True:
+        for _ in range(MOST_AT_ONCE):
             try:
                 data, address = self._socket.recvfrom(LARGEST)
-            except (BlockingIOError, InterruptedError):
+            except BlockingIOError:
                 return
             except OSError:  # an answer to what was sent to a rank that has ended
                 continue

@@ -135,7 +135,7 @@ def _hung(
     number = next((number for number in watched.signals if number in STOPS), None)
     status = process.HUNG if number is None else 128 + number
     ranks = tuple(hangs.suspects)
-    reason = f"{hangs.verdict}; look at {named(ranks)} first"
+    reason = f"{hangs.verdict}; look at {named(ranks)} first" if ranks else hangs.verdict
     screen.print(f"the run hung and was killed, status {status}: {reason}", is_error=True)
     hosts = _hosts(planned, hangs, ranks)
     if 2 * len(hosts) > len(planned.hosts):  # that many are not broken: something else is

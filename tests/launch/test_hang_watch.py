@@ -146,6 +146,19 @@ def test_a_signal_that_is_not_answered_ends_the_run(
     assert seconds < 12
 
 
+def test_a_rank_that_never_gives_up_the_interpreter_prints_its_stack(tmp_path: Path) -> None:
+    """Its heartbeat cannot answer; the handler of SIGUSR2 needs no interpreter."""
+    script = """
+import faulthandler
+faulthandler.register(signal.SIGUSR2, all_threads=True)
+def stuck_in_c():
+    sum(range(10**12))
+""" + step_forever("time.sleep(1.2); stuck_in_c()", "rank == 1")
+    ended, lines, _ = run(tmp_path, 2, script, 4.5)
+    assert (ended.status, ended.ranks) == (124, (1,))
+    assert any("in stuck_in_c" in line for line in lines)
+
+
 class Clock:
     """Seconds that pass when they are told to."""
 
