@@ -7,11 +7,15 @@ torchrun --nproc-per-node 2 pretrain_gpt_alcf.py    # every rank makes the same 
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":  # until training listens, Ctrl-C ends a rank without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import faulthandler
 import io
 import logging
 import os
-import signal
 import sys
 import time
 from collections.abc import Sequence
