@@ -36,6 +36,7 @@ class RunState:
         skipped_iterations: steps that changed no weight (a range to skip, an overflow, a refused
             update).
         nan_iterations: steps whose loss was not finite.
+        rollbacks: returns to an earlier checkpoint after a spike.
         skip_ranges: ranges (first, last), inclusive, of steps not to train on.
         data: what it was trained on, the current stage last.
     """
@@ -45,6 +46,7 @@ class RunState:
     consumed_tokens: int = 0
     skipped_iterations: int = 0
     nan_iterations: int = 0
+    rollbacks: int = 0
     skip_ranges: tuple[tuple[int, int], ...] = ()
     data: tuple[DataStage, ...] = ()
 
@@ -74,6 +76,7 @@ class RunState:
             ValueError: a counter is missing, unknown or not a whole number >= 0.
         """
         names = [field.name for field in dataclasses.fields(cls)]
+        values = {"rollbacks": 0, **values}  # checkpoints of earlier versions have none
         if set(values) != set(names):
             raise ValueError(f"a run's state has the fields {names}, found {sorted(values)}")
         counters = {name: values[name] for name in names if name not in ("skip_ranges", "data")}

@@ -114,8 +114,8 @@ def committed(root: Path) -> list[Checkpoint]:
     """All committed steps, the newest first."""
     found = []
     for path in root.glob(f"step-*/{MANIFEST}"):
-        if path.parent.suffix == ".tmp":
-            continue
+        if path.parent.suffix:
+            continue  # being written, or set aside
         try:
             manifest = json.loads(path.read_text())
         except (OSError, ValueError):
@@ -147,14 +147,23 @@ def damage(checkpoint: Checkpoint, names: Sequence[str] | None = None) -> list[s
     return lines
 
 
-def newest_sound(root: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+def newest_sound(
+    root: Path, warn: Callable[[str], None], *, until: int | None = None
+) -> Checkpoint | None:
     """The newest step whose files are as they were written; a collective of all ranks.
 
     Each rank hashes some of the files. A damaged step is named in a warning and skipped.
+
+    Args:
+        root: of the run's checkpoints.
+        warn: takes a line.
+        until: no later step is looked at.
     """
     rank, world = _rank_and_world()
     candidates = _gather(committed(root) if rank == 0 else [])[0]
     for checkpoint in candidates:
+        if until is not None and checkpoint.iteration > until:
+            continue
         own = sorted(checkpoint.manifest["files"])[rank::world]
         lines = [line for found in _gather(damage(checkpoint, own)) for line in found]
         if not lines:
@@ -162,6 +171,22 @@ def newest_sound(root: Path, warn: Callable[[str], None]) -> Checkpoint | None:
         for line in lines:
             warn(f"checkpoint {checkpoint.folder.name} is not usable: {line}")
     return None
+
+
+def set_aside_after(root: Path, iteration: int, mark: str) -> list[Path]:
+    """Renames the steps after `iteration` to `step-N.<mark>`, so that no start resumes from them.
+
+    Returns:
+        Their new folders, the newest first.
+    """
+    moved = []
+    for checkpoint in committed(root):
+        if checkpoint.iteration > iteration:
+            moved.append(checkpoint.folder.rename(f"{checkpoint.folder}.{mark}"))
+    write_atomically(root / "latest", step_folder(root, iteration).name)
+    write_atomically(root / "latest_checkpointed_iteration.txt", str(iteration))
+    _flush(root)
+    return moved
 
 
 def _on_all_ranks(action: Callable[[], T], iteration: int) -> list[T]:

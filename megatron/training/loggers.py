@@ -86,10 +86,15 @@ class JsonlTracker:
     """Appends each record to a file, line by line: a reader, or a crash, sees whole lines."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def log(self, record: MetricsRecord) -> None:
-        """Appends one line."""
+        """Appends one line; a rollback first drops those of the steps that it undoes."""
+        if record["event"] == "rollback":
+            self._file.close()
+            metrics_file.truncate_after(self._path, record["iteration"])
+            self._file = self._path.open("a", encoding="utf-8", buffering=1)
         self._file.write(f"{metrics_file.encode(record)}\n")
 
     def close(self) -> None:

@@ -53,11 +53,20 @@ def resume(run: RunConfig, engine: Engine, data: DataRecord | None = None) -> Ru
     manifest = checkpoint.manifest
     _check_model(run, manifest["model"], checkpoint.folder)
     state = _with_data(run, RunState.from_dict(manifest["state"]), data, checkpoint.folder)
-    reader = TensorReader(checkpoint.files("tensors"))
     # A checkpoint imported from Hugging Face has weights only.
-    with_optimizer = manifest["optimizer"] is not None
-    if with_optimizer:
+    if manifest["optimizer"] is not None:
         _check_optimizer(run, manifest["optimizer"], checkpoint.folder)
+    restore(engine, checkpoint)
+    log.info(f"resumed from {checkpoint.folder} (written as {manifest['layout']})")
+    _log_changes(run, manifest["run"])
+    return _with_ranges(run, state)
+
+
+def restore(engine: Engine, checkpoint: store.Checkpoint) -> None:
+    """Loads a checkpoint's weights and, where it has them, its optimizer states; a collective."""
+    manifest = checkpoint.manifest
+    reader = TensorReader(checkpoint.files("tensors"))
+    with_optimizer = manifest["optimizer"] is not None
     shards = engine.shards()
     shards.load(reader.for_piece, load_optimizer=with_optimizer)
     if with_optimizer:
@@ -65,9 +74,6 @@ def resume(run: RunConfig, engine: Engine, data: DataRecord | None = None) -> Ru
         shards.load_scaler_state(manifest["loss_scaler"])
         if isinstance(engine.optimizer, WholeMatrixOptimizer):
             engine.optimizer.load_pieces(reader)
-    log.info(f"resumed from {checkpoint.folder} (written as {manifest['layout']})")
-    _log_changes(run, manifest["run"])
-    return _with_ranges(run, state)
 
 
 def _with_data(run: RunConfig, state: RunState, data: DataRecord | None, where: Path) -> RunState:
