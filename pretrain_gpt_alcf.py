@@ -25,12 +25,14 @@ from megatron.config.schema import RunConfig, read_run
 from megatron.engine import Engine, make_engine, start_distributed, stop_distributed
 from megatron.launch.ranks import Ranks, find_ranks, rendezvous
 from megatron.launch.start import prepare_run
+from megatron.parallel.control import make_control
 from megatron.parallel.groups import Groups, make_groups
 from megatron.plan.report import architecture_box
 from megatron.training import log
 from megatron.training.build import loss_function, model_layers
 from megatron.training.corpus_loss import CorpusLosses
 from megatron.training.device import Device, detect, prepare
+from megatron.training.guard import Unstable
 from megatron.training.loggers import make_tracker
 from megatron.training.optimizers.rules import make_optimizer
 from megatron.training.optimizers.whole_matrix import WholeMatrixOptimizer
@@ -89,8 +91,15 @@ def train(run: RunConfig, engine: Engine, data: Data, device: Device, *, leads: 
             finish.log_finished(run, state)
             return 0
         tracker = make_tracker(run, logs=leads, iteration=state.iteration)
-        outcome = Trainer(run, engine, data, device, tracker, stop, state).train()
-    tracker.close()
+        trainer = Trainer(run, engine, data, device, tracker, stop, state, make_control())
+        try:
+            outcome = trainer.train()
+        except Unstable as error:
+            if leads:
+                print(f"error: {error}", file=sys.stderr)
+            return 5
+        finally:
+            tracker.close()
     if outcome.signal:
         return finish.stopped(outcome)
     sample = finish.sample_text(run, engine, data)

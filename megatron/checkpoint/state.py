@@ -36,9 +36,9 @@ class RunState:
         skipped_iterations: steps that changed no weight (a range to skip, an overflow, a refused
             update).
         nan_iterations: steps whose loss was not finite.
-        rollbacks: returns to an earlier checkpoint after a spike.
         skip_ranges: ranges (first, last), inclusive, of steps not to train on.
         data: what it was trained on, the current stage last.
+        rollbacks: returns to an earlier checkpoint after a spike.
     """
 
     iteration: int = 0
@@ -46,9 +46,9 @@ class RunState:
     consumed_tokens: int = 0
     skipped_iterations: int = 0
     nan_iterations: int = 0
-    rollbacks: int = 0
     skip_ranges: tuple[tuple[int, int], ...] = ()
     data: tuple[DataStage, ...] = ()
+    rollbacks: int = 0
 
     def after(self, samples: int, tokens: int, *, skipped: bool = False) -> RunState:
         """The state after one more step of `samples` and `tokens`, skipped or not."""

@@ -65,7 +65,7 @@ class Engine(Protocol):
 
     @property
     def step_applied(self) -> bool:
-        """Whether the last step changed the weights; not after a non-finite gradient or a refusal."""
+        """Whether the last step changed the weights: its gradient was finite, no gate refused."""
 
     @property
     def loss_scale(self) -> float:

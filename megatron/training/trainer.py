@@ -8,7 +8,7 @@ import math
 import signal
 import time
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,17 @@ from megatron.config.skip import is_skipped
 from megatron.data.dataset import SampleSource
 from megatron.data.loader import Loader, StepPlan, evaluation_loader
 from megatron.engine import Engine, MicroBatches, Shards
+from megatron.parallel.control import ALONE, Control
 from megatron.parallel.piece import Piece
 from megatron.training.device import Device
 from megatron.training.dump import dump_tokens
+from megatron.training.guard import Guard
 from megatron.training.loggers import Tracker
 from megatron.training.meter import Meter
 from megatron.training.optimizers.schedule_free import evaluation_weights
 from megatron.training.optimizers.sophia import Curvature, SophiaG
 from megatron.training.optimizers.whole_matrix import WholeMatrixOptimizer
+from megatron.training.respond import end_unstable, report, require_finite, respond
 from megatron.training.run_data import Data, train_data
 from megatron.training.stop import StopRequest
 
@@ -112,6 +115,7 @@ class Trainer:
         tracker: receives every record.
         stop: records a signal to stop the run.
         state: where the run stands.
+        control: all ranks of the run.
     """
 
     def __init__(
@@ -123,9 +127,12 @@ class Trainer:
         tracker: Tracker,
         stop: StopRequest,
         state: RunState,
+        control: Control = ALONE,
     ) -> None:
         self.run, self.engine, self.data = run, engine, data
         self.tracker, self.stop, self.state = tracker, stop, state
+        self.control, self.began_after = control, state.iteration
+        self.guard = Guard(run.stability, control)
         pp, dp = engine.groups.pp, engine.groups.dp
         self.plan = StepPlan(
             run.train.global_batch_size,
@@ -152,17 +159,23 @@ class Trainer:
 
         Returns:
             How it ended; the last state is saved unless saving failed.
+
+        Raises:
+            Unstable: not finite, or spiking beyond the policy.
         """
         run = self.run
         saved_at = self.state.iteration
         asked = 0
-        with self.read_ahead() as loader:
+        with ExitStack() as opened:
+            loader = opened.enter_context(self.read_ahead())
             self.meter.start()
             while self.state.iteration < run.train.train_iters and not asked:
                 if is_skipped(self.state.iteration + 1, self.state.skip_ranges):
                     self.skip()
-                else:
-                    self.step(loader)
+                elif self.step(loader):  # back at an earlier step
+                    opened.close()
+                    loader = opened.enter_context(self.read_ahead())
+                    continue
                 if self._is_due(run.log.log_interval):
                     self.record()
                     asked = self.stop.all_reduced_signal()
@@ -175,11 +188,15 @@ class Trainer:
         if self.state.iteration >= run.train.train_iters:
             self.evaluate("test", self.data.splits.test)
         reason = f"signal {signal.Signals(asked).name}" if asked else "finished"
-        self._log_event("stop", reason=reason)
+        self.log_event("stop", reason=reason)
         return Outcome(self.state, asked, saved_at == self.state.iteration)
 
-    def step(self, loader: Loader | None) -> None:
-        """Takes the next step on the next micro-batches of the loader."""
+    def step(self, loader: Loader | None) -> bool:
+        """Takes the next step on the next micro-batches of the loader.
+
+        Returns:
+            Whether it was a spike after which the run is back at an earlier step.
+        """
         iteration = self.state.iteration + 1
         batches = self._micro_batches(loader, iteration)
         if self.run.log.dump_tokens and iteration <= DUMPED_STEPS:
@@ -190,10 +207,17 @@ class Trainer:
             batches = list(batches)
             self.curvature.estimate(self.state, batches)
         self.engine.set_learning_rate(learning_rate(iteration, self.run.optimizer))
-        loss = self.engine.train_batch(batches)
+        with self.guard.gating(self.engine):
+            loss = self.engine.train_batch(batches)
         applied = self.engine.step_applied
         self.meter.step(loss, self.engine.gradient_norm(), self.engine.loss_scale, updated=applied)
         self._advance(skipped=not applied)
+        spike = self.guard.stepped(loss, self.engine)
+        rolled_back = spike is not None and respond(self, spike)
+        if self.guard.is_beyond_policy and not rolled_back:
+            count = self.guard.bad_steps
+            end_unstable(self, f"{count} steps in a row changed no weight (MAX_BAD_STEPS)")
+        return rolled_back
 
     def skip(self) -> None:
         """Skips the next step, which is in a range to skip: its samples are not read."""
@@ -215,6 +239,10 @@ class Trainer:
         record = self.meter.record(self.state, rate, corpora)
         self.state = self.state.with_nan(record["nan_iterations"])
         self.tracker.log(record)
+        for number, spike in self.guard.recorded(self.meter.last, self.state.iteration):
+            report(self, number, spike)
+        if record["nan_iterations"]:
+            require_finite(self)
 
     def evaluate(self, split: str, dataset: SampleSource | None) -> None:
         """Logs the mean loss of EVAL_ITERS batches over all ranks; the same samples each time.
@@ -240,7 +268,7 @@ class Trainer:
         perplexity = math.exp(min(loss, 20.0))  # this order keeps a nan
         samples = len(losses) * run.train.global_batch_size
         elapsed = time.perf_counter() - start
-        self._log_event(
+        self.log_event(
             "eval",
             split=split,
             loss=loss,
@@ -254,7 +282,11 @@ class Trainer:
 
         Returns:
             Whether it is committed.
+
+        Raises:
+            Unstable: a weight is not finite.
         """
+        require_finite(self)
         start = time.perf_counter()
         try:
             path = save_checkpoint(
@@ -265,7 +297,7 @@ class Trainer:
             return False
         size = sum(file.stat().st_size for file in path.iterdir())
         elapsed = time.perf_counter() - start
-        self._log_event("save", path=str(path), bytes=size, elapsed_s=elapsed)
+        self.log_event("save", path=str(path), bytes=size, elapsed_s=elapsed)
         return True
 
     def read_ahead(self) -> AbstractContextManager[Loader | None]:
@@ -302,7 +334,8 @@ class Trainer:
         last = iteration == self.run.train.train_iters
         return last or (interval > 0 and iteration % interval == 0)
 
-    def _log_event(self, event: str, **values: Any) -> None:
+    def log_event(self, event: str, **values: Any) -> None:
+        """Logs a record that is not of a step."""
         about = {
             "iteration": self.state.iteration,
             "train_iters": self.run.train.train_iters,
