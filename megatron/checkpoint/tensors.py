@@ -80,6 +80,7 @@ class TensorReader:
     """
 
     def __init__(self, paths: Iterable[Path]) -> None:
+        _open.cache_clear()  # after a rollback a path may hold another file than before
         self._stored: dict[str, dict[str, Stored]] = {}
         self._scalars: dict[str, dict[str, float]] = {}
         for path in paths:

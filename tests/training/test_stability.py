@@ -83,9 +83,8 @@ def test_the_window_is_the_last_steps_that_were_no_spikes(
         judgement = detector.judge(loss, norm)
         detector.add(judgement)
         kept += [] if judgement.is_spike else [(loss, norm)]
-    if sum(1 for _ in pairs) - len(kept) < 8:  # no new level
-        assert flat(detector) == flat(filled(kept[-window:], window, 1e9)) or len(kept) < window
-        assert flat(detector).steps == min(len(kept), window)
+    if len(pairs) - len(kept) < 16:  # no new level
+        assert flat(detector) == flat(filled(kept[-window:], window, 1e9))
 
 
 def test_a_flat_window_does_not_make_rounding_a_spike() -> None:
@@ -147,7 +146,7 @@ def test_false_alarms_on_curves_as_runs_have_them(
         norms * np.exp(norm_noise * noise(rng, TAILS[tail])),
         window,
     )
-    assert found <= (0 if tail == "normal" else 6), found
+    assert found <= {"normal": 0, "t5": 6, "t4": 10}[tail], found
 
 
 @pytest.mark.parametrize("window", [32, 128])
