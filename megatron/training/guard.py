@@ -30,15 +30,16 @@ class Guard:
     Args:
         settings: the policy.
         control: all ranks.
+        scales: the loss is scaled (fp16): an overflow is the scaler's search, no spike.
 
     Attributes:
         bad_steps: steps in a row that should have changed the weights and did not; the search of
             fp16's scaler is left out, and so are ranges to skip.
     """
 
-    def __init__(self, settings: StabilityConfig, control: Control) -> None:
+    def __init__(self, settings: StabilityConfig, control: Control, *, scales: bool) -> None:
         self.bad_steps = 0
-        self._settings, self._control = settings, control
+        self._settings, self._control, self._scales = settings, control, scales
         self._detector = SpikeDetector(settings.spike_window, settings.spike_threshold)
         self._judged: Judgement | None = None
 
@@ -56,10 +57,11 @@ class Guard:
         """Counts the step just taken; its judgement where it is known to be a spike."""
         applied = engine.step_applied
         # The scaler's search ends at the lowest scale, or with a gradient that fits.
-        searching = not applied and self._judged is None and engine.loss_scale > LOWEST_SCALE
+        overflowed = not applied and self._judged is None
+        searching = overflowed and self._scales and engine.loss_scale > LOWEST_SCALE
         if not searching:
             self.bad_steps = 0 if applied else self.bad_steps + 1
-        if self.gates and not applied and not searching and self._judged is None:
+        if self.gates and overflowed and not searching:
             self._judged = self._agreed(float(loss), math.inf)  # the engine refused it
         judged = self._judged
         return judged if judged is not None and judged.is_spike else None
@@ -78,9 +80,12 @@ class Guard:
         """
         found = []
         for number, step in enumerate(steps, start=last - len(steps) + 1):
-            if self._settings.spike_policy != "warn" or step is None or step[1] is None:
+            loss, norm = step or (0.0, None)
+            if self._settings.spike_policy != "warn" or norm is None:
                 continue
-            judgement = self._detector.judge(step[0], step[1])
+            if self._scales and math.isfinite(loss) and not math.isfinite(norm):
+                continue
+            judgement = self._detector.judge(loss, norm)
             self._detector.add(judgement)
             if judgement.is_spike:
                 found.append((number, judgement))

@@ -132,7 +132,7 @@ class Trainer:
         self.run, self.engine, self.data = run, engine, data
         self.tracker, self.stop, self.state = tracker, stop, state
         self.control, self.began_after = control, state.iteration
-        self.guard = Guard(run.stability, control)
+        self.guard = Guard(run.stability, control, scales=run.train.dtype == "fp16")
         pp, dp = engine.groups.pp, engine.groups.dp
         self.plan = StepPlan(
             run.train.global_batch_size,

@@ -99,12 +99,21 @@ def test_a_rollback_is_a_run_that_skipped_the_suspect_steps(layout: str, tmp_pat
     assert spike["action"] == f"rollback to step 20, steps {SPIKE - 5}-{SPIKE} skipped"
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
-    ("policy", "skipped"), [("warn", "22 22"), ("skip", "22 22"), ("rollback", "17 22")]
+    ("layout", "policy", "skipped"),
+    [
+        ("one", "warn", "22 22"),
+        ("tp2", "skip", "22 22"),
+        *(pytest.param(layout, "rollback", "17 22") for layout in ("tp2", "pp2", "dp2", "zero3")),
+        *(
+            pytest.param(layout, policy, "22 22", marks=pytest.mark.long)
+            for layout in ("pp2", "dp2", "zero3")
+            for policy in ("warn", "skip")
+        ),
+    ],
 )
 def test_a_nan_on_one_rank_is_as_a_spike(
-    policy: str, skipped: str, layout: str, tmp_path: Path
+    layout: str, policy: str, skipped: str, tmp_path: Path
 ) -> None:
     write_spiked_data(tmp_path)
     short = {"TRAIN_ITERS": "25"}
@@ -133,6 +142,29 @@ def test_a_warning_names_the_suspects_and_changes_nothing(tmp_path: Path) -> Non
     assert f"--train-range-to-skip {SPIKE} {SPIKE}" in text and "Window: 16 steps" in text
 
 
+def test_a_report_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
+    write_spiked_data(tmp_path)
+    (tmp_path / "found").mkdir()
+    (tmp_path / "found" / "spikes").write_text("a file where the folder belongs")
+    assert statuses(train(tmp_path, "one", "found", SPIKE_POLICY="skip")) == {0}
+    (spike,) = records(tmp_path / "found", "spike")
+    assert spike["iteration"] == SPIKE and spike["report"] is None
+
+
+def test_a_resume_after_a_rollback_keeps_its_range(tmp_path: Path) -> None:
+    """Killed after it, so that the checkpoint holds range and count."""
+    write_spiked_data(tmp_path)
+    cut = {"TRAIN_ITERS": "32", "LR_DECAY_ITERS": str(STEPS), "SPIKE_POLICY": "rollback"}
+    expected = train(tmp_path, "one", "expected", TRAIN_RANGE_TO_SKIP=ROLLED_BACK)
+    first = train(tmp_path, "one", "found", **cut)
+    second = train(tmp_path, "one", "found", SPIKE_POLICY="rollback")
+    assert statuses(expected + first + second) == {0}
+    assert_same(contents(tmp_path / "found")[STEPS], contents(tmp_path / "expected")[STEPS])
+    assert (
+        store.committed(tmp_path / "found" / "checkpoints")[0].manifest["state"]["rollbacks"] == 1
+    )
+
+
 def test_without_a_checkpoint_old_enough_the_step_is_skipped(tmp_path: Path) -> None:
     write_spiked_data(tmp_path)
     expected = train(tmp_path, "one", "expected", TRAIN_RANGE_TO_SKIP=f"{SPIKE} {SPIKE}")
@@ -143,9 +175,7 @@ def test_without_a_checkpoint_old_enough_the_step_is_skipped(tmp_path: Path) -> 
     assert "no rollback: no checkpoint" in spike["action"] and "SAVE_INTERVAL" in spike["action"]
 
 
-def test_after_the_last_rollback_the_run_ends_with_5(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_after_the_last_rollback_the_run_ends_with_5(tmp_path: Path) -> None:
     write_spiked_data(tmp_path)
     found = train(tmp_path, "dp2", "found", SPIKE_POLICY="rollback", MAX_ROLLBACKS="0")
     assert statuses(found) == {5}
@@ -154,10 +184,9 @@ def test_after_the_last_rollback_the_run_ends_with_5(
     assert "MAX_ROLLBACKS=0" in stop["reason"]
 
 
-@pytest.mark.parametrize("layout", ["one", "pp2", "zero3"])
-@pytest.mark.parametrize("policy", ["off", "warn", "skip"])
+@pytest.mark.parametrize(("layout", "policy"), [("one", "off"), ("pp2", "skip"), ("zero3", "warn")])
 def test_weights_that_are_not_finite_are_never_saved(
-    policy: str, layout: str, tmp_path: Path
+    layout: str, policy: str, tmp_path: Path
 ) -> None:
     """The update itself overflows: no gradient has told before."""
     write_data(tmp_path)
