@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+REPORTS_IN_A_ROW = 20  # a run that MAX_BAD_STEPS=0 lets go on writes no more files
+
 
 def respond(trainer: Trainer, spike: Judgement) -> bool:
     """Acts on a spike whose update was refused, the trainer's last step; a collective.
@@ -109,7 +111,7 @@ def require_finite(trainer: Trainer) -> None:
 
 def _reported(trainer: Trainer, step: int, spike: Judgement, action: str) -> str | None:
     """The report's path, written by rank 0; no failure of it stops the run."""
-    if trainer.control.rank != 0:
+    if trainer.control.rank != 0 or trainer.guard.bad_steps > REPORTS_IN_A_ROW:
         return None
     size = trainer.run.train.global_batch_size
     first = trainer.state.consumed_samples - (trainer.state.iteration - step + 1) * size

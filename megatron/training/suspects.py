@@ -119,7 +119,8 @@ def _samples(
         one = explained(order, number)
         yield f"- sample {number}: corpus {one.corpus}, file {one.file}, epoch {one.epoch}, "
         yield f"  documents {documents_text(one.parts)}"
-        yield f"  {decode(one.tokens.tolist())[:SHOWN_TEXT]!a}"
+        # A token is a character or more, but for a few.
+        yield f"  {decode(one.tokens[:SHOWN_TEXT].tolist())[:SHOWN_TEXT]!a}"
         yield ""
     if len(samples) > SHOWN_SAMPLES:
         yield f"and {len(samples) - SHOWN_SAMPLES} more.\n"

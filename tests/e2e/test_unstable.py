@@ -29,6 +29,15 @@ LAYOUTS = {
     "dp2": {"WORLD_SIZE": "2"},
     "zero3": {"WORLD_SIZE": "2", "ZERO_STAGE": "3"},
 }
+OTHERS = {
+    "muon": {"WORLD_SIZE": "2", "OPT": "muon"},
+    "schedule-free": {"WORLD_SIZE": "2", "OPT": "adamwschedulefree"},
+    "sophiag": {"WORLD_SIZE": "2", "OPT": "sophiag"},
+    "bf16": {"WORLD_SIZE": "2", "DTYPE": "bf16", "LR": "0.003"},
+    "fp16": {"WORLD_SIZE": "2", "DTYPE": "fp16", "LR": "0.003"},
+    "host": {"WORLD_SIZE": "2", "ZERO_STAGE": "2", "CPU_OPTIMIZER": "1"},
+}
+"""Of which the optimizer or its place is what a rollback must put back."""
 ROLLED_BACK = f"{SPIKE - 5} {SPIKE}"  # ROLLBACK_STEPS=6 steps that end with the spike
 
 
@@ -36,9 +45,12 @@ def train(folder: Path, layout: str, name: str, poison: int = 0, **variables: st
     """A run on the spiked data, whatever its status."""
     path = folder / "list.txt"
     settings = {
-        **SETTINGS, **LAYOUTS[layout], "DATA_FILE_LIST": str(path), "RUN_DIR": str(folder / name),
+        **SETTINGS,
+        **(LAYOUTS | OTHERS)[layout],
+        "DATA_FILE_LIST": str(path),
+        "RUN_DIR": str(folder / name),
         **variables,
-    }  # fmt: skip
+    }
     world = 1 if layout == "one" else 2
     if poison:
         return run(train_poisoned, world, settings, poison, timeout=120)
@@ -75,7 +87,9 @@ def test_a_refused_spike_is_a_step_that_was_skipped(layout: str, tmp_path: Path)
     assert state["iteration"] == STEPS and state["skipped_iterations"] == 1
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [*LAYOUTS, *(pytest.param(name, marks=pytest.mark.long) for name in OTHERS)]
+)
 def test_a_rollback_is_a_run_that_skipped_the_suspect_steps(layout: str, tmp_path: Path) -> None:
     write_spiked_data(tmp_path)
     expected = train(tmp_path, layout, "expected", TRAIN_RANGE_TO_SKIP=ROLLED_BACK)
@@ -199,6 +213,18 @@ def test_weights_that_are_not_finite_are_never_saved(
         assert all(value.isfinite().all() for value in tensors.values())
     (stop,) = records(tmp_path / "found", "stop")
     assert "not finite" in stop["reason"]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_at_the_next_log_line(tmp_path: Path) -> None:
+    """Where the weights are not finite either: no later step can be one."""
+    write_data(tmp_path)
+    found = train(
+        tmp_path, "one", "found", LR="1e38", LR_WARMUP_FRAC="0", SAVE_INTERVAL="0",
+        LOG_INTERVAL="3", MAX_BAD_STEPS="0",
+    )  # fmt: skip
+    assert statuses(found) == {5}
+    (stop,) = records(tmp_path / "found", "stop")
+    assert stop["iteration"] == 3 and "not finite" in stop["reason"]
 
 
 def test_a_run_that_no_longer_learns_ends_with_5(tmp_path: Path) -> None:

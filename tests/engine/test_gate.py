@@ -175,6 +175,27 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_applied_on_none(name: str)
         assert own["then"] and own["finite"]
 
 
+def at_the_lowest_scale(settings: dict[str, str]) -> list[tuple[bool, float]]:
+    """(applied, scale) of steps whose gradient is NaN where the scaler has no lower scale."""
+    engine = built(settings)
+    scaler = engine.shards().scaler_state()
+    engine.shards().load_scaler_state({**scaler, "cur_scale": 1.0, "cur_hysteresis": 1})
+    weight = next(p for p in engine.module.parameters() if hasattr(p, "partition_dim"))
+    weight.register_hook(lambda gradient: gradient * math.nan)
+    found = []
+    for number in range(3):
+        step(engine, settings, number)
+        found.append((engine.step_applied, engine.loss_scale))
+    return found
+
+
+@pytest.mark.parametrize("stage", ["1", "3"])
+def test_fp16_at_its_lowest_scale_skips_and_goes_on(stage: str) -> None:
+    """DeepSpeed would raise a bare Exception; MAX_BAD_STEPS ends such a run."""
+    settings = SETTINGS["fp16"] | {"ZERO_STAGE": stage}
+    assert run(at_the_lowest_scale, 2, settings) == [[(False, 1.0)] * 3] * 2
+
+
 def blown_up(settings: dict[str, str]) -> list[bool]:
     """Whether the states are finite before and after a step at a rate beyond fp32."""
     engine = built(settings)
