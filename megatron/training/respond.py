@@ -87,11 +87,19 @@ def end_unstable(trainer: Trainer, reason: str) -> NoReturn:
         Unstable: always.
     """
     root = trainer.run.checkpoint_folder
-    newest = trainer.control.first(lambda: [str(one.folder) for one in store.committed(root)][:1])
-    good = f"the last good checkpoint is {newest[0]}" if newest else "there is no checkpoint yet"
+    changed = trainer.state.iteration - trainer.guard.bad_steps  # the last step that did anything
+    steps = trainer.control.first(lambda: [one.iteration for one in store.committed(root)])
+    good = next((step for step in steps if step <= changed), None)
+    where = (
+        f"no checkpoint is as old as step {changed}"
+        if good is None
+        else f"the last good checkpoint is {store.step_folder(root, good)}"
+    )
+    if steps[:1] > [changed]:
+        where += f"; later ones hold what no step could change: move them out of {root}"
     trainer.log_event("stop", reason=reason)
     raise Unstable(
-        f"{reason}; {good}. A lower LR, a longer LR_WARMUP_FRAC or a lower CLIP_GRAD steadies a"
+        f"{reason}; {where}. A lower LR, a longer LR_WARMUP_FRAC or a lower CLIP_GRAD steadies a"
         f" run; suspect steps (see {trainer.run.run_folder / 'spikes'}) are left out with"
         " --train-range-to-skip FIRST LAST, or by SPIKE_POLICY=rollback"
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +75,10 @@ def records(folder: Path, event: str) -> list[dict[str, Any]]:
     return [record for record in read(folder / "metrics.jsonl") if record["event"] == event]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    ["tp2", "pp2", "zero3", *(pytest.param(n, marks=pytest.mark.long) for n in ("one", "dp2"))],
+)
 def test_a_refused_spike_is_a_step_that_was_skipped(layout: str, tmp_path: Path) -> None:
     write_spiked_data(tmp_path)
     expected = train(tmp_path, layout, "expected", TRAIN_RANGE_TO_SKIP=f"{SPIKE} {SPIKE}")
@@ -196,6 +201,34 @@ def test_after_the_last_rollback_the_run_ends_with_5(tmp_path: Path) -> None:
     assert max(contents(tmp_path / "found")) == 25
     (stop,) = records(tmp_path / "found", "stop")
     assert "MAX_ROLLBACKS=0" in stop["reason"]
+
+
+def printed(settings: dict[str, str]) -> str:
+    """What a run writes to standard error."""
+    with contextlib.redirect_stderr(io.StringIO()) as error:
+        train_recorded(settings)
+    return error.getvalue()
+
+
+@pytest.mark.parametrize("save", ["1", "5"])
+def test_the_end_names_the_checkpoint_before_the_bad_steps(save: str, tmp_path: Path) -> None:
+    """A rate of 1e6: the first step's weights give no finite gradient, however often saved."""
+    write_data(tmp_path)
+    settings = {
+        "DATA_FILE_LIST": str(tmp_path / "list.txt"), "RUN_DIR": str(tmp_path / "found"),
+        "LR": "1e6", "LR_WARMUP_FRAC": "0", "SAVE_INTERVAL": save, "MAX_BAD_STEPS": "7",
+    }  # fmt: skip
+    (text,) = run(printed, 1, settings)
+    taken = [r for r in records(tmp_path / "found", "step") if not r["skipped_iterations"]]
+    changed = taken[-1]["iteration"]
+    assert text.startswith("error: 7 steps in a row changed no weight (MAX_BAD_STEPS); ")
+    if save == "5":
+        assert f"no checkpoint is as old as step {changed};" in text
+    else:
+        assert (
+            f"the last good checkpoint is {tmp_path}/found/checkpoints/step-{changed:08d}" in text
+        )
+    assert f"move them out of {tmp_path}/found/checkpoints" in text
 
 
 @pytest.mark.parametrize(("layout", "policy"), [("one", "off"), ("pp2", "skip"), ("zero3", "warn")])

@@ -43,6 +43,13 @@ SETTINGS = {
 }
 
 
+LONG = {
+    "zero2-bf16", "zero3-bf16", "tp2-zero3", "pp2-bf16", "dualpipev", "tp2-pp2-dp2",
+    "host-zero3-bf16", "adafactor", "sophiag",
+}  # fmt: skip
+ALL = [pytest.param(name, marks=[pytest.mark.long] * (name in LONG)) for name in SETTINGS]
+
+
 def ranks(settings: dict[str, str]) -> int:
     return int(settings["WORLD_SIZE"])
 
@@ -115,7 +122,7 @@ def changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     return [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", ALL)
 def test_a_refused_step_is_one_that_was_never_taken(name: str) -> None:
     settings = SETTINGS[name]
     world = ranks(settings)
@@ -166,7 +173,7 @@ def poisoned(settings: dict[str, str]) -> dict[str, Any]:
     return found | {"then": engine.step_applied, "finite": engine.shards().finite()}
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", ALL)
 def test_a_gradient_that_is_not_finite_on_one_rank_is_applied_on_none(name: str) -> None:
     settings = SETTINGS[name]
     for own in run(poisoned, ranks(settings), settings, timeout=120):
