@@ -40,6 +40,7 @@ from megatron.training import log
 from megatron.training.build import loss_function, model_layers
 from megatron.training.corpus_loss import CorpusLosses
 from megatron.training.device import Device, detect, prepare
+from megatron.training.guard import Unstable
 from megatron.training.loggers import make_tracker
 from megatron.training.optimizers.rules import make_optimizer
 from megatron.training.optimizers.whole_matrix import WholeMatrixOptimizer
@@ -121,8 +122,14 @@ def train(
         accept(config, run.run_folder)
     tracker = make_tracker(run, logs=leads, iteration=state.iteration)
     trainer = Trainer(run, engine, data, device, tracker, stop, state, control, heartbeat)
-    outcome = trainer.train()
-    tracker.close()
+    try:
+        outcome = trainer.train()
+    except Unstable as error:
+        if leads:
+            print(f"error: {error}", file=sys.stderr)
+        return 5
+    finally:
+        tracker.close()
     if outcome.cause == STOP_FILE:
         stop.remove_file()
     heartbeat.enter("finish")
