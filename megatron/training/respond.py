@@ -47,6 +47,9 @@ def respond(trainer: Trainer, spike: Judgement) -> bool:
         )
         if isinstance(found, str):
             action = f"update refused, no rollback: {found}"
+            # A later rollback neither trains the step again nor takes it for one to undo.
+            ranges = merge([*state.skip_ranges, (step, step)])
+            trainer.state = replace(state, skip_ranges=ranges)
         elif state.rollbacks < stability.max_rollbacks:
             target = found
             action = f"rollback to step {found.iteration}, steps {ranges_text((suspects,))} skipped"

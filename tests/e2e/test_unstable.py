@@ -184,6 +184,19 @@ def test_a_resume_after_a_rollback_keeps_its_range(tmp_path: Path) -> None:
     )
 
 
+def test_garbage_over_steps_costs_one_rollback(tmp_path: Path) -> None:
+    """After it a rollback would undo nothing: what is before the next spike is skipped already."""
+    write_spiked_data(tmp_path, steps=3)
+    expected = train(tmp_path, "one", "expected", TRAIN_RANGE_TO_SKIP=f"{SPIKE - 5} {SPIKE + 2}")
+    found = train(tmp_path, "one", "found", SPIKE_POLICY="rollback")
+    assert statuses(expected + found) == {0}
+    assert_same(contents(tmp_path / "found")[STEPS], contents(tmp_path / "expected")[STEPS])
+    assert len(records(tmp_path / "found", "rollback")) == 1
+    spikes = records(tmp_path / "found", "spike")
+    assert [spike["iteration"] for spike in spikes] == [SPIKE, SPIKE + 1, SPIKE + 2]
+    assert "nothing to undo" in spikes[1]["action"]
+
+
 def test_without_a_checkpoint_old_enough_the_step_is_skipped(tmp_path: Path) -> None:
     write_spiked_data(tmp_path)
     expected = train(tmp_path, "one", "expected", TRAIN_RANGE_TO_SKIP=f"{SPIKE} {SPIKE}")

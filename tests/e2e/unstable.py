@@ -28,8 +28,8 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def write_spiked_data(folder: Path) -> Path:
-    """A list of one file of a text that is easy to learn, with garbage where step SPIKE reads."""
+def write_spiked_data(folder: Path, steps: int = 1) -> Path:
+    """A list of one file that is easy to learn, but for what `steps` steps from SPIKE on read."""
     rng = np.random.default_rng(5)
     text = (np.arange(8000) * 7 % 40).astype(np.uint16)
     path = folder / "list.txt"
@@ -41,7 +41,7 @@ def write_spiked_data(folder: Path) -> Path:
     shares = run.data.train_split, run.data.valid_split, run.data.test_split
     order = build_stages(stages, SEQUENCE, shares, run.train.seed, headers=headers).train
     assert order is not None
-    for sample in range((SPIKE - 1) * BATCH, SPIKE * BATCH):
+    for sample in range((SPIKE - 1) * BATCH, (SPIKE - 1 + steps) * BATCH):
         start = order.sample(sample).index * SEQUENCE
         text[start : start + SEQUENCE] = rng.integers(40, VOCAB_SIZE, SEQUENCE)
     _write(folder, text)
