@@ -28,7 +28,7 @@ from megatron.config.errors import ConfigError, DataError
 from megatron.config.pipeline_stages import stage_bounds
 from megatron.config.schema import RunConfig
 from megatron.engine import Engine, make_engine, start_distributed, stop_distributed
-from megatron.launch.heartbeat import Heartbeat
+from megatron.launch.heartbeat import HEARTBEAT, Heartbeat
 from megatron.launch.ranks import Ranks, find_ranks, rendezvous
 from megatron.launch.start import configuration
 from megatron.launch.starts import accept
@@ -73,7 +73,7 @@ def pretrain(run: RunConfig, ranks: Ranks, config: Path | None = None) -> int:
     leads = ranks.rank == 0
     if leads:
         print(architecture_box(run))
-    heartbeat = Heartbeat()
+    heartbeat = Heartbeat(os.environ.get(HEARTBEAT, ""), ranks.rank)
     heartbeat.enter("start")
     device = detect(ranks.local_rank, run.train.dtype)
     prepare(device, run.train.dtype)

@@ -62,7 +62,7 @@ def resume(
         _check_optimizer(run, manifest, checkpoint.folder)
     restore(engine, checkpoint)
     log.info(f"resumed from {checkpoint.folder} (written as {manifest['layout']})")
-    changes = changes_text(run, manifest["run"], state.iteration)
+    changes = changes_text(run, manifest.get("run", {}), state.iteration)
     if changes:
         log.warning(changes)
     return _with_ranges(run, state)
@@ -117,7 +117,7 @@ def _check_optimizer(run: RunConfig, manifest: Mapping[str, Any], folder: Path) 
             f"OPT={optimizer.optimizer}, but {folder} holds the states of {stored}, which it"
             f" cannot use; set OPT={stored}, or start a new run with another RUN_NAME"
         )
-    before = manifest["run"].get("optimizer", {}).get("adam_beta1", optimizer.adam_beta1)
+    before = manifest.get("run", {}).get("optimizer", {}).get("adam_beta1", optimizer.adam_beta1)
     if stored == "adamwschedulefree" and before != optimizer.adam_beta1:
         raise ConfigError(
             f"ADAM_BETA1={optimizer.adam_beta1}, but {folder} holds weights of OPT={stored} at"
