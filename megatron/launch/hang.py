@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from megatron.launch.heartbeat import Beat
 
 START_S = 1800.0  # as the collectives' timeout
-LEAST_S = 60.0
+LEAST_S = 300.0  # a file system that fails over blocks this long and recovers
 LEAST_AFTER_SIGNAL_S = 30.0
 STEP = "step"  # the phase that HANG_TIMEOUT waits for
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from megatron.checkpoint import store
 from megatron.config.skip import merge, ranges_text
 from megatron.training.guard import Unstable
+from megatron.training.log import ALIKE
 from megatron.training.resume import restore
 from megatron.training.rollback import rollback_target, suspect_steps
 from megatron.training.stability import Judgement
@@ -156,7 +157,9 @@ def _roll_back(trainer: Trainer, target: store.Checkpoint, suspects: tuple[int, 
     mark = f"rolled-back-{count}"
     moved = trainer.control.first(lambda: store.set_aside_after(root, target.iteration, mark))
     for folder in moved:
-        log.warning(f"{folder.name}: set aside, it was trained on suspect steps; never resumed")
+        log.warning(
+            f"{folder.name}: set aside, it was trained on suspect steps; never resumed", extra=ALIKE
+        )
     restore(trainer.engine, target)
     trainer.state = replace(
         target.state(),

@@ -29,6 +29,7 @@ from megatron.training.device import Device
 from megatron.training.dump import dump_tokens
 from megatron.training.guard import Guard
 from megatron.training.hf_export import Exporter
+from megatron.training.log import ALIKE
 from megatron.training.loggers import Tracker
 from megatron.training.meter import Meter
 from megatron.training.optimizers.schedule_free import evaluation_weights
@@ -349,7 +350,9 @@ class Trainer:
             return
         if saved.path is None:
             self._save_error = saved.error
-            log.error(f"{saved.error}; the run continues, older checkpoints are intact")
+            log.error(
+                f"{saved.error}; the run continues, older checkpoints are intact", extra=ALIKE
+            )
             return
         self.saved_at = saved.iteration
         self.stop.save_took(saved.elapsed_s)
