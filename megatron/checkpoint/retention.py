@@ -84,7 +84,7 @@ def remove_expired(
             except (DamageError, OSError):
                 continue  # damage is looked at by a start, not deleted here
     known = {step: losses[step] for step in present if step in losses}
-    expired = sorted(known.keys() - retention.kept(known) - {iteration})
+    expired = sorted(known.keys() - retention.kept(known))
     for step in expired:
         folder = step_folder(root, step)
         leaving = folder.with_name(folder.name + REMOVING)
