@@ -23,7 +23,7 @@ from megatron.checkpoint.state import RunState
 from megatron.checkpoint.tensors import TensorReader
 from megatron.parallel.control import Control
 
-DAMAGED = ".damaged-"
+DAMAGED = "damaged"
 
 _STEP = re.compile(r"step-(\d{8,})")
 
@@ -188,13 +188,13 @@ def newest_sound(
     return Found(sound, tuple(damaged))
 
 
-def move_aside(folder: Path) -> Path:
-    """Moves a damaged step to `step-N.damaged-<UTC time>`, where nothing looks for a step.
+def move_aside(folder: Path, why: str = DAMAGED) -> Path:
+    """Moves a step to `step-N.<why>-<UTC time>`, where nothing looks for a step.
 
     Raises:
         OSError: it cannot be moved.
     """
-    base = f"{folder.name}{DAMAGED}{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+    base = f"{folder.name}.{why}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
     names = (f"{base}{f'-{n}' if n else ''}" for n in range(1000))
     target = next(path for path in map(folder.with_name, names) if not path.exists())
     os.rename(folder, target)
@@ -231,7 +231,7 @@ def _listed(root: Path) -> tuple[list[int], list[str]]:
     """Steps to look at, and what was damaged before where there is nothing else."""
     try:
         found = steps(root)
-        aside = sorted(root.glob(f"step-*{DAMAGED}*")) if not found else []
+        aside = sorted(root.glob(f"step-*.{DAMAGED}-*")) if not found else []
     except OSError as error:
         return [], [f"{root} cannot be listed: {error}"]
     return found, [f"{path} was set aside as damaged, and no sound step is left" for path in aside]
