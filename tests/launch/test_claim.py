@@ -153,6 +153,21 @@ def test_a_process_of_the_same_number_is_another(tmp_path: Path) -> None:
         assert len(said) == 1
 
 
+def test_a_process_that_is_hidden_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A system may show each user the own processes alone."""
+
+    def kill(pid: int, number: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "kill", kill)
+    write_claim(tmp_path, host=socket.gethostname(), pid=2**30)
+    with pytest.raises(ConfigError), claimed(tmp_path, "", "", say_nothing):
+        pass
+    monkeypatch.undo()
+    with claimed(tmp_path, "", "", lambda line: None):
+        assert claim_of(tmp_path)["pid"] == os.getpid()
+
+
 @pytest.mark.usefixtures("quick")
 def test_an_owner_elsewhere_lives_while_it_renews(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
