@@ -38,8 +38,9 @@ OTHERS = {
     "bf16": {"WORLD_SIZE": "2", "DTYPE": "bf16", "LR": "0.003"},
     "fp16": {"WORLD_SIZE": "2", "DTYPE": "fp16", "LR": "0.003"},
     "host": {"WORLD_SIZE": "2", "ZERO_STAGE": "2", "CPU_OPTIMIZER": "1"},
+    "async": {"WORLD_SIZE": "2", "ASYNC_SAVE": "1", "KEEP_LAST": "8"},
 }
-"""Of which the optimizer or its place is what a rollback must put back."""
+"""Optimizers, or places of them, that a rollback must put back; a save behind the steps."""
 ROLLED_BACK = f"{SPIKE - 5} {SPIKE}"  # ROLLBACK_STEPS=6 steps that end with the spike
 
 

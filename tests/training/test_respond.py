@@ -26,6 +26,8 @@ def ended(folder: str, broken: int) -> str:
         guard=SimpleNamespace(bad_steps=0),
         run=SimpleNamespace(checkpoint_folder=Path(folder), run_folder=Path(folder)),
         log_event=lambda event, **values: events.append(event),
+        finish_save=lambda: events.append("waited"),
+        close=lambda: events.append("closed"),
     )
     try:
         require_finite(trainer)
@@ -38,5 +40,7 @@ def test_one_rank_whose_weights_are_not_finite_ends_all(tmp_path: Path) -> None:
     assert run(ended, 3, str(tmp_path), -1) == ["sound"] * 3
     texts = run(ended, 3, str(tmp_path), 2)
     assert len(set(texts)) == 1
-    assert texts[0].startswith("['stop'] weights or optimizer states are not finite after step 7; ")
+    assert texts[0].startswith(
+        "['waited', 'stop', 'closed'] weights or optimizer states are not finite after step 7; "
+    )
     assert "no checkpoint is as old as step 7" in texts[0]
