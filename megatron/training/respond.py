@@ -38,7 +38,7 @@ def respond(trainer: Trainer, spike: Judgement) -> bool:
     target: store.Checkpoint | None = None
     suspects = suspect_steps(step, stability.rollback_steps)
     if stability.spike_policy == "rollback":
-        trainer.finish_save()
+        trainer.saves.finish()
         found = rollback_target(
             trainer.run.checkpoint_folder,
             trainer.began_after,
@@ -94,7 +94,7 @@ def end_unstable(trainer: Trainer, reason: str) -> NoReturn:
     Raises:
         Unstable: always.
     """
-    trainer.finish_save()
+    trainer.saves.finish()
     root = trainer.run.checkpoint_folder
     changed = trainer.state.iteration - trainer.guard.bad_steps  # the last step that did anything
     steps = trainer.control.first(lambda: [one.iteration for one in store.committed(root)])
@@ -107,7 +107,7 @@ def end_unstable(trainer: Trainer, reason: str) -> NoReturn:
     if steps[:1] > [changed]:
         where += f"; later ones hold what no step could change: move them out of {root}"
     trainer.log_event("stop", reason=reason)
-    trainer.close()
+    trainer.saves.close(at_once=True)
     raise Unstable(
         f"{reason}; {where}. A lower LR, a longer LR_WARMUP_FRAC or a lower CLIP_GRAD steadies a"
         f" run; suspect steps (see {trainer.run.run_folder / 'spikes'}) are left out with"
@@ -167,7 +167,7 @@ def _roll_back(trainer: Trainer, target: store.Checkpoint, suspects: tuple[int, 
         skip_ranges=merge([*before.skip_ranges, suspects]),
         rollbacks=count,
     )
-    trainer.saved_at = target.iteration
+    trainer.saves.at = target.iteration
     if trainer.data.corpus_losses is not None:
         trainer.data.corpus_losses.take(trainer.engine.device)  # of steps that are undone
     trainer.meter.start()

@@ -54,7 +54,7 @@ JOURNEYS = {
         "one training step", "megatron.training.trainer:Trainer.step", True, True, 22, 2800
     ),
     "save": Journey(
-        "one save", "megatron.training.trainer:save_checkpoint", False, False, 5, folders=2
+        "one save", "megatron.training.saving:save_checkpoint", False, False, 5, folders=2
     ),
     "setting": Journey(f"{VARIABLE} to DeepSpeed", "", True, False, 8),
 }
