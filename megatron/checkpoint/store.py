@@ -201,16 +201,17 @@ def move_aside(folder: Path, why: str = DAMAGED) -> Path:
     return target
 
 
-def set_aside_after(root: Path, iteration: int, mark: str) -> list[Path]:
-    """Renames the steps after `iteration` to `step-N.<mark>`, so that no start resumes from them.
+def set_aside_after(root: Path, iteration: int) -> list[Path]:
+    """Moves the steps after `iteration`, where the run rolls back to, to `step-N.rolled-back-...`.
 
     Returns:
         Their new folders, the newest first.
+
+    Raises:
+        OSError: one cannot be moved; newer ones are.
     """
-    moved = []
-    for later in (step for step in steps(root) if step > iteration):
-        folder = step_folder(root, later)
-        moved.append(folder.rename(folder.with_name(f"{folder.name}.{mark}")))
+    later = [step_folder(root, step) for step in steps(root) if step > iteration]
+    moved = [move_aside(folder, "rolled-back") for folder in later]
     write_atomically(root / "latest", step_folder(root, iteration).name)
     write_atomically(root / "latest_checkpointed_iteration.txt", str(iteration))
     return moved
