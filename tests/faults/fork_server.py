@@ -112,8 +112,8 @@ def _live(request: dict, fds: list[int]) -> NoReturn:
         _die_with_parent()
         _take_files(dict(zip(request["fds"], fds, strict=True)))
         # The server's own were made for other files: a pipe cannot be sought in.
-        sys.stdout = open(1, "w", buffering=1, encoding="utf-8", closefd=False)
-        sys.stderr = open(2, "w", buffering=1, encoding="utf-8", closefd=False)
+        sys.stdout = os.fdopen(1, "w", buffering=1, encoding="utf-8", closefd=False)
+        sys.stderr = os.fdopen(2, "w", buffering=1, encoding="utf-8", closefd=False)
         os.environ.clear()
         os.environ.update(request["environ"])
         os.chdir(request["cwd"])

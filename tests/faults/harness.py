@@ -19,11 +19,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -125,18 +126,18 @@ class Started:
             time.sleep(0.01)
         return True
 
-    def wait_for(self, text: str, within_s: float = STARTED_WITHIN_S) -> bool:
-        """Waits for a text on the screen; False where the run ended without it."""
-        return self.wait_until(lambda: text in self.output, within_s)
-
-    def wait_for_step(self, step: int, within_s: float = STARTED_WITHIN_S) -> bool:
-        """Waits until rank 0 has begun a step (`hooks.note_steps`)."""
-        note = self.scratch / "step"
+    def wait_for(self, moment: str, least: int = 0, within_s: float = STARTED_WITHIN_S) -> bool:
+        """Waits until rank 0 is in a moment, a step number at least (hooks.moments)."""
+        note = self.scratch / moment
 
         def reached() -> bool:
-            return note.exists() and int(note.read_text() or 0) >= step
+            return note.exists() and int(note.read_text() or 0) >= least
 
         return self.wait_until(reached, within_s)
+
+    def step(self) -> int:
+        """The step that rank 0 began last."""
+        return int((self.scratch / "step").read_text())
 
     def wait(self, within_s: float = STARTED_WITHIN_S) -> Ended:
         """Waits for the end.
@@ -157,7 +158,7 @@ def started(
     folder: Path,
     *flags: str,
     hooks: Iterable[str] = (),
-    prefix: Iterable[str] = (),
+    tiny: Mapping[str, str] = MappingProxyType(TINY),
     **variables: str,
 ) -> Iterator[Started]:
     """Starts a run; whatever is left of it at the end is killed.
@@ -166,12 +167,12 @@ def started(
         folder: of the run.
         flags: of train_alcf.sh.
         hooks: functions of `hooks.py` that every rank calls before it starts.
-        prefix: command that the launcher is started by.
-        variables: of train_alcf.sh, over TINY.
+        tiny: variables of every start.
+        variables: of train_alcf.sh, over those; an empty one is left out.
     """
     with tempfile.TemporaryDirectory(prefix="faults-start-") as scratch:
-        environ = environment(folder, Path(scratch), hooks, variables)
-        command = [*prefix, sys.executable, str(HERE / "launcher.py"), *flags]
+        environ = environment(folder, Path(scratch), hooks, {**tiny, **variables})
+        command = [sys.executable, str(HERE / "launcher.py"), *flags]
         with open(Path(scratch) / "screen", "wb") as screen:
             launcher = subprocess.Popen(
                 command,
@@ -197,7 +198,7 @@ def train(folder: Path, *flags: str, within_s: float = STARTED_WITHIN_S, **varia
 
 
 def environment(
-    folder: Path, scratch: Path, hooks: Iterable[str], variables: dict[str, str]
+    folder: Path, scratch: Path, hooks: Iterable[str], variables: Mapping[str, str]
 ) -> dict[str, str]:
     """Variables of a start: a login shell's, the tiny run's, and the harness' own."""
     kept = {name: os.environ[name] for name in ("HOME", "LANG", "TMPDIR") if name in os.environ}
@@ -210,9 +211,7 @@ def environment(
         "FAULTS_PYTHON": str(server().interpreter),
         "FAULTS_PIDS": str(scratch),
         "FAULTS_HOOK": ",".join(f"tests.faults.hooks:{name}" for name in hooks),
-        "RUN_DIR": str(folder),
-        **TINY,
-        **variables,
+        **{k: v for k, v in {"RUN_DIR": str(folder), **variables}.items() if v},
     }
 
 

@@ -8,26 +8,76 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 
-def note_steps() -> None:
-    """Rank 0 writes the number of the step that it begins; FAULTS_STEP_S makes a step slow."""
+def moments() -> None:
+    """Rank 0 notes what it begins in a file named by it; FAULTS_<MOMENT>_S makes it slow.
+
+    The moments are data, step, skip, evaluate, save and sample; step's note holds its number.
+    """
+    from megatron.analysis import finish
+    from megatron.training import run_data
     from megatron.training.trainer import Trainer
 
-    step, seconds = Trainer.step, float(os.environ.get("FAULTS_STEP_S", "0"))
-    note = Path(os.environ["FAULTS_PIDS"]) / "step"
+    def number(arguments: tuple[Any, ...]) -> int:
+        return arguments[0].state.iteration + 1
 
-    def noted(self: Trainer, *arguments: Any) -> Any:
+    run_data.check_files = _noted("data", run_data.check_files)
+    finish.generate = _noted("sample", finish.generate)
+    os.fsync = _noted("save", os.fsync)
+    for moment in ("step", "skip", "evaluate"):
+        setattr(Trainer, moment, _noted(moment, getattr(Trainer, moment), number))
+
+
+def _noted(moment: str, action: Any, number: Any = lambda arguments: 0) -> Any:
+    seconds = float(os.environ.get(f"FAULTS_{moment.upper()}_S", "0"))
+    note = Path(os.environ["FAULTS_PIDS"]) / moment
+
+    def noted(*arguments: Any, **named: Any) -> Any:
         if os.environ["RANK"] == "0":
-            note.with_suffix(".new").write_text(str(self.state.iteration + 1))
-            note.with_suffix(".new").replace(note)
+            partial = note.with_suffix(f".{threading.get_ident()}")
+            partial.write_text(str(number(arguments)))
+            partial.replace(note)
         time.sleep(seconds)
+        return action(*arguments, **named)
+
+    return noted
+
+
+def hang() -> None:
+    """Rank FAULTS_RANK never comes back from its step FAULTS_STEP, in the first start only."""
+    _at_step(lambda: time.sleep(1e6))
+
+
+def fail() -> None:
+    """Rank FAULTS_RANK raises in its step FAULTS_STEP; with FAULTS_ALWAYS in every start."""
+
+    def planted() -> None:
+        raise RuntimeError(f"planted in rank {os.environ['RANK']}")
+
+    _at_step(planted)
+
+
+def _at_step(action: Callable[[], None]) -> None:
+    from megatron.training.trainer import Trainer
+
+    if os.environ["RANK"] != os.environ["FAULTS_RANK"]:
+        return
+    step, done = Trainer.step, Path(os.environ["FAULTS_PIDS"]) / "done"
+
+    def planted(self: Trainer, *arguments: Any) -> Any:
+        again = "FAULTS_ALWAYS" in os.environ or not done.exists()
+        if self.state.iteration + 1 == int(os.environ["FAULTS_STEP"]) and again:
+            done.touch()
+            action()
         return step(self, *arguments)
 
-    Trainer.step = noted  # type: ignore[method-assign]
+    Trainer.step = planted  # type: ignore[method-assign]
 
 
 def die_at_file_event() -> None:

@@ -1,4 +1,4 @@
-"""kill -9 at any moment, saves included: the next starts end with the bits of a run never killed."""
+"""kill -9 at any moment, saves included: later starts end with the bits of a run never killed."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def killed_twice(folder: Path, data: str, layout: str, asynchronous: str, seed: 
         before = committed(folder)
         if seed % 2:
             victim = rng.randrange(world)
-            with started(folder, hooks=["note_steps"], **settings) as run:
+            with started(folder, hooks=["moments"], **settings) as run:
                 run.pid(victim)
-                run.wait_for_step(rng.randint(0, STEPS - 1))
+                run.wait_for("step", rng.randint(1, STEPS))
                 time.sleep(rng.uniform(0.0, LATEST_S))
                 run.signal(signal.SIGKILL, victim)
                 ended = run.wait()
