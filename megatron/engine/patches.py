@@ -16,6 +16,8 @@ import torch.distributed as dist
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
+from megatron.parallel.groups import new_group
+
 log = logging.getLogger(__name__)
 
 OLDEST, NEWEST = (0, 19, 3), (0, 19, 8)
@@ -171,7 +173,7 @@ def members_group(ranks: Iterable[int]) -> Any:
         return dist.group.WORLD
     if dist.get_rank() not in ranks:
         return dist.GroupMember.NON_GROUP_MEMBER
-    return dist.new_group(ranks, use_local_synchronization=True)
+    return new_group(ranks)
 
 
 def patch_global_grad_norm(zero: Any, device: torch.device) -> None:

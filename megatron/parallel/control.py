@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from math import isqrt
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from megatron.parallel.groups import new_group
 
 T = TypeVar("T")
 
@@ -41,11 +42,14 @@ class Control:
 
     def maximum(self, values: Sequence[int]) -> list[int]:
         """The largest of each value over all ranks, on all ranks."""
-        return self._reduced(torch.tensor(values, dtype=torch.int64), dist.ReduceOp.MAX)
+        most: list[int] = self._reduced(torch.tensor(values), dist.ReduceOp.MAX).tolist()
+        return most
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """The sum of each value over all ranks, on all ranks: the same bits on every one."""
-        return self._reduced(torch.tensor(values, dtype=torch.float64), dist.ReduceOp.SUM)
+        numbers = torch.tensor(values, dtype=torch.float64)
+        total: list[float] = self._reduced(numbers, dist.ReduceOp.SUM).tolist()
+        return total
 
     def gather(self, value: T) -> list[T] | None:
         """Every rank's value in rank order, on rank 0; None elsewhere. Keep values small."""
@@ -98,32 +102,24 @@ class Control:
             raise failed
         return value  # type: ignore[return-value]
 
-    def _reduced(self, values: torch.Tensor, op: Any) -> Any:
+    def _reduced(self, values: torch.Tensor, op: Any) -> torch.Tensor:
         for group in (self._row, self._column):
             if group is not None:
                 dist.all_reduce(values, op=op, group=group)
-        return values.tolist()
+        return values
 
 
 ALONE = Control()
 
 
-def make_control(timeout: timedelta | None = None) -> Control:
-    """The ranks of the world; a collective, after torch.distributed is initialised.
-
-    Args:
-        timeout: of a message; None keeps the backend's default.
-    """
+def make_control() -> Control:
+    """The ranks of the world; a collective, after torch.distributed is initialised."""
     rank, world = dist.get_rank(), dist.get_world_size()
     width = row_length(world)
     first = rank // width * width
 
     def group(ranks: Sequence[int]) -> dist.ProcessGroup | None:
-        if len(ranks) == 1:
-            return None
-        return dist.new_group(
-            list(ranks), timeout=timeout, backend="gloo", use_local_synchronization=True
-        )
+        return new_group(ranks, "gloo") if len(ranks) > 1 else None
 
     row = group(range(first, first + width))
     return Control(rank, world, row, group(range(rank % width, world, width)))

@@ -6,8 +6,8 @@ global.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch.distributed as dist
 
@@ -71,14 +71,25 @@ class Groups:
         )
 
 
-def make_groups(layout: Layout, timeout: timedelta | None = None) -> Groups:
-    """Makes this rank's groups; torch.distributed must be initialised with `layout.world` ranks.
-
-    Only a group's members make it, so the start-up time does not grow with the world.
+def new_group(ranks: Iterable[int], backend: str | None = None) -> dist.ProcessGroup:
+    """A group made by its members only, so that the start-up time does not grow with the world.
 
     Args:
-        layout: sizes of the axes.
-        timeout: of the groups' collectives; None keeps the backend's default.
+        ranks: members, this rank among them.
+        backend: of the group; None: the world's.
+    """
+    # Without one, torch takes its backend's default, whatever the world's timeout is.
+    world = dist.group.WORLD
+    assert world is not None
+    timeout = world._get_backend(world._device_types[0]).options._timeout
+    group: dist.ProcessGroup = dist.new_group(
+        list(ranks), timeout=timeout, backend=backend, use_local_synchronization=True
+    )
+    return group
+
+
+def make_groups(layout: Layout) -> Groups:
+    """Makes this rank's groups; torch.distributed must be initialised with `layout.world` ranks.
 
     Raises:
         ValueError: the world has another size than the layout.
@@ -92,9 +103,7 @@ def make_groups(layout: Layout, timeout: timedelta | None = None) -> Groups:
     rank = dist.get_rank()
 
     def axis(ranks: tuple[int, ...]) -> Axis:
-        group = None
-        if len(ranks) > 1:
-            group = dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True)
+        group = new_group(ranks) if len(ranks) > 1 else None
         return Axis(group=group, rank=ranks.index(rank), size=len(ranks), ranks=ranks)
 
     sp, dp = axis(layout.sp_ranks(rank)), axis(layout.dp_ranks(rank))

@@ -1,7 +1,7 @@
 """Trackers of records: console, metrics.jsonl, TensorBoard, W&B, behind one interface.
 
 The loop holds one `Tracker`, which does nothing on ranks that do not log. A tracker that fails is
-reported once and then dropped; training continues.
+reported once and tried again later; training continues.
 """
 
 from __future__ import annotations
@@ -10,16 +10,19 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+from megatron.config.errors import ConfigError
 from megatron.config.schema import RunConfig
 from megatron.training import dashboards, events, metrics_file
 from megatron.training.log import TRAINING_LOG
 from megatron.training.metrics_file import MetricsRecord
 
 log = logging.getLogger(__name__)
+
+RETRY_S = 60.0
+"""A tracker that failed is left alone this long: each attempt may cost a network's timeout."""
 
 
 class Tracker(Protocol):
@@ -83,53 +86,99 @@ class ConsoleTracker:
 
 
 class JsonlTracker:
-    """Appends each record to a file, line by line: a reader, or a crash, sees whole lines."""
+    """Appends each record to a file, line by line: a reader, or a crash, sees whole lines.
+
+    What a full disk refuses is kept and written with the next record that it takes.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+        self._file = path.open("ab", buffering=0)
+        self._pending = b""
+        self._refused = False
 
     def log(self, record: MetricsRecord) -> None:
         """Appends one line."""
-        self._file.write(f"{metrics_file.encode(record)}\n")
+        self._pending += f"{metrics_file.encode(record)}\n".encode()
+        try:
+            while self._pending:
+                self._pending = self._pending[self._file.write(self._pending) :]
+        except OSError as error:
+            if not self._refused:
+                log.warning(f"{self._file.name}: {error}; its lines are kept and tried again")
+            self._refused = True
+            return
+        if self._refused:
+            log.info(f"{self._file.name} can be written again; no line is lost")
+        self._refused = False
 
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
+        if self._pending:
+            log.warning(f"{self._file.name} lacks {self._pending.count(10)} lines at its end")
 
 
 class Trackers:
-    """Several trackers as one; none of them can stop training. Without any it does nothing."""
+    """Several trackers as one; none of them can stop training. Without any it does nothing.
 
-    def __init__(self, trackers: Iterable[Tracker] = ()) -> None:
+    One that fails is left alone for RETRY_S seconds, then tried again.
+    """
+
+    def __init__(
+        self, trackers: Iterable[Tracker] = (), clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._trackers = list(trackers)
+        self._clock = clock
+        self._failed_at: dict[int, float] = {}  # by place in the list
+        self._lost: dict[int, int] = {}
 
     def log(self, record: MetricsRecord) -> None:
         """Passes the record to each tracker."""
-        for one in list(self._trackers):
-            self._guard(one, partial(one.log, record), "is off from here on")
+        for place, one in enumerate(self._trackers):
+            if self._clock() < self._failed_at.get(place, -RETRY_S) + RETRY_S:
+                self._lost[place] += 1
+                continue
+            try:
+                one.log(record)
+            # A library, a file system or a network may fail in any way; no record is worth a run.
+            except Exception as error:
+                if place not in self._failed_at:
+                    log.warning(f"{_failure(one, error)}; tried again every {RETRY_S:.0f} s")
+                self._failed_at[place] = self._clock()
+                self._lost[place] = self._lost.get(place, 0) + 1
+                continue
+            if self._failed_at.pop(place, None) is not None:
+                log.info(f"{type(one).__name__} works again; {self._lost.pop(place)} records lost")
 
     def close(self) -> None:
         """Closes each tracker; a second call does nothing."""
-        for one in list(self._trackers):
-            self._guard(one, one.close, "was not closed cleanly")
+        for one in self._trackers:
+            try:
+                one.close()
+            except Exception as error:  # as above
+                log.warning(f"{_failure(one, error)}: it was not closed cleanly")
         self._trackers = []
 
-    def _guard(self, one: Tracker, call: Callable[[], None], consequence: str) -> None:
-        try:
-            call()
-        # A library, a file system or a network may fail in any way; no record is worth a run.
-        except Exception as error:
-            self._trackers.remove(one)
-            log.warning(f"{type(one).__name__} {consequence}: {type(error).__name__}: {error}")
+
+def _failure(one: Tracker, error: Exception) -> str:
+    return f"{type(one).__name__} failed: {type(error).__name__}: {error}"
 
 
 def start_jsonl(run: RunConfig, iteration: int) -> Tracker:
-    """metrics.jsonl of the run, without the lines after step `iteration` that a crash left."""
+    """metrics.jsonl of the run, without the lines after step `iteration` that a crash left.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
     path = run.run_folder / "metrics.jsonl"
-    dropped = metrics_file.truncate_after(path, iteration)
+    try:
+        dropped = metrics_file.truncate_after(path, iteration)
+        tracker = JsonlTracker(path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error}; move it away or make room") from None
     if dropped:
         log.info(f"{path}: dropped {dropped} lines after step {iteration}, which will be repeated")
-    return JsonlTracker(path)
+    return tracker
 
 
 TRACKERS: dict[str, Callable[[RunConfig, int], Tracker | None]] = {

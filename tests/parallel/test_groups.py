@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import os
+from datetime import timedelta
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from megatron.config.layout import Layout
 from megatron.engine.patches import members_group
+from megatron.parallel.control import make_control
 from megatron.parallel.groups import SERIAL, Axis, make_groups
 from tests.spawn import RankError, run
 
@@ -116,3 +121,30 @@ def test_only_its_members_make_a_group() -> None:
     for rank, groups in enumerate(run(made, 4, Layout(tp=2, dp=2))):
         assert len(groups) == 3 - (rank > 1)
         assert all(rank in ranks and alone for ranks, alone in groups)
+
+
+def timeouts() -> list[float]:
+    """Seconds of every group of this rank: ours, DeepSpeed's and those of control messages."""
+    dist.destroy_process_group()
+    store = dist.FileStore(os.environ["STORE"])
+    seven = timedelta(seconds=77)
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=seven)
+    noted, original = [], dist.new_group
+
+    def new_group(ranks: list[int], **options: object) -> object:
+        noted.append(original(ranks, **options))
+        return noted[-1]
+
+    dist.new_group = new_group
+    make_groups(Layout(tp=2, dp=2))
+    members_group([0, 1] if rank < 2 else [2, 3])
+    make_control()
+    cpu = torch.device("cpu")
+    return [group._get_backend(cpu).options._timeout.total_seconds() for group in noted]
+
+
+def test_every_group_has_the_worlds_timeout(tmp_path: Path) -> None:
+    """Else a slow read on one rank ends a run after torch's 10 minutes of NCCL."""
+    found = run(timeouts, 4, environ={"STORE": str(tmp_path / "store")})
+    assert found == [[77.0] * 5] * 4

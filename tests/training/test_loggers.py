@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import resource
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron.config.errors import ConfigError
 from megatron.training import loggers, metrics_file
 from megatron.training.loggers import Progress
 from tests.training import records_factory as make
@@ -37,24 +40,56 @@ class Collecting:
             raise ConnectionError("no route")
 
 
-def test_a_failing_tracker_is_reported_once_and_stops_nothing(
+def test_a_failing_tracker_is_reported_once_and_tried_again(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    good, bad, last = Collecting(), Collecting(broken=True), Collecting()
-    tracker = loggers.Trackers([good, bad, last])
-    for iteration in (1, 2, 3):
+    caplog.set_level(logging.INFO, logger="megatron")
+    good, bad, now = Collecting(), Collecting(broken=True), [0.0]
+    tracker = loggers.Trackers([bad, good], clock=lambda: now[0])
+    for iteration in range(1, 8):
         tracker.log(make.step(iteration))
+        now[0] += loggers.RETRY_S / 2
+        bad.broken = iteration < 4
     tracker.close()
     tracker.close()
-    assert (
-        [r["iteration"] for r in good.records]
-        == [r["iteration"] for r in last.records]
-        == [1, 2, 3]
-    )
-    assert bad.calls == 1
-    assert good.closed == last.closed == 1
-    warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-    assert warnings == ["Collecting is off from here on: ConnectionError: no route"]
+    assert [r["iteration"] for r in good.records] == [*range(1, 8)]
+    assert [r["iteration"] for r in bad.records] == [5, 6, 7]
+    assert bad.calls == 5  # 1 and 3 failed, 2 and 4 were not tried
+    assert good.closed == bad.closed == 1
+    assert [r.getMessage() for r in caplog.records] == [
+        "Collecting failed: ConnectionError: no route; tried again every 60 s",
+        "Collecting works again; 4 records lost",
+    ]
+
+
+def test_metrics_survive_a_full_disk(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A file size limit refuses in the middle of a line, as a disk does."""
+    caplog.set_level(logging.INFO, logger="megatron")
+    path = tmp_path / "metrics.jsonl"
+    tracker = loggers.JsonlTracker(path)
+    tracker.log(make.step(1))
+    size = path.stat().st_size
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + size // 2, limits[1]))
+        tracker.log(make.step(2))
+        tracker.log(make.step(3))
+        assert [r["iteration"] for r in metrics_file.read(path)] == [1]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    tracker.log(make.step(4))
+    tracker.close()
+    assert [r["iteration"] for r in metrics_file.read(path)] == [1, 2, 3, 4]
+    said = [r.getMessage() for r in caplog.records]
+    assert len(said) == 2 and "File too large" in said[0] and "no line is lost" in said[1]
+
+
+def test_metrics_that_are_a_folder_are_refused_before_the_first_step(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl cannot be written"):
+        loggers.start_jsonl(tiny_run(tmp_path), 0)
 
 
 def test_a_tracker_that_fails_to_close_is_reported(caplog: pytest.LogCaptureFixture) -> None:
