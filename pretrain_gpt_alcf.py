@@ -13,18 +13,23 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
-from datetime import timedelta
 from functools import partial
+from pathlib import Path
 
 from megatron.analysis import finish
 from megatron.config.deepspeed import deepspeed_config
 from megatron.config.errors import ConfigError, DataError
 from megatron.config.pipeline_stages import stage_bounds
-from megatron.config.schema import RunConfig, read_run
+from megatron.config.schema import RunConfig
 from megatron.engine import Engine, make_engine, start_distributed, stop_distributed
+from megatron.launch.heartbeat import Heartbeat
 from megatron.launch.ranks import Ranks, find_ranks, rendezvous
-from megatron.launch.start import prepare_run
+from megatron.launch.start import configuration
+from megatron.launch.starts import accept
+from megatron.launch.walltime import job_end
+from megatron.parallel.control import Control, make_control
 from megatron.parallel.groups import Groups, make_groups
 from megatron.plan.report import architecture_box
 from megatron.training import log
@@ -35,8 +40,8 @@ from megatron.training.loggers import make_tracker
 from megatron.training.optimizers.rules import make_optimizer
 from megatron.training.optimizers.whole_matrix import WholeMatrixOptimizer
 from megatron.training.resume import MissingCheckpoint, resume
-from megatron.training.run_data import Data, build_data
-from megatron.training.stop import StopRequest
+from megatron.training.run_data import Data, build_data, train_data
+from megatron.training.stop import STOP_FILE, StopRequest
 from megatron.training.trainer import Trainer
 
 COLLECTIVE_TIMEOUT_S = 1800.0
@@ -46,8 +51,8 @@ def main(argv: Sequence[str]) -> int:
     """Trains; returns the exit status documented in the README."""
     ranks = find_ranks(os.environ)
     try:
-        run = read_run(argv[1]) if argv[:1] == ["--config"] else prepare_run(os.environ, argv)
-        return pretrain(run, ranks)
+        with configuration(os.environ, argv) as (run, config):
+            return pretrain(run, ranks, config)
     except ConfigError as error:
         return _refused(ranks, error, 2)
     except DataError as error:
@@ -56,12 +61,15 @@ def main(argv: Sequence[str]) -> int:
         return _refused(ranks, error, 4)
 
 
-def pretrain(run: RunConfig, ranks: Ranks) -> int:
-    """One run, from its configuration to its report."""
+def pretrain(run: RunConfig, ranks: Ranks, config: Path | None = None) -> int:
+    """One run, from its configuration to its report; `config` is the file that holds it."""
+    started = time.time()
     log.setup(ranks.rank, "DEBUG" if run.log.debug else run.log.log_level)
     leads = ranks.rank == 0
     if leads:
         print(architecture_box(run))
+    heartbeat = Heartbeat()
+    heartbeat.enter("start")
     device = detect(ranks.local_rank, run.train.dtype)
     prepare(device, run.train.dtype)
     start_distributed(
@@ -72,31 +80,65 @@ def pretrain(run: RunConfig, ranks: Ranks) -> int:
         rendezvous(os.environ),
         COLLECTIVE_TIMEOUT_S,
     )
-    groups = make_groups(run.layout, timedelta(seconds=COLLECTIVE_TIMEOUT_S))
-    data = build_data(run)
+    groups, control = make_groups(run.layout), make_control()
+    data = build_data(run, control)
     engine = build_engine(run, groups, device, data.corpus_losses)
-    status = train(run, engine, data, device, leads=leads)
-    engine.close()
-    stop_distributed()
+    # To the very end: what comes after the last save must not turn a saved run into a failed one.
+    with stop_request(run, started, leads=leads) as stop:
+        status = train(run, engine, data, device, stop, control, heartbeat, config)
+        engine.close()
+        stop_distributed()
+    heartbeat.close()
     return status
 
 
-def train(run: RunConfig, engine: Engine, data: Data, device: Device, *, leads: bool) -> int:
-    """Resumes, trains to the last step or a signal, and reports; `leads` on the rank that logs."""
-    with StopRequest(device.torch_device) as stop:
-        state = resume(run, engine, data.record)
-        if state.iteration >= run.train.train_iters:
-            finish.log_finished(run, state)
-            return 0
-        tracker = make_tracker(run, logs=leads, iteration=state.iteration)
-        outcome = Trainer(run, engine, data, device, tracker, stop, state).train()
+def train(
+    run: RunConfig,
+    engine: Engine,
+    data: Data,
+    device: Device,
+    stop: StopRequest,
+    control: Control,
+    heartbeat: Heartbeat,
+    config: Path | None = None,
+) -> int:
+    """Resumes, trains to the last step or until it is asked to stop, and reports.
+
+    Once nothing can refuse it, the start of the file `config`, where there is one, is accepted.
+    """
+    leads = control.rank == 0
+    heartbeat.enter("load")
+    state = resume(run, engine, data.record, control)
+    if state.iteration >= run.train.train_iters:
+        finish.log_finished(run, state)
+        return 0
+    train_data(run, data, state)  # refuses a list that is too short
+    if leads and config:
+        accept(config, run.run_folder)
+    tracker = make_tracker(run, logs=leads, iteration=state.iteration)
+    trainer = Trainer(run, engine, data, device, tracker, stop, state, control, heartbeat)
+    outcome = trainer.train()
     tracker.close()
-    if outcome.signal:
-        return finish.stopped(outcome)
-    sample = finish.sample_text(run, engine, data)
-    if leads:
-        finish.print_summary(run, sample)
-    return 0
+    if outcome.cause == STOP_FILE:
+        stop.remove_file()
+    heartbeat.enter("finish")
+    if not outcome.cause:
+        sample = finish.sample_text(run, engine, data)
+        if leads:
+            finish.print_summary(run, sample)
+    return finish.status(outcome, leads=leads)
+
+
+def stop_request(run: RunConfig, started: float, *, leads: bool) -> StopRequest:
+    """What stops this rank; one rank looks at the clock and at the run's folder for all."""
+    if not leads:
+        return StopRequest()
+    minutes = run.train.exit_duration_mins
+    return StopRequest(
+        run.run_folder / "STOP",
+        stop_at=None if minutes is None else started + 60 * minutes,
+        job_end=job_end(os.environ),
+    )
 
 
 def build_engine(
@@ -129,9 +171,11 @@ def build_engine(
 
 
 def _refused(ranks: Ranks, error: Exception, status: int) -> int:
-    """All ranks fail with the same error; one of them prints it."""
-    if ranks.rank == 0:
-        print(f"error: {error}", file=sys.stderr)
+    """Every rank prints its error: it may be the only one that has it. The launcher folds them."""
+    text = f"error: {error}"
+    if ranks.world_size > 1:
+        text = "\n".join(f"[rank {ranks.rank}] error: {line}" for line in str(error).splitlines())
+    print(text, file=sys.stderr)
     return status
 
 

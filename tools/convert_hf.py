@@ -22,10 +22,13 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint import huggingface, store
+from megatron.checkpoint.retention import KEEP_ALL
+from megatron.checkpoint.saver import Saver
 from megatron.checkpoint.state import RunState
-from megatron.checkpoint.tensors import TensorReader, write_pieces
+from megatron.checkpoint.tensors import TensorReader
 from megatron.config.shape import IDENTITY, ModelShape
 from megatron.data.prepare.tokenizer_export import export_tokenizer
+from megatron.parallel.control import ALONE
 from megatron.training.optimizers.schedule_free import evaluation_weight
 
 
@@ -56,7 +59,7 @@ def export(run: Path, out: Path, iteration: int | None, dtype: torch.dtype) -> i
         return 4
     settings = checkpoint.manifest["run"]
     shape = ModelShape(**checkpoint.manifest["model"], seq_length=settings["model"]["seq_length"])
-    reader = TensorReader(checkpoint.files("tensors"))
+    reader = checkpoint.reader()
     out.mkdir(parents=True, exist_ok=True)
     files = huggingface.export_weights(
         _weights(reader, checkpoint.manifest), reader.names(), shape, out, dtype
@@ -73,29 +76,38 @@ def export(run: Path, out: Path, iteration: int | None, dtype: torch.dtype) -> i
 def import_model(folder: Path, run: Path) -> int:
     """Makes a Hugging Face model the first checkpoint of a run."""
     shape = huggingface.read_shape(folder)
-    root = run / "checkpoints"
-    store.save(
-        root,
+    saver = Saver(run / "checkpoints", ALONE, KEEP_ALL, asynchronous=False, warn=_warn)
+    state = RunState().to_dict()
+    data = state.pop("data")
+    saved = saver.save(
         0,
-        lambda path: write_pieces(path, huggingface.import_pieces(folder, shape)),
+        huggingface.import_pieces(folder, shape),
         {
-            "state": RunState().to_dict(),
+            "state": state,
             "model": shape.identity(),
             "optimizer": None,
             "layout": f"Hugging Face, {folder}",
             "run": {},
         },
+        data,
     )
+    assert saved is not None
+    if saved.path is None:
+        raise OSError(saved.error)
     print(f"{folder} is step 0 of {run}; train it with\n\n    {_command(shape, run)}")
     return 0
 
 
 def _find(run: Path, iteration: int | None) -> store.Checkpoint | None:
     root = run / "checkpoints" if (run / "checkpoints").is_dir() else run
-    for checkpoint in store.committed(root):
+    for checkpoint in store.committed(root, _warn):
         if iteration in (None, checkpoint.iteration):
             return checkpoint
     return None
+
+
+def _warn(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr)
 
 
 def _weights(reader: TensorReader, manifest: dict[str, Any]) -> Callable[[str], Tensor]:

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 from megatron.checkpoint import store
-from megatron.checkpoint.state import DataStage, RunState
+from megatron.checkpoint.state import DataStage
 from megatron.config.errors import ConfigError, DataError
 from megatron.config.schema import RUN_FILE, RunConfig, read_run
 from megatron.data.data_list import BUILTIN, ListStage, parse_data_stages
@@ -60,7 +60,7 @@ class RunHistory:
         self.folder = folder
         self.run: RunConfig = read_run(folder / RUN_FILE)
         checkpoints = store.committed(self.run.checkpoint_folder)  # the newest first
-        self._states = [RunState.from_dict(one.manifest["state"]) for one in checkpoints]
+        self._states = [one.state() for one in checkpoints]
         self._stages = self._data_stages()
         self._orders: dict[int, StagedDataset | MegatronDataset] = {}  # by first sample
 

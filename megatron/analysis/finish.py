@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import signal
+import shlex
 import sys
 from pathlib import Path
 
@@ -16,9 +16,13 @@ from megatron.training.generate import generate
 from megatron.training.metrics_file import read
 from megatron.training.optimizers.schedule_free import evaluation_weights
 from megatron.training.run_data import Data
+from megatron.training.stop import cause_text
 from megatron.training.trainer import Outcome
 
 log = logging.getLogger(__name__)
+
+NOT_SAVED = 6
+"""Exit status of a run that ended without its last state on disk."""
 
 _PROMPT_TOKENS = 24
 _NEW_TOKENS = 64
@@ -61,7 +65,7 @@ def _next_steps(run: RunConfig, folder: Path, report: Path) -> list[str]:
         f"report        {report}",
         f"metrics       {folder / 'metrics.jsonl'}",
         f"plot again    python3 tools/plot.py {folder}",
-        f"resume        {more} bash train_alcf.sh   (with the same settings)",
+        f"resume        {more} bash train_alcf.sh --resume {shlex.quote(str(folder))}",
         f"Hugging Face  python3 tools/convert_hf.py export {folder} OUT",
     ]
 
@@ -70,17 +74,24 @@ def log_finished(run: RunConfig, state: RunState) -> None:
     """Log that a run has already done all its steps."""
     log.info(
         f"{run.run_folder} has done its {state.iteration} steps (TRAIN_ITERS="
-        f"{run.train.train_iters}); to continue it set TRAIN_ITERS higher, to start again choose"
-        " another RUN_NAME"
+        f"{run.train.train_iters}). To continue it: TRAIN_ITERS=N bash train_alcf.sh --resume "
+        f"{shlex.quote(str(run.run_folder))}, with N above that; to start again choose another "
+        "RUN_NAME"
     )
 
 
-def stopped(outcome: Outcome) -> int:
-    """Status of a run that a signal stopped: 0 with its state saved, else 128 + signal."""
-    name = signal.Signals(outcome.signal).name
+def status(outcome: Outcome, *, leads: bool) -> int:
+    """The exit status of a run that has ended; what is not on disk is the last thing said."""
     iteration = outcome.state.iteration
-    if outcome.saved:
-        log.info(f"{name}: saved step {iteration} and exits; the same command resumes from there")
-        return 0
-    log.error(f"{name}: exits at step {iteration} without a checkpoint of it")
-    return 128 + outcome.signal
+    if outcome.error:
+        if leads:
+            known = outcome.saved_at >= 0
+            newest = f"is step {outcome.saved_at}" if known else "does not exist"
+            print(f"error: {outcome.error}; the newest checkpoint {newest}", file=sys.stderr)
+        return NOT_SAVED
+    if outcome.cause:
+        log.info(
+            f"{cause_text(outcome.cause)}: saved step {iteration} and exits; "
+            "the same command resumes from there"
+        )
+    return 0

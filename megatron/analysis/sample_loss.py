@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint import store
-from megatron.checkpoint.tensors import TensorReader
 from megatron.config.errors import DataError
 from megatron.config.schema import RunConfig
 from megatron.model.stack import Stack
@@ -39,7 +38,7 @@ class SampleLosses:
         run = RunConfig.from_dict(checkpoint.manifest["run"])
         self._vocab_size = run.model.vocab_size
         self._model = Stack(model_layers(run))
-        reader = TensorReader(checkpoint.files("tensors"))
+        reader = checkpoint.reader()
         beta1 = run.optimizer.adam_beta1 if run.optimizer.optimizer == "adamwschedulefree" else None
         for name, parameter in self._model.named_parameters():
             weight = reader.whole(name)

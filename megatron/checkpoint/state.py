@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+_STAGE_COUNTERS = ("iteration", "samples", "tokens")
+
 
 @dataclass(frozen=True)
 class DataStage:
@@ -71,18 +73,36 @@ class RunState:
         """Reads what `to_dict` wrote.
 
         Raises:
-            ValueError: a counter is missing, unknown or not a whole number >= 0.
+            ValueError: a field is missing, unknown or of another kind than `to_dict` writes.
         """
         names = [field.name for field in dataclasses.fields(cls)]
         if set(values) != set(names):
             raise ValueError(f"a run's state has the fields {names}, found {sorted(values)}")
         counters = {name: values[name] for name in names if name not in ("skip_ranges", "data")}
-        for name, value in counters.items():
-            if type(value) is not int or value < 0:
-                raise ValueError(f"a run's state: {name}={value!r} is not a whole number >= 0")
-        ranges = tuple((int(first), int(last)) for first, last in values["skip_ranges"])
-        return cls(
-            **counters,
-            skip_ranges=ranges,
-            data=tuple(DataStage(**stage) for stage in values["data"]),
-        )
+        _require_counters("a run's state", counters)
+        try:
+            ranges = tuple((int(first), int(last)) for first, last in values["skip_ranges"])
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"a run's state: skip_ranges={values['skip_ranges']!r} are no pairs of steps"
+            ) from None
+        return cls(**counters, skip_ranges=ranges, data=_data_stages(values["data"]))
+
+
+def _data_stages(rows: Any) -> tuple[DataStage, ...]:
+    names = {field.name for field in dataclasses.fields(DataStage)}
+    if not isinstance(rows, list | tuple):
+        raise ValueError("the record of the data is no list of stages")
+    for row in rows:
+        if not isinstance(row, dict) or set(row) != names:
+            raise ValueError(f"a stage of the data has the fields {sorted(names)}, found {row!r}")
+        if not isinstance(row["record"], dict) or not isinstance(row["drawn"], dict):
+            raise ValueError("a stage of the data: record and drawn are no objects")
+        _require_counters("a stage of the data", {key: row[key] for key in _STAGE_COUNTERS})
+    return tuple(DataStage(**row) for row in rows)
+
+
+def _require_counters(of: str, counters: Mapping[str, Any]) -> None:
+    for name, value in counters.items():
+        if type(value) is not int or value < 0:
+            raise ValueError(f"{of}: {name}={value!r} is not a whole number >= 0")

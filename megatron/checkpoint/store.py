@@ -1,8 +1,7 @@
-"""A folder of checkpoints: each step is committed by one rename, listed, verified and chosen.
+"""A folder of checkpoints: which steps it has, which of them are sound, and what is set aside.
 
-A step is written into `step-<iteration>.tmp`, flushed to disk, described by a manifest with size
-and SHA-256 of every file, then renamed. A folder without a manifest under its final name was never
-committed. A committed step is never rewritten.
+A step is `step-<iteration>`, committed by one rename (saver.py). Whatever stands under such a name
+and is not as it was written is damage: named, passed over, moved aside, never deleted.
 """
 
 from __future__ import annotations
@@ -10,32 +9,38 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch.distributed as dist
+from megatron.checkpoint.manifest import DATA, PIECES, TENSORS, DamageError, read_manifest
+from megatron.checkpoint.piece_index import PieceIndex
+from megatron.checkpoint.state import RunState
+from megatron.checkpoint.tensors import TensorReader
+from megatron.parallel.control import Control
 
-from megatron.checkpoint.atomic import write_atomically
+DAMAGED = ".damaged-"
 
-MANIFEST = "manifest.json"
-FORMAT = 1
-
-T = TypeVar("T")
-
-
-class SaveError(RuntimeError):
-    """A checkpoint could not be written; older ones are untouched."""
+_STEP = re.compile(r"step-(\d{8,})")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A committed step."""
+    """A committed step.
+
+    Attributes:
+        folder: of its files.
+        manifest: checked.
+        records: contents of its data record and piece index by role, checked; none in format 1,
+            which keeps the one in the manifest and the other in the headers.
+    """
 
     folder: Path
-    manifest: dict[str, Any]
+    manifest: Mapping[str, Any]
+    records: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def iteration(self) -> int:
@@ -44,8 +49,35 @@ class Checkpoint:
 
     def files(self, role: str) -> list[Path]:
         """Its files of a role, such as `tensors`."""
-        files = self.manifest["files"]
-        return [self.folder / name for name, about in files.items() if about["role"] == role]
+        return [self.folder / name for name in _names(self.manifest, role)]
+
+    def state(self) -> RunState:
+        """Where the run stood."""
+        values = dict(self.manifest["state"])
+        if DATA in self.records:
+            values["data"] = json.loads(self.records[DATA])
+        return RunState.from_dict(values)
+
+    def reader(self) -> TensorReader:
+        """Its tensors, for any layout."""
+        index = None
+        if PIECES in self.records:
+            index = PieceIndex.from_dict(json.loads(self.records[PIECES]))
+        return TensorReader(self.files(TENSORS), index)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a folder holds.
+
+    Attributes:
+        checkpoint: the newest sound step.
+        damaged: what is wrong with newer ones, or with all where none is sound; a line for each
+            damaged file.
+    """
+
+    checkpoint: Checkpoint | None
+    damaged: tuple[str, ...]
 
 
 def step_folder(root: Path, iteration: int) -> Path:
@@ -53,75 +85,45 @@ def step_folder(root: Path, iteration: int) -> Path:
     return root / f"step-{iteration:08d}"
 
 
-def save(
-    root: Path,
-    iteration: int,
-    write: Callable[[Path], None],
-    about: dict[str, Any],
-) -> Path:
-    """Commits a step; a collective of all ranks.
-
-    Args:
-        root: folder of checkpoints, on a file system that all ranks share.
-        iteration: number of the step.
-        write: writes this rank's tensors to the given path.
-        about: further entries of the manifest, JSON-ready.
-
-    Returns:
-        The committed folder.
+def steps(root: Path) -> list[int]:
+    """The steps that have a folder, sound or not, the newest first.
 
     Raises:
-        SaveError: a rank could not write; all ranks raise the same error, no file is left.
+        OSError: the folder is there and cannot be listed.
     """
-    final = step_folder(root, iteration)
-    temporary = final.with_suffix(".tmp")
-    rank, world = _rank_and_world()
-
-    def prepare() -> None:
-        if final.exists():
-            raise FileExistsError(f"{final} is already committed")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-
-    def write_own() -> dict[str, Any]:
-        path = temporary / f"rank-{rank:05d}-of-{world:05d}.safetensors"
-        write(path)
-        _flush(path)
-        return {path.name: {"role": "tensors", **_describe(path)}}
-
-    def commit(written: list[dict[str, Any]]) -> None:
-        files = {name: about for own in written for name, about in own.items()}
-        manifest = {"format": FORMAT, "iteration": iteration, **about, "files": files}
-        write_atomically(temporary / MANIFEST, json.dumps(manifest, indent=1))
-        _flush(temporary)
-        os.rename(temporary, final)
-        _flush(root)
-        write_atomically(root / "latest", final.name)
-        write_atomically(root / "latest_checkpointed_iteration.txt", str(iteration))
-
-    _on_first_rank(prepare, iteration)
     try:
-        written = _on_all_ranks(write_own, iteration)
-        _on_first_rank(lambda: commit(written), iteration)
-    except SaveError:
-        if rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return final
+        names = os.listdir(root)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    numbers = [int(match[1]) for match in map(_STEP.fullmatch, names) if match]
+    return sorted((n for n in numbers if step_folder(root, n).name in names), reverse=True)
 
 
-def committed(root: Path) -> list[Checkpoint]:
-    """All committed steps, the newest first."""
+def open_step(root: Path, iteration: int) -> Checkpoint:
+    """A step with its small files, which are checked; those of tensors are not.
+
+    Raises:
+        DamageError: it is not as it was written.
+        OSError: it cannot be read.
+    """
+    folder = step_folder(root, iteration)
+    manifest = read_manifest(folder, iteration)
+    records = {}
+    for role in (DATA, PIECES):
+        for name in _names(manifest, role):
+            records[role] = _read_record(folder / name, manifest["files"][name])
+    return Checkpoint(folder, manifest, records)
+
+
+def committed(root: Path, warn: Callable[[str], None] = lambda line: None) -> list[Checkpoint]:
+    """All steps whose manifest is sound, the newest first; the others are named to `warn`."""
     found = []
-    for path in root.glob(f"step-*/{MANIFEST}"):
-        if path.parent.suffix == ".tmp":
-            continue
+    for iteration in steps(root):
         try:
-            manifest = json.loads(path.read_text())
-        except (OSError, ValueError):
-            continue  # truncated manifest: uncommitted step or failing disk
-        found.append(Checkpoint(path.parent, manifest))
-    return sorted(found, key=lambda checkpoint: checkpoint.iteration, reverse=True)
+            found.append(open_step(root, iteration))
+        except (DamageError, OSError) as error:
+            warn(f"checkpoint {step_folder(root, iteration).name} is not usable: {error}")
+    return found
 
 
 def damage(checkpoint: Checkpoint, names: Sequence[str] | None = None) -> list[str]:
@@ -131,74 +133,126 @@ def damage(checkpoint: Checkpoint, names: Sequence[str] | None = None) -> list[s
         checkpoint: the step.
         names: files to verify; default all.
     """
-    lines = []
-    for name, about in checkpoint.manifest["files"].items():
-        if names is not None and name not in names:
-            continue
-        path = checkpoint.folder / name
-        if not path.is_file():
-            lines.append(f"{path} is missing")
-        elif path.stat().st_size != about["bytes"]:
-            lines.append(
-                f"{path} has {path.stat().st_size} bytes, but {about['bytes']} were written"
-            )
-        elif _sha256(path) != about["sha256"]:
-            lines.append(f"{path} differs from what was written (SHA-256)")
-    return lines
+    files = checkpoint.manifest["files"]
+    lines = [
+        _file_damage(checkpoint.folder / name, files[name])
+        for name in (files if names is None else names)
+    ]
+    return [line for line in lines if line]
 
 
-def newest_sound(root: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The newest step whose files are as they were written; a collective of all ranks.
+def newest_sound(
+    root: Path, control: Control, warn: Callable[[str], None], *, set_aside: bool
+) -> Found:
+    """The newest step that is as it was written; a collective.
 
-    Each rank hashes some of the files. A damaged step is named in a warning and skipped.
+    Rank 0 reads one manifest at a time for all; each rank hashes its share of the tensors' files.
+    A damaged step is named in warnings. Nothing is moved where no step is sound: a file system
+    that fails must not scatter what it holds.
+
+    Args:
+        root: folder of checkpoints.
+        control: all ranks.
+        warn: called with each line, on every rank.
+        set_aside: move damaged steps that are newer than the sound one, so that they can be saved
+            again; False in the folder of another run.
     """
-    rank, world = _rank_and_world()
-    candidates = _gather(committed(root) if rank == 0 else [])[0]
-    for checkpoint in candidates:
-        own = sorted(checkpoint.manifest["files"])[rank::world]
-        lines = [line for found in _gather(damage(checkpoint, own)) for line in found]
-        if not lines:
-            return checkpoint
-        for line in lines:
-            warn(f"checkpoint {checkpoint.folder.name} is not usable: {line}")
-    return None
+    candidates, lines = control.broadcast(_listed(root) if control.rank == 0 else None)
+    damaged: list[str] = list(lines)
+    passed: list[int] = []
+    sound: Checkpoint | None = None
+    for iteration in candidates:
+        name = step_folder(root, iteration).name
+        found, error = control.broadcast(_opened(root, iteration) if control.rank == 0 else None)
+        wrong = [error] if found is None else _shared_damage(found, control)
+        if not wrong:
+            sound = found
+            break
+        passed.append(iteration)
+        damaged += [f"checkpoint {name} is not usable: {line}" for line in wrong]
+    for line in damaged:
+        warn(line)
+    if sound is not None and set_aside and passed:
+        moved = [_moved(root, one) for one in passed] if control.rank == 0 else None
+        for line in control.broadcast(moved):
+            warn(line)
+    return Found(sound, tuple(damaged))
 
 
-def _on_all_ranks(action: Callable[[], T], iteration: int) -> list[T]:
-    """Results of every rank's action, in rank order; where one fails, all raise one SaveError."""
-    results, error = [], None
+def move_aside(folder: Path) -> Path:
+    """Moves a damaged step to `step-N.damaged-<UTC time>`, where nothing looks for a step.
+
+    Raises:
+        OSError: it cannot be moved.
+    """
+    base = f"{folder.name}{DAMAGED}{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+    names = (f"{base}{f'-{n}' if n else ''}" for n in range(1000))
+    target = next(path for path in map(folder.with_name, names) if not path.exists())
+    os.rename(folder, target)
+    return target
+
+
+def _moved(root: Path, iteration: int) -> str:
+    folder = step_folder(root, iteration)
     try:
-        results = [action()]
-    except OSError as exception:
-        error = f"rank {_rank_and_world()[0]}: {exception}"
-    answers = _gather((results, error))
-    errors = [error for _, error in answers if error]
-    if errors:
-        raise SaveError(f"step {iteration} was not saved: " + "; ".join(errors[:4]))
-    return [result for results, _ in answers for result in results]
+        return f"checkpoint {folder.name} is set aside as {move_aside(folder).name}"
+    except OSError as error:
+        return (
+            f"checkpoint {folder.name} could not be set aside ({error}): step {iteration} cannot"
+            " be saved again before it is moved"
+        )
 
 
-def _on_first_rank(action: Callable[[], None], iteration: int) -> None:
-    """Rank 0's action; where it fails, all ranks raise the same SaveError."""
-    rank, _ = _rank_and_world()
-    _on_all_ranks(action if rank == 0 else lambda: None, iteration)
+def _listed(root: Path) -> tuple[list[int], list[str]]:
+    """Steps to look at, and what was damaged before where there is nothing else."""
+    try:
+        found = steps(root)
+        aside = sorted(root.glob(f"step-*{DAMAGED}*")) if not found else []
+    except OSError as error:
+        return [], [f"{root} cannot be listed: {error}"]
+    return found, [f"{path} was set aside as damaged, and no sound step is left" for path in aside]
 
 
-def _rank_and_world() -> tuple[int, int]:
-    """(rank, world size); (0, 1) in a tool without a process group."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+def _opened(root: Path, iteration: int) -> tuple[Checkpoint | None, str]:
+    """A step, or what is wrong with it."""
+    try:
+        return open_step(root, iteration), ""
+    except (DamageError, OSError) as error:
+        return None, str(error)
 
 
-def _gather(value: T) -> list[T]:
-    """Every rank's value, on every rank."""
-    values = [value] * _rank_and_world()[1]
-    if len(values) > 1:
-        dist.all_gather_object(values, value)
-    return values
+def _shared_damage(checkpoint: Checkpoint, control: Control) -> list[str]:
+    """What any rank finds wrong with its share of the tensors' files; the same on all ranks."""
+    names = sorted(_names(checkpoint.manifest, TENSORS))[control.rank :: control.size]
+    return [line for lines in control.all_gather(damage(checkpoint, names)) for line in lines]
 
 
-def _describe(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+def _names(manifest: Mapping[str, Any], role: str) -> list[str]:
+    return [name for name, about in manifest["files"].items() if about["role"] == role]
+
+
+def _read_record(path: Path, about: Mapping[str, Any]) -> bytes:
+    if not path.is_file():
+        raise DamageError(f"{path} is missing")
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != about["sha256"]:
+        raise DamageError(f"{path} differs from what was written (SHA-256)")
+    return content
+
+
+def _file_damage(path: Path, about: Mapping[str, Any]) -> str:
+    """What is wrong with a file, empty where nothing is."""
+    try:
+        if not path.is_file():
+            return f"{path} is missing"
+        size = path.stat().st_size
+        if size != about["bytes"]:
+            return f"{path} has {size} bytes, but {about['bytes']} were written"
+        if _sha256(path) != about["sha256"]:
+            return f"{path} differs from what was written (SHA-256)"
+    except OSError as error:
+        return f"{path} cannot be read: {error}"
+    return ""
 
 
 def _sha256(path: Path) -> str:
@@ -207,11 +261,3 @@ def _sha256(path: Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,34 +1,34 @@
 """A checkpoint's tensors: one safetensors file per rank, read back by parameter for any layout.
 
 An entry is a run of a parameter's flattened tensor-parallel shard. The file's header names the
-parameter, the shard and the run's start, so a reader assembles any part of any parameter.
+parameter, the shard and the run's start, as the piece index does for all files at once.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
+from megatron.checkpoint.piece_index import PieceIndex, Record, Row, build_index
+from megatron.checkpoint.rank_file import RankFile, lay_out
 from megatron.parallel.piece import WEIGHT, WHOLE, Piece
 
 
-def write_pieces(path: Path, pieces: Iterable[Piece]) -> None:
-    """Writes one rank's pieces; tensors are copied to the host."""
+def plan_file(pieces: Iterable[Piece]) -> tuple[RankFile, list[Record]]:
+    """One rank's file, not written yet, and its records for the piece index."""
     tensors: dict[str, Tensor] = {}
     header: dict[str, dict[str, Any]] = {}
     for number, piece in enumerate(pieces):
-        for state, value in piece.tensors.items():
-            tensors[f"{number}/{state}"] = value.detach().to("cpu").contiguous()
+        tensors |= {f"{number}/{state}": value for state, value in piece.tensors.items()}
         header[str(number)] = {
             "name": piece.name,
             "shape": piece.shape,
@@ -39,30 +39,42 @@ def write_pieces(path: Path, pieces: Iterable[Piece]) -> None:
             "states": {state: value.numel() for state, value in piece.tensors.items()},
             "scalars": dict(piece.scalars),
         }
-    try:
-        save_file(tensors, path, metadata={"pieces": json.dumps(header)})
-    except SafetensorError as error:
-        raise OSError(f"{path}: {error}") from error  # a full disk, most likely
+    return lay_out(tensors, {"pieces": json.dumps(header)}), _records(header)
 
 
-@dataclass(frozen=True)
-class _Run:
-    """A stored run of a flattened shard."""
-
-    path: Path
-    key: str
-    start: int
-    length: int
+def _records(header: dict[str, dict[str, Any]]) -> list[Record]:
+    """The records of a file's header."""
+    records = []
+    for number, item in header.items():
+        lengths: dict[int, list[str]] = {}
+        for state, length in item["states"].items():
+            lengths.setdefault(length, []).append(state)
+        for length, states in lengths.items():
+            records.append(
+                Record(
+                    item["name"],
+                    tuple(item["shape"]),
+                    item["partition_dim"],
+                    item["shards"],
+                    item["shard"],
+                    item["start"],
+                    int(number),
+                    length,
+                    tuple(states),
+                    tuple(item["scalars"].items()),
+                )
+            )
+    return records
 
 
 @dataclass
 class Stored:
-    """One state of one parameter: its full shape, its partition, and its runs by shard."""
+    """One state of one parameter: its full shape, its partition, and the rows of its runs."""
 
     shape: tuple[int, ...]
     partition_dim: int | None
     shards: int
-    runs: dict[int, list[_Run]] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
 
     def shard_shape(self) -> tuple[int, ...]:
         """Shape of one tensor-parallel shard."""
@@ -73,28 +85,26 @@ class Stored:
 
 
 class TensorReader:
-    """All parameters of a checkpoint.
+    """All parameters of a checkpoint; opens only the files that hold what it is asked for.
 
     Args:
         paths: the safetensors files of all ranks.
+        index: of what they hold; None reads the header of every file.
     """
 
-    def __init__(self, paths: Iterable[Path]) -> None:
+    def __init__(self, paths: Iterable[Path], index: PieceIndex | None = None) -> None:
+        self._paths = {path.name: path for path in paths}
+        self._index = index or _index_of(list(self._paths.values()))
         self._stored: dict[str, dict[str, Stored]] = {}
         self._scalars: dict[str, dict[str, float]] = {}
-        for path in paths:
-            with safe_open(path, framework="pt") as file:
-                header = json.loads(file.metadata()["pieces"])
-            for number, item in header.items():
-                self._scalars.setdefault(item["name"], {}).update(item["scalars"])
-                states = self._stored.setdefault(item["name"], {})
-                for state, length in item["states"].items():
-                    shape = tuple(item["shape"])
-                    stored = states.setdefault(
-                        state, Stored(shape, item["partition_dim"], item["shards"])
-                    )
-                    run = _Run(path, f"{number}/{state}", item["start"], length)
-                    stored.runs.setdefault(item["shard"], []).append(run)
+        for row in self._index.rows:
+            self._scalars.setdefault(row.name, {}).update(row.scalars)
+            states = self._stored.setdefault(row.name, {})
+            for state in row.states:
+                stored = states.setdefault(state, Stored(row.shape, row.partition_dim, row.shards))
+                stored.rows.append(row)
+        self._runs = lru_cache(maxsize=8)(Row.runs)  # the states of a parameter share a row
+        self._open = lru_cache(maxsize=64)(_open)
 
     def names(self) -> list[str]:
         """All parameters, sorted."""
@@ -155,12 +165,16 @@ class TensorReader:
         """Elements start .. start + length of a flattened shard, 1-D; only these are read."""
         result = None
         filled = 0
-        for run in self._stored[name][state].runs.get(shard, []):
+        runs = [
+            run for row in self._stored[name][state].rows for run in self._runs(row).get(shard, [])
+        ]
+        for run in runs:
             first = max(start, run.start)
             last = min(start + length, run.start + run.length)
             if first >= last:
                 continue
-            values = _open(run.path).get_slice(run.key)[first - run.start : last - run.start]
+            file = self._open(self._paths[self._index.files[run.file]])
+            values = file.get_slice(f"{run.item}/{state}")[first - run.start : last - run.start]
             if result is None:
                 result = torch.empty(length, dtype=values.dtype)
             result[first - start : last - start] = values
@@ -171,6 +185,15 @@ class TensorReader:
                 f" {start}..{start + length}; a rank's file is missing from the checkpoint"
             )
         return result
+
+
+def _index_of(paths: Sequence[Path]) -> PieceIndex:
+    """The index of files by their headers."""
+    records = []
+    for path in paths:
+        with safe_open(path, framework="pt") as file:
+            records.append(_records(json.loads(file.metadata()["pieces"])))
+    return build_index([path.name for path in paths], records)
 
 
 def _fit_rows(value: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -186,6 +209,5 @@ def _shard_of(value: Tensor, piece: Piece) -> Tensor:
     return value.chunk(piece.shards, dim=piece.partition_dim)[piece.shard]
 
 
-@lru_cache(maxsize=64)
 def _open(path: Path) -> Any:
     return safe_open(path, framework="pt")

@@ -1,6 +1,6 @@
 """Environment and command line -> one frozen RunConfig, or an error that names what to change.
 
-Precedence: flag > variable > MODEL_ARCH preset > machine default > default.
+Precedence: flag > variable > the run of --resume > MODEL_ARCH preset > machine default > default.
 An empty variable is unset.
 """
 
@@ -12,7 +12,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron.config import batch, flags, hints, presets, rope_scaling, schema, skip, validate
+from megatron.config import (
+    batch,
+    flags,
+    hints,
+    presets,
+    resumed,
+    rope_scaling,
+    schema,
+    skip,
+    validate,
+)
 from megatron.config.errors import ConfigError
 from megatron.config.option import Draft
 from megatron.config.schema import SECTIONS, RunConfig
@@ -73,6 +83,7 @@ def resolve(environ: Mapping[str, str], argv: Sequence[str], site: Site) -> Reso
         DataError: where data is missing or wrong; not in a dry run, which shows it instead.
     """
     draft, notes = _given(environ, argv)
+    before = _fill_resumed(draft)
     _fill_defaults(draft, site)
     _fill_world(draft, site)
     _fill_tokenizer(draft, environ)
@@ -82,6 +93,9 @@ def resolve(environ: Mapping[str, str], argv: Sequence[str], site: Site) -> Reso
     _fill_derived(draft)
     validate.require(draft, validate.FINAL_CHECKS)
     run = _build(draft, site)
+    if before:
+        changes = resumed.changes(before, run, draft.sources)
+        notes.append(f"resumes {before.folder} with its own configuration; changed: {changes}")
     if not run.log.dry_run:
         _require_ready(run, draft, site)
     warnings = hints.misspelt_variables(environ) + hints.warnings(run)
@@ -124,6 +138,16 @@ def _give_all(draft: Draft, settings: Sequence[tuple[str, str, str]]) -> list[st
             )
         draft.give(key, value, name)
     return problems
+
+
+def _fill_resumed(draft: Draft) -> resumed.ResumedRun | None:
+    """The configuration of the run that is resumed; the option itself ends here."""
+    if resumed.RESUME not in draft.given:
+        return None
+    run = resumed.read(draft.get(resumed.RESUME), draft.given[resumed.RESUME])
+    resumed.fill(draft, run)
+    draft.replace(resumed.RESUME, None, "is in the other options")
+    return run
 
 
 def _fill_defaults(draft: Draft, site: Site) -> None:

@@ -127,6 +127,7 @@ class CheckpointConfig:
 
     run_name: str = option(None, "RUN_NAME", "--run-name", "name of the run; its folder is runs/<name>; default <arch>-seq<SEQ>-<data list>")
     run_dir: str | None = option(None, "RUN_DIR", "--run-dir", "path of the run's folder, instead of runs/<RUN_NAME>")
+    resume: str | None = option(None, "RESUME", "--resume", "run to resume, its folder or its name under runs/: its own configuration, with the changes given beside it")
     save: str | None = option(None, "CKPT_DIR SAVE", "--save", "folder that checkpoints are saved to; default <run folder>/checkpoints")
     load: str | None = option(None, "LOAD", "--load", "folder to resume from; default: the one that checkpoints are saved to")
     save_interval: int = option(50, "SAVE_INTERVAL", "--save-interval", "steps between checkpoints; 0: only at the end")

@@ -321,6 +321,18 @@ def check_data_order(draft: Draft) -> Iterator[str]:
             yield f"{setting} has no effect with {order}. Unset it, or set {order.name}=megatron"
 
 
+def check_retention(draft: Draft) -> Iterator[str]:
+    """Exceptions to a removal need the removal."""
+    last = draft["checkpoint.keep_last"]
+    for name in ("keep_every", "keep_best"):
+        kept = draft[f"checkpoint.{name}"]
+        if kept.value is not None and last.value is None:
+            yield (
+                f"{kept} keeps checkpoints that {last.name} would remove, but without {last.name} "
+                f"all are kept. Set {last.name}, e.g. {last.name}=3, or unset {kept.name}"
+            )
+
+
 def check_folders(draft: Draft) -> Iterator[str]:
     """What the run writes can be written."""
     run_dir, run_name = draft["checkpoint.run_dir"], draft["checkpoint.run_name"]
@@ -360,6 +372,7 @@ FINAL_CHECKS: tuple[Check, ...] = (
     check_learning_rate,
     check_evaluation,
     check_data_order,
+    check_retention,
     check_folders,
 )
 

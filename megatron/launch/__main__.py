@@ -16,7 +16,8 @@ from megatron.config.errors import ConfigError
 from megatron.launch import launch_plan
 from megatron.launch.command import LAUNCHERS
 from megatron.launch.launch_plan import LOCAL, LaunchPlan, LaunchRequest
-from megatron.launch.local import Screen, execute
+from megatron.launch.local import execute
+from megatron.launch.screen import Screen
 from megatron.launch.site import Location, locate
 
 

@@ -6,44 +6,11 @@ import os
 import signal
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 
 from megatron.launch import failure, process
 from megatron.launch.launch_plan import LOCAL, LaunchPlan
 from megatron.launch.ranks import EXPECTED, free_port
-
-
-class Screen:
-    """Lines to the terminal and to a file; a terminal that is gone does not stop a run.
-
-    Args:
-        log: file to append to; None: none.
-    """
-
-    def __init__(self, log: Path | None = None) -> None:
-        self._log = log.open("ab") if log else None
-
-    def close(self) -> None:
-        """Close the file."""
-        if self._log:
-            self._log.close()
-
-    def line(self, line: bytes, is_error: bool = False) -> None:
-        """One line with its end."""
-        if self._log:
-            self._log.write(line)
-            self._log.flush()
-        stream = sys.stderr if is_error else sys.stdout
-        try:
-            stream.buffer.write(line)
-            stream.flush()
-        except BrokenPipeError:
-            # Python would otherwise try once more at its own end, and change the exit status.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-    def print(self, text: str, is_error: bool = False) -> None:
-        """A text of our own."""
-        self.line(f"{text}\n".encode(), is_error)
+from megatron.launch.screen import Screen
 
 
 def usable_cores() -> int:

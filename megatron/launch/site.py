@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron.config import flags
+from megatron.config import flags, resumed
 from megatron.config.errors import ConfigError
 from megatron.config.resolve import Site
 from megatron.launch import hostlist
@@ -162,8 +162,17 @@ def site(
 def _setting(
     environ: Mapping[str, str], argv: Sequence[str], key: str, variable: str
 ) -> tuple[str | None, str]:
-    """Value and name of an option that is needed before the others; a flag beats the variable."""
-    for option, text, flag in flags.read_command_line(argv).settings:
-        if option == key:
-            return text, flag
-    return environ.get(variable, "").strip() or None, variable
+    """Value and name of an option that is needed before the others: a flag, a variable, a run's."""
+    line = {option: (text, flag) for option, text, flag in flags.read_command_line(argv).settings}
+    found = _given(line, environ, key, variable)
+    run, name = _given(line, environ, resumed.RESUME, "RESUME")
+    if found[0] is None and run:
+        return resumed.value_set(run, name, key), variable
+    return found
+
+
+def _given(
+    line: Mapping[str, tuple[str, str]], environ: Mapping[str, str], key: str, variable: str
+) -> tuple[str | None, str]:
+    """Value and name of what the user sets now; a flag beats the variable."""
+    return line.get(key) or (environ.get(variable, "").strip() or None, variable)

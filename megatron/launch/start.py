@@ -6,34 +6,37 @@ Makes the configuration, writes the run's folder, starts the ranks, ends with th
 
 from __future__ import annotations
 
-import json
 import os
+import shlex
 import shutil
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from megatron.checkpoint.atomic import write_atomically
 from megatron.config import table
-from megatron.config.deepspeed import deepspeed_config
 from megatron.config.errors import ConfigError, DataError
 from megatron.config.resolve import Resolved, resolve
-from megatron.config.schema import RUN_FILE, RunConfig
-from megatron.launch import launch_plan, provenance
+from megatron.config.schema import RunConfig, read_run
+from megatron.config.validate import WORLD
+from megatron.launch import launch_plan, starts
+from megatron.launch.claim import Say, claimed
 from megatron.launch.launch_plan import LaunchPlan, LaunchRequest
-from megatron.launch.local import Screen, execute
+from megatron.launch.local import execute
+from megatron.launch.provenance import provenance
 from megatron.launch.ranks import find_ranks
+from megatron.launch.screen import Screen
 from megatron.launch.site import Location, find_location, site
 from megatron.plan import report
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ROOT / "pretrain_gpt_alcf.py"
 OUTPUT_FILE = "output.log"
-DEEPSPEED_FILE = "ds_config.json"
 NOTHING_TO_START = 100  # `--check` ends with it after a dry run or --help
+REFUSED = (2, 3, 4)  # statuses of a start that was refused: setting, data, checkpoint
 
 
 def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
@@ -52,8 +55,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         if only_check:
             return 0
         launch_plan.require_launcher(planned, shutil.which)
-        write_run(resolved, provenance.provenance(environ, argv, location, ROOT))
-        return start(resolved, planned)
+        return start(resolved, environ, argv, location)
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
@@ -78,14 +80,35 @@ def check(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Location, Re
     return location, resolved, planned
 
 
-def start(resolved: Resolved, planned: LaunchPlan) -> int:
-    """Start the ranks and wait until they have ended; returns their status."""
-    if planned.hostfile:
-        write_atomically(*planned.hostfile)
-    with closing(Screen(resolved.run.run_folder / OUTPUT_FILE)) as screen:
+def start(
+    resolved: Resolved, environ: Mapping[str, str], argv: Sequence[str], location: Location
+) -> int:
+    """Own the run, start the ranks and wait until they have ended; returns their status.
+
+    Raises:
+        ConfigError: where another start owns the run, or its folder cannot be written.
+    """
+    config: Path | None = None
+
+    def accepted() -> bool:
+        return config is not None and starts.is_accepted(config)
+
+    with ExitStack() as stack:
+        screen = Screen(resolved.run.run_folder / OUTPUT_FILE, accepted)
+        command = shlex.join(["train_alcf.sh", *argv])
+        stack.enter_context(owned(resolved.run, command, location.job.id, screen.print))
+        origin = provenance(environ, argv, location, ROOT)
+        config = stack.enter_context(starts.pending(resolved, origin))
+        stack.enter_context(closing(screen))
+        planned = plan_of(resolved.run, environ, location)
+        if planned.hostfile:
+            write_atomically(*planned.hostfile)
         for line in _headlines(resolved, planned):
             screen.print(line)
-        return execute(planned, screen)
+        status = execute(planned, screen)
+        if status and status not in REFUSED:
+            screen.keep()
+        return status
 
 
 def plan_of(run: RunConfig, environ: Mapping[str, str], location: Location) -> LaunchPlan:
@@ -98,51 +121,62 @@ def plan_of(run: RunConfig, environ: Mapping[str, str], location: Location) -> L
         ranks_per_host=per_host,
         launcher=run.launch.launch_with,
         cpu_bind=run.launch.cpu_bind,
-        folder=run.run_folder,
+        folder=run.run_folder / starts.STARTS,
     )
-    program = (sys.executable, str(PROGRAM), "--config", str(run.run_folder / RUN_FILE))
+    config = starts.next_start(run.run_folder)
+    program = (sys.executable, str(PROGRAM), "--config", str(config))
     return launch_plan.make_plan(request, program, environ, location)
 
 
-def prepare_run(environ: Mapping[str, str], argv: Sequence[str]) -> RunConfig:
-    """The configuration of a run that another launcher has started: the same on every rank.
+@contextmanager
+def configuration(
+    environ: Mapping[str, str], argv: Sequence[str]
+) -> Iterator[tuple[RunConfig, Path | None]]:
+    """The configuration of a rank, and the file that holds it: for the life of the rank.
 
-    Rank 0 writes the run's folder.
+    It is in the file of `--config`, which our launcher gives, or where another launcher has started
+    the ranks it is made here, the same on every rank. Rank 0 then owns the run meanwhile.
 
     Raises:
-        ConfigError: where a setting is wrong.
+        ConfigError: where a setting is wrong, or another start owns the run.
         DataError: where data is wrong.
     """
     ranks = find_ranks(environ)
+    config = Path(argv[1]) if argv[:1] == ["--config"] and len(argv) > 1 else None
+    if config and (ranks.rank > 0 or starts.is_pending(config)):
+        yield read_run(config), config  # rank 0, or the launcher, owns the run
+        return
+    location = find_location(environ, () if config else argv)
+    command = shlex.join([PROGRAM.name, *argv])
+    own = partial(owned, command=command, job=location.job.id, say=partial(print, file=sys.stderr))
+    if config:
+        run = read_run(config)
+        with own(run):
+            yield run, config
+        return
     environ = {**environ, "WORLD_SIZE": str(ranks.world_size)}
-    location = find_location(environ, argv)
     resolved = resolve(environ, argv, site(environ, argv, location))
-    if ranks.rank == 0:
-        print(report.messages_text(resolved), file=sys.stderr)
-        write_run(resolved, provenance.provenance(environ, argv, location, ROOT))
-    return resolved.run
+    resolved.sources[WORLD] = f"ranks started by {ranks.family}"
+    if ranks.rank > 0:
+        yield resolved.run, None
+        return
+    print(report.messages_text(resolved), file=sys.stderr)
+    origin = provenance(environ, argv, location, ROOT)
+    with own(resolved.run), starts.pending(resolved, origin) as config:
+        yield resolved.run, config
 
 
-def write_run(resolved: Resolved, origin: Mapping[str, Any]) -> None:
-    """Make the run's folder and write what it was started with, its provenance `origin` included.
+@contextmanager
+def owned(run: RunConfig, command: str, job: str, say: Say) -> Iterator[None]:
+    """Own what a run writes: its folder, and that of its checkpoints, which runs may share.
 
-    Raises:
-        ConfigError: where the folder cannot be written.
+    Arguments and errors as of `claimed`.
     """
-    run, folder = resolved.run, resolved.run.run_folder
-    record = {
-        "config": run.to_dict(),
-        "sources": [f"{key}: {source}" for key, source in sorted(resolved.sources.items())],
-        "provenance": dict(origin),
-    }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, value in ((DEEPSPEED_FILE, deepspeed_config(run)), (RUN_FILE, record)):
-            write_atomically(folder / name, json.dumps(value, indent=2) + "\n")
-    except OSError as error:
-        raise ConfigError(
-            f"the run's folder cannot be written: {error}. Set RUN_DIR to a folder that can be"
-        ) from None
+    folders = {path.resolve(): path for path in (run.run_folder, run.checkpoint_folder)}
+    with ExitStack() as stack:
+        for folder in folders.values():
+            stack.enter_context(claimed(folder, command, job, say))
+        yield
 
 
 def require_writable(folder: Path) -> None:

@@ -9,12 +9,12 @@ from typing import Any
 
 from megatron.checkpoint import store
 from megatron.checkpoint.state import RunState
-from megatron.checkpoint.tensors import TensorReader
 from megatron.config.errors import ConfigError
 from megatron.config.schema import RunConfig
 from megatron.config.skip import merge, ranges_text
 from megatron.data.data_record import DataRecord
 from megatron.engine import Engine
+from megatron.parallel.control import ALONE, Control
 from megatron.training.optimizers.whole_matrix import WholeMatrixOptimizer
 from megatron.training.run_data import continue_data
 
@@ -28,13 +28,16 @@ class MissingCheckpoint(RuntimeError):
     """No usable checkpoint where one was required (exit status 4)."""
 
 
-def resume(run: RunConfig, engine: Engine, data: DataRecord | None = None) -> RunState:
+def resume(
+    run: RunConfig, engine: Engine, data: DataRecord | None = None, control: Control = ALONE
+) -> RunState:
     """Loads the newest sound checkpoint, written in any layout; called by all ranks.
 
     Args:
         run: the configuration.
         engine: to load into.
         data: the record of this start's data.
+        control: messages between all ranks.
 
     Returns:
         The run's state; that of a run's start where there is no checkpoint.
@@ -46,14 +49,17 @@ def resume(run: RunConfig, engine: Engine, data: DataRecord | None = None) -> Ru
         DataError: it was trained on other data.
     """
     root = run.load_folder
-    checkpoint = store.newest_sound(root, log.error)
+    # Another run's folder is read only.
+    own = root == run.checkpoint_folder
+    found = store.newest_sound(root, control, log.error, set_aside=own)
+    checkpoint = found.checkpoint
     if checkpoint is None:
-        _refuse_where_required(run, root)
+        _refuse_where_required(run, root, found)
         return _with_data(run, RunState(skip_ranges=run.skip_ranges), data, root)
     manifest = checkpoint.manifest
     _check_model(run, manifest["model"], checkpoint.folder)
-    state = _with_data(run, RunState.from_dict(manifest["state"]), data, checkpoint.folder)
-    reader = TensorReader(checkpoint.files("tensors"))
+    state = _with_data(run, checkpoint.state(), data, checkpoint.folder)
+    reader = checkpoint.reader()
     # A checkpoint imported from Hugging Face has weights only.
     with_optimizer = manifest["optimizer"] is not None
     if with_optimizer:
@@ -76,8 +82,8 @@ def _with_data(run: RunConfig, state: RunState, data: DataRecord | None, where: 
     return continue_data(state, data, run.data.allow_data_change, str(where))
 
 
-def _refuse_where_required(run: RunConfig, root: Path) -> None:
-    if store.committed(root):
+def _refuse_where_required(run: RunConfig, root: Path, found: store.Found) -> None:
+    if found.damaged:
         raise MissingCheckpoint(
             f"every checkpoint in {root} is damaged (see above); repair or move them, or start a"
             " new run with another RUN_NAME"

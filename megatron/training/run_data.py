@@ -10,8 +10,6 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch.distributed as dist
-
 from megatron.checkpoint.state import DataStage, RunState
 from megatron.config.errors import DataError
 from megatron.config.schema import RunConfig
@@ -24,6 +22,7 @@ from megatron.data.prepare.checks import Report, check_files
 from megatron.data.prepare.tokenizer import Tokenizer, build_tokenizer
 from megatron.data.splits import Origin, build_stages
 from megatron.data.survey import survey_stages
+from megatron.parallel.control import Control
 from megatron.plan.report import epochs_text
 from megatron.training.corpus_loss import CorpusLosses
 from megatron.training.data_order import megatron_splits, recorded_settings
@@ -52,15 +51,15 @@ class Data:
     corpus_losses: CorpusLosses | None
 
 
-def build_data(run: RunConfig) -> Data:
-    """Opens and checks the data; called by all ranks, which divide the checks.
+def build_data(run: RunConfig, control: Control) -> Data:
+    """Opens and checks the data; a collective of all ranks, which divide the checks.
 
     Raises:
         DataError: anything is wrong with it, with file and fix.
     """
-    stages, tokenizer = _open(run)
+    stages, tokenizer = _open(run, control)
     sources = [source for stage in stages for source in stage.sources]
-    headers = _checked(run, stages, tokenizer)
+    headers = _checked(run, stages, tokenizer, control)
     splits = ORDERS[run.data.order](run, stages, headers)
     if splits.train is None:
         raise DataError("TRAIN_SPLIT=0 leaves nothing to train on")
@@ -187,30 +186,27 @@ def continue_data(state: RunState, record: DataRecord, allow_change: bool, where
     return dataclasses.replace(state, data=(*state.data, dataclasses.replace(stage, drawn=drawn)))
 
 
-def _open(run: RunConfig) -> tuple[tuple[ListStage, ...], Tokenizer]:
+def _open(run: RunConfig, control: Control) -> tuple[tuple[ListStage, ...], Tokenizer]:
     """Lists and tokenizer; the built-in corpus is made by one rank."""
     data = run.data
     if data.data_file_list != BUILTIN:
         stages = parse_data_stages(data.data_file_list)
         tokenizer = build_tokenizer(data.tokenizer_type, data.tokenizer_model, run.model.vocab_size)
         return stages, tokenizer
-    if dist.get_rank() == 0:
+    if control.rank == 0:
         builtin_corpus(data.tokenizer_type, data.tokenizer_model, log.info)
-    dist.barrier()
+    control.barrier()
     corpus = builtin_corpus(data.tokenizer_type, data.tokenizer_model, log.debug)
     return (ListStage(0, BUILTIN, corpus.entries),), corpus.tokenizer
 
 
 def _checked(
-    run: RunConfig, stages: Iterable[ListStage], tokenizer: Tokenizer
+    run: RunConfig, stages: Iterable[ListStage], tokenizer: Tokenizer, control: Control
 ) -> Mapping[str, IndexHeader]:
     """Headers of all files; each is read and checked by one rank."""
-    rank, world = dist.get_rank(), dist.get_world_size()
     sources = [source for stage in stages for source in stage.sources]
-    report = check_files(sources, run.model.vocab_size, tokenizer, rank, world)
-    reports: list[Report] = [report] * world
-    dist.all_gather_object(reports, report)
-    whole = Report.joined(reports)
+    own = check_files(sources, run.model.vocab_size, tokenizer, control.rank, control.size)
+    whole = Report.joined(control.all_gather(own))
     whole.raise_problems()
     for warning in whole.warnings():
         log.warning(warning)

@@ -5,25 +5,25 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-import signal
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch.optim import Optimizer
 
-from megatron.checkpoint import store
+from megatron.checkpoint.retention import Retention
+from megatron.checkpoint.saver import Saved, Saver
 from megatron.checkpoint.state import RunState
-from megatron.checkpoint.tensors import write_pieces
 from megatron.config.schedule import learning_rate
 from megatron.config.schema import RunConfig
 from megatron.config.skip import is_skipped
 from megatron.data.dataset import SampleSource
 from megatron.data.loader import Loader, StepPlan, evaluation_loader
 from megatron.engine import Engine, MicroBatches, Shards
+from megatron.launch.heartbeat import Heartbeat
+from megatron.parallel.control import ALONE, Control
 from megatron.parallel.piece import Piece
 from megatron.training.device import Device
 from megatron.training.dump import dump_tokens
@@ -33,7 +33,7 @@ from megatron.training.optimizers.schedule_free import evaluation_weights
 from megatron.training.optimizers.sophia import Curvature, SophiaG
 from megatron.training.optimizers.whole_matrix import WholeMatrixOptimizer
 from megatron.training.run_data import Data, train_data
-from megatron.training.stop import StopRequest
+from megatron.training.stop import INTERVAL, StopRequest, cause_text
 
 log = logging.getLogger(__name__)
 
@@ -46,13 +46,15 @@ class Outcome:
 
     Attributes:
         state: where the run stands.
-        signal: the signal that stopped it, 0 where it finished.
-        saved: the state is in a committed checkpoint.
+        cause: what stopped it (`stop.cause_text`), 0 where it finished.
+        saved_at: step of the newest checkpoint that this start committed or resumed from.
+        error: why the last state is not in a checkpoint; empty where it is.
     """
 
     state: RunState
-    signal: int
-    saved: bool
+    cause: int
+    saved_at: int
+    error: str
 
 
 def manifest_of(run: RunConfig) -> dict[str, Any]:
@@ -66,37 +68,32 @@ def manifest_of(run: RunConfig) -> dict[str, Any]:
 
 
 def save_checkpoint(
-    folder: Path,
-    shards: Shards,
-    optimizer: Optimizer,
-    state: RunState,
-    manifest: Mapping[str, Any],
-) -> Path:
-    """Commits the weights and optimizer states of all ranks; called by all of them.
+    saver: Saver, shards: Shards, optimizer: Optimizer, state: RunState, manifest: Mapping[str, Any]
+) -> Saved | None:
+    """Saves the weights and optimizer states of all ranks; called by all of them.
 
     Args:
-        folder: of the run's checkpoints.
+        saver: of the run.
         shards: what this rank owns.
         optimizer: whose states these are.
         state: of the run.
         manifest: of the run, by `manifest_of`.
 
     Returns:
-        The checkpoint's folder.
-
-    Raises:
-        SaveError: it could not be written; older checkpoints are untouched.
+        What came of it; None where it goes on behind the steps to come.
     """
     pieces: Iterable[Piece] = shards.pieces()
     if isinstance(optimizer, WholeMatrixOptimizer):
         pieces = itertools.chain(pieces, optimizer.pieces())
+    counters = state.to_dict()
+    data = counters.pop("data")
     about = {
-        "state": state.to_dict(),
+        "state": counters,
         "counters": shards.counters(),
         "loss_scaler": shards.scaler_state(),
         **manifest,
     }
-    return store.save(folder, state.iteration, lambda file: write_pieces(file, pieces), about)
+    return saver.save(state.iteration, pieces, about, data)
 
 
 class Trainer:
@@ -110,8 +107,10 @@ class Trainer:
         data: what is trained and evaluated on.
         device: of this rank.
         tracker: receives every record.
-        stop: records a signal to stop the run.
+        stop: knows what asks this rank to stop.
         state: where the run stands.
+        control: messages between all ranks.
+        heartbeat: tells the launcher what this rank does.
     """
 
     def __init__(
@@ -123,9 +122,12 @@ class Trainer:
         tracker: Tracker,
         stop: StopRequest,
         state: RunState,
+        control: Control = ALONE,
+        heartbeat: Heartbeat | None = None,
     ) -> None:
         self.run, self.engine, self.data = run, engine, data
         self.tracker, self.stop, self.state = tracker, stop, state
+        self.control, self.heartbeat = control, heartbeat or Heartbeat()
         pp, dp = engine.groups.pp, engine.groups.dp
         self.plan = StepPlan(
             run.train.global_batch_size,
@@ -144,43 +146,68 @@ class Trainer:
             self.curvature = Curvature(
                 engine, self.plan, interval, run.train.seed, run.model.seq_length
             )
-        self._shards = engine.shards()
-        self._checkpoints, self._manifest = run.checkpoint_folder, manifest_of(run)
+        self._shards, self._manifest = engine.shards(), manifest_of(run)
+        keep = run.checkpoint
+        self.saver = Saver(
+            run.checkpoint_folder,
+            control,
+            Retention(keep.keep_last, keep.keep_every, keep.keep_best),
+            asynchronous=keep.async_save,
+            warn=log.warning,
+            tick=self.heartbeat.tick,
+        )
+        self.saved_at = state.iteration if state.iteration else -1
+        self._save_error = ""
+        self._validation_loss = (-1, math.nan)
 
     def train(self) -> Outcome:
-        """Runs the steps after the state, until the last one or a signal.
+        """Runs the steps after the state, until the last one or until something asks it to stop.
 
         Returns:
             How it ended; the last state is saved unless saving failed.
         """
         run = self.run
-        saved_at = self.state.iteration
-        asked = 0
+        cause = 0
         with self.read_ahead() as loader:
             self.meter.start()
-            while self.state.iteration < run.train.train_iters and not asked:
+            while self.state.iteration < run.train.train_iters and not cause:
+                self.stop.step_begins()
                 if is_skipped(self.state.iteration + 1, self.state.skip_ranges):
                     self.skip()
                 else:
                     self.step(loader)
                 if self._is_due(run.log.log_interval):
                     self.record()
-                    asked = self.stop.all_reduced_signal()
-                if self._is_due(run.log.eval_interval):
+                self.stop.step_took()
+                cause = self.agree() or self._exit_interval()
+                if not cause and self._is_due(run.log.eval_interval):
                     with self.meter.off_the_clock():
-                        self.evaluate("validation", self.data.splits.valid)
-                if asked or self._is_due(run.checkpoint.save_interval):
+                        cause = self.evaluate("validation", self.data.splits.valid)
+                if cause or self._is_due(run.checkpoint.save_interval):
                     with self.meter.off_the_clock():
-                        saved_at = self.state.iteration if self.save() else saved_at
+                        self.save()
+                        cause = cause or self.agree()
         if self.state.iteration >= run.train.train_iters:
-            self.evaluate("test", self.data.splits.test)
-        reason = f"signal {signal.Signals(asked).name}" if asked else "finished"
-        self._log_event("stop", reason=reason)
-        return Outcome(self.state, asked, saved_at == self.state.iteration)
+            cause = cause or self.evaluate("test", self.data.splits.test)
+        self._note_save(self.saver.wait())
+        self._log_event("stop", reason=cause_text(cause) if cause else "finished")
+        error = "" if self.saved_at == self.state.iteration else self._save_error
+        return Outcome(self.state, cause, self.saved_at, error)
+
+    def agree(self) -> int:
+        """What asks any rank to stop, 0 for nothing; a collective.
+
+        A save behind the steps is carried on as soon as all ranks have written.
+        """
+        cause, pending = self.control.maximum([self.stop.cause(), int(self.saver.pending)])
+        if self.saver.in_flight and not pending:
+            self._note_save(self.saver.advance())
+        return cause
 
     def step(self, loader: Loader | None) -> None:
         """Takes the next step on the next micro-batches of the loader."""
         iteration = self.state.iteration + 1
+        self.heartbeat.enter("step", iteration)
         batches = self._micro_batches(loader, iteration)
         if self.run.log.dump_tokens and iteration <= DUMPED_STEPS:
             batches = list(batches)
@@ -216,27 +243,35 @@ class Trainer:
         self.state = self.state.with_nan(record["nan_iterations"])
         self.tracker.log(record)
 
-    def evaluate(self, split: str, dataset: SampleSource | None) -> None:
+    def evaluate(self, split: str, dataset: SampleSource | None) -> int:
         """Logs the mean loss of EVAL_ITERS batches over all ranks; the same samples each time.
 
         Args:
             split: validation or test.
             dataset: its samples; does nothing where the run has none, or never evaluates.
+
+        Returns:
+            What asked to stop meanwhile, 0 for nothing; the evaluation then ends without a record.
         """
         run = self.run
         if dataset is None or run.log.eval_interval == 0:
-            return
+            return 0
+        self.heartbeat.enter("evaluate", self.state.iteration)
         start = time.perf_counter()
         loader: AbstractContextManager[Loader | None] = nullcontext()
         if self.reads_data:
             loader = evaluation_loader(dataset, self.plan, run.log.eval_iters)
         weights = evaluation_weights(self.engine.optimizer, self.engine.refresh_weights)
+        losses: list[float] = []
         with loader as batches, weights:
-            losses = [
-                float(self.engine.eval_batch(self._micro_batches(batches, number, marked=False)))
-                for number in range(1, run.log.eval_iters + 1)
-            ]
+            for number in range(1, run.log.eval_iters + 1):
+                micro_batches = self._micro_batches(batches, number, marked=False)
+                losses.append(float(self.engine.eval_batch(micro_batches)))
+                if cause := self.agree():
+                    return cause
         loss = sum(losses) / len(losses)
+        if split == "validation":
+            self._validation_loss = self.state.iteration, loss
         perplexity = math.exp(min(loss, 20.0))  # this order keeps a nan
         samples = len(losses) * run.train.global_batch_size
         elapsed = time.perf_counter() - start
@@ -248,25 +283,40 @@ class Trainer:
             samples=samples,
             elapsed_s=elapsed,
         )
+        return 0
 
-    def save(self) -> bool:
-        """Commits a checkpoint; a failure is logged as an error, and the run continues.
+    def save(self) -> None:
+        """Commits a checkpoint, at once or behind the steps to come; a collective.
 
-        Returns:
-            Whether it is committed.
+        A failure is logged as an error, and the run continues.
         """
-        start = time.perf_counter()
-        try:
-            path = save_checkpoint(
-                self._checkpoints, self._shards, self.engine.optimizer, self.state, self._manifest
-            )
-        except store.SaveError as error:
-            log.error(f"{error}; the run continues, older checkpoints are intact")
-            return False
-        size = sum(file.stat().st_size for file in path.iterdir())
-        elapsed = time.perf_counter() - start
-        self._log_event("save", path=str(path), bytes=size, elapsed_s=elapsed)
-        return True
+        self._note_save(self.saver.wait())  # one at a time
+        self.heartbeat.enter("save", self.state.iteration)
+        iteration, loss = self._validation_loss
+        known = {"validation_loss": loss} if iteration == self.state.iteration else {}
+        saved = save_checkpoint(
+            self.saver, self._shards, self.engine.optimizer, self.state, self._manifest | known
+        )
+        self._note_save(saved)
+
+    def _note_save(self, saved: Saved | None) -> None:
+        """Logs a save that has come to its end."""
+        if saved is None:
+            return
+        if saved.path is None:
+            self._save_error = saved.error
+            log.error(f"{saved.error}; the run continues, older checkpoints are intact")
+            return
+        self.saved_at = saved.iteration
+        self.stop.save_took(saved.elapsed_s)
+        self._log_event(
+            "save",
+            iteration=saved.iteration,
+            path=str(saved.path),
+            bytes=saved.bytes,
+            elapsed_s=saved.elapsed_s,
+            held_s=saved.held_s,
+        )
 
     def read_ahead(self) -> AbstractContextManager[Loader | None]:
         """Opens the micro-batches of all steps to come that are not skipped, read by a thread."""
@@ -289,6 +339,7 @@ class Trainer:
         count = self.plan.gradient_accumulation_steps
         for batch in itertools.islice(loader or (), count):
             assert batch.iteration == iteration, f"{batch.iteration=} {iteration=}"
+            self.heartbeat.tick()
             labels = batch.labels
             yield batch.tokens, labels if losses is None else losses.mark(labels, batch.corpora)
 
@@ -301,6 +352,10 @@ class Trainer:
         iteration = self.state.iteration
         last = iteration == self.run.train.train_iters
         return last or (interval > 0 and iteration % interval == 0)
+
+    def _exit_interval(self) -> int:
+        interval = self.run.train.exit_interval
+        return INTERVAL if interval and self.state.iteration % interval == 0 else 0
 
     def _log_event(self, event: str, **values: Any) -> None:
         about = {

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from megatron.checkpoint.tensors import TensorReader, write_pieces
+from megatron.checkpoint import tensors
+from megatron.checkpoint.piece_index import PieceIndex, build_index
+from megatron.checkpoint.rank_file import write_file
+from megatron.checkpoint.tensors import TensorReader, plan_file
 from megatron.parallel.piece import WEIGHT, WHOLE, Piece
 
 ROWS, COLUMNS = 12, 8
@@ -44,6 +49,11 @@ def runs(value: Tensor, dim: int | None, shards: int, parts: int) -> list[Piece]
         for shard in range(shards)
         for part in range(parts)
     ]
+
+
+def write_pieces(path: Path, pieces: list[Piece]) -> None:
+    """One rank's file."""
+    write_file(path, plan_file(pieces)[0])
 
 
 def write(folder: Path, pieces: list[Piece]) -> list[Path]:
@@ -182,3 +192,47 @@ def test_values_that_do_not_lie_side_by_side(tmp_path: Path) -> None:
     value = torch.arange(8.0)
     strided = Piece("w", (4,), None, 0, 1, 0, {WEIGHT: value[::2]})
     assert torch.equal(TensorReader(write(tmp_path, [strided])).whole("w"), value[::2])
+
+
+@pytest.mark.parametrize(("dim", "shards", "parts"), LAYOUTS)
+def test_the_index_gives_what_the_headers_give_and_opens_only_what_it_needs(
+    dim: int | None, shards: int, parts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pieces = runs(matrix(), dim, shards, parts)
+    paths = write(tmp_path, pieces)
+    index = build_index([path.name for path in paths], [plan_file([one])[1] for one in pieces])
+    index = PieceIndex.from_dict(json.loads(json.dumps(index.to_dict())))
+    opened: list[Path] = []
+    safe_open = tensors.safe_open
+
+    def noted(path: Path, framework: str) -> Any:
+        opened.append(path)
+        return safe_open(path, framework=framework)
+
+    monkeypatch.setattr(tensors, "safe_open", noted)
+    reader = TensorReader(paths, index)
+    assert opened == []
+    for path, wanted in zip(paths, pieces, strict=True):
+        found, scalars = reader.for_piece(wanted)
+        assert opened.pop() == path and opened == []
+        assert all(torch.equal(found[state], wanted.tensors[state]) for state in wanted.tensors)
+        assert scalars == {"step": 7.0}
+    assert torch.equal(TensorReader(paths, index).whole("w"), TensorReader(paths).whole("w"))
+
+
+def test_the_index_keeps_every_kind_of_piece() -> None:
+    """States of whole matrices, other lengths, other scalars, and no order among the starts."""
+    kept = Piece("w", (3,), None, 0, 1, 0, {f"{WHOLE}factors": torch.zeros(3)})
+    ranks = [[piece(matrix(), 0, 1, 2), kept], [], [piece(matrix(), 0, 0, 2, name="v")]]
+    records = [plan_file(own)[1] for own in ranks]
+    index = build_index(["a", "b", "c"], records)
+    assert {(row.name, row.states) for row in index.rows} == {
+        ("w", (WEIGHT, "exp_avg")), ("w", (f"{WHOLE}factors",)), ("v", (WEIGHT, "exp_avg")),
+    }  # fmt: skip
+    found = sorted(
+        (run.file, run.item, run.shard, run.start, run.length)
+        for row in index.rows
+        for own in row.runs().values()
+        for run in own
+    )
+    assert found == [(0, 0, 1, 0, 48), (0, 1, 0, 0, 3), (2, 0, 0, 0, 48)]

@@ -55,6 +55,7 @@ def start(path: str) -> dict[str, float]:
 
     from megatron.checkpoint.state import RunState
     from megatron.config.resolve import Site, resolve
+    from megatron.parallel.control import ALONE
     from megatron.training.run_data import build_data, train_data
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -65,7 +66,7 @@ def start(path: str) -> dict[str, float]:
     run = resolve(environ, [], Site()).run
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began, worked = time.perf_counter(), time.process_time()
-    data = build_data(run)
+    data = build_data(run, ALONE)
     train = train_data(run, data, RunState())
     train.sample(0)
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - worked

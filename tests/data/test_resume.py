@@ -101,7 +101,6 @@ def test_a_changed_list_is_refused_or_begins_a_stage_that_repeats_nothing(tmp_pa
     places = [*first.values(), *second.values(), *third.values()]
     assert len(set(places)) == len(places)
     assert {file for file, _, _ in second.values()} == {"part_0", "part_2"}
-    manifest = json.loads((tmp_path / "run/checkpoints/step-00000016/manifest.json").read_text())
-    stages = manifest["state"]["data"]
+    stages = json.loads((tmp_path / "run/checkpoints/step-00000016/data.json").read_text())
     assert [stage["samples"] for stage in stages] == [0, 80]
     assert [len(stage["record"]["stages"][0]["files"]) for stage in stages] == [3, 2]

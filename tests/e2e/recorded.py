@@ -18,8 +18,8 @@ from megatron.data.indexed import IndexedWriter
 from megatron.engine import Engine
 from megatron.engine.pipeline import PipelineEngine
 from megatron.engine.zero import ZeroEngine
+from megatron.launch import starts
 from megatron.launch.ranks import Ranks
-from megatron.launch.start import write_run
 from pretrain_gpt_alcf import pretrain
 
 VOCAB_SIZE = 160
@@ -86,7 +86,8 @@ def train_recorded(variables: Mapping[str, str]) -> Recording:
     resolved = resolve({**VARIABLES, **variables}, [], Site())
     rank, world = dist.get_rank(), dist.get_world_size()
     if rank == 0:
-        write_run(resolved, {})
+        with starts.pending(resolved, {}) as config:
+            starts.accept(config, resolved.run.run_folder)
     dist.barrier()
     recording.status = pretrain(resolved.run, Ranks(rank, rank, world, world, "test"))
     return recording

@@ -15,11 +15,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron.checkpoint.retention import KEEP_ALL
+from megatron.checkpoint.saver import Saver
 from megatron.checkpoint.state import RunState
 from megatron.config import deepspeed as deepspeed_file
 from megatron.config.resolve import Site, resolve
 from megatron.config.schema import RunConfig
 from megatron.engine import Engine, start_distributed
+from megatron.parallel.control import make_control
 from megatron.parallel.groups import Groups, make_groups
 from megatron.training.device import detect
 from megatron.training.optimizers.schedule_free import evaluation_weights
@@ -135,16 +138,16 @@ def train_and_save(
 def save(run: RunConfig, engine: Engine, count: int) -> None:
     """Commits a checkpoint after `count` steps."""
     state = RunState(iteration=count)
-    save_checkpoint(
-        run.checkpoint_folder, engine.shards(), engine.optimizer, state, manifest_of(run)
-    )
+    saver = Saver(run.checkpoint_folder, make_control(), KEEP_ALL, asynchronous=False, warn=print)
+    saved = save_checkpoint(saver, engine.shards(), engine.optimizer, state, manifest_of(run))
+    assert saved is not None and saved.path is not None, saved
 
 
 def resume_and_train(variables: Mapping[str, str], count: int, large: bool = False) -> Curve:
     """Takes back the newest checkpoint and trains `count` steps."""
     run = run_config(variables)
     engine = build(run, large)
-    state = resume(run, engine)
+    state = resume(run, engine, None, make_control())
     return steps(run, engine, state.iteration, state.iteration + count)
 
 

@@ -232,10 +232,12 @@ def _trace() -> dict[str, dict[str, int]]:
     moments = _setting_moments()
     folder = Path(os.environ["RUN_DIR"])
     start.PROGRAM = folder.with_name("nothing.py")  # the rank is this process
-    start.PROGRAM.write_text("")
-    assert start.main([], os.environ) == 0
-    assert set(moments) == {"parsed", "read"}, sorted(moments)
-    del moments["read"]  # for the copy in the run's folder
+    start.PROGRAM.write_text(
+        "import sys\nfrom pathlib import Path\nfrom megatron.launch.starts import accept\n"
+        "accept(Path(sys.argv[2]), Path(sys.argv[2]).parents[1])\n"
+    )
+    assert start.main([], {**os.environ, "PYTHONPATH": str(ROOT)}) == 0
+    assert set(moments) == {"parsed"}, sorted(moments)
     program = importlib.import_module("pretrain_gpt_alcf")
     assert program.main(["--config", str(folder / "run.json")]) == 0
     assert set(moments) == {"parsed", "read", "given"}, sorted(moments)

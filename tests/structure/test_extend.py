@@ -70,7 +70,7 @@ def trained(extend: Callable[[], Any], folder: Path, **settings: str) -> Trained
     ((printed, brought),) = run(train, 1, extend, folder, environ=environ)
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     checkpoint = committed(folder / "checkpoints")[0]
-    tensors = TensorReader(checkpoint.files("tensors"))
+    tensors = checkpoint.reader()
     return Trained(printed, records, tensors, brought, folder)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -19,12 +20,13 @@ from hypothesis import strategies as st
 from megatron.checkpoint import store
 from megatron.config.schema import RunConfig
 from megatron.data.dataset import Sample
+from megatron.parallel.control import ALONE
 from megatron.parallel.groups import SERIAL
 from megatron.parallel.piece import WEIGHT, Piece
 from megatron.training.device import Device
 from megatron.training.metrics_file import decode, encode
 from megatron.training.resume import resume
-from megatron.training.stop import StopRequest
+from megatron.training.stop import STOP_FILE, StopRequest
 from megatron.training.trainer import Outcome, Trainer
 from tests.training.run_config import tiny_run
 
@@ -140,8 +142,8 @@ def trained(run: RunConfig, engine: Any) -> tuple[Outcome, Records]:
     splits = SimpleNamespace(train=numbers, valid=numbers, test=None)
     data: Any = SimpleNamespace(splits=splits, corpus_losses=None, record=None)
     records = Records()
-    with StopRequest(torch.device("cpu")) as stop:
-        state = resume(run, engine, None)
+    with StopRequest(run.run_folder / "STOP") as stop:
+        state = resume(run, engine, None, ALONE)
         return Trainer(run, engine, data, CPU, records, stop, state).train(), records
 
 
@@ -182,7 +184,7 @@ def test_a_failed_save_is_logged_and_the_run_continues(
     run = config(tmp_path, 6, save=2)
     outcome, records = trained(run, Adder({5: blocked.unlink}))
     assert [record["iteration"] for record in records.of("save")] == [6]
-    assert outcome.saved and outcome.state.iteration == 6
+    assert outcome.error == "" and outcome.saved_at == outcome.state.iteration == 6
     failures = [r.message for r in caplog.records if r.levelname == "ERROR"]
     assert len(failures) == 2 and "step 2 was not saved" in failures[0]
 
@@ -201,7 +203,8 @@ def test_a_failed_last_save_is_not_taken_for_saved(tmp_path: Path) -> None:
 
     outcome, records = trained(run, Adder({4: block}))
     assert [record["iteration"] for record in records.of("save")] == [2]
-    assert outcome.state.iteration == 4 and not outcome.saved
+    assert outcome.state.iteration == 4 and outcome.saved_at == 2
+    assert "step 4 was not saved" in outcome.error
 
 
 @settings(
@@ -216,16 +219,15 @@ def test_a_signal_at_any_step_ends_in_a_checkpoint_that_resumes(
     run = config(tmp_path_factory.mktemp("run"), 9, save=save, log_interval=log_interval)
     first = Adder({at: interrupt})
     outcome, records = trained(run, first)
-    seen = min(9, -(-at // log_interval) * log_interval)  # ranks agree at log steps
-    assert outcome.signal == signal.SIGTERM and outcome.saved
-    assert outcome.state.iteration == seen == records.of("save")[-1]["iteration"]
+    assert outcome.cause == signal.SIGTERM and outcome.saved_at == at and not outcome.error
+    assert outcome.state.iteration == at == records.of("save")[-1]["iteration"]
     assert records[-1]["event"] == "stop" and records[-1]["reason"] == "signal SIGTERM"
-    assert store.committed(run.checkpoint_folder)[0].iteration == seen
-    if seen == 9:
+    assert store.committed(run.checkpoint_folder)[0].iteration == at
+    if at == 9:
         return
     second = Adder()
     outcome, _ = trained(run, second)
-    assert outcome.state.iteration == 9 and outcome.signal == 0
+    assert outcome.state.iteration == 9 and outcome.cause == 0
     assert first.trained + second.trained == [*range(36)]
     assert second.total == sum(range(36))
 
@@ -239,7 +241,7 @@ def test_skipped_steps_read_nothing_and_every_other_step_sees_its_own_samples(
     assert [record["iteration"] for record in records.of("skip")] == [2, 3, 6]
     assert all("loss" not in record for record in records.of("skip"))
     assert outcome.state.consumed_samples == 24 and outcome.state.skipped_iterations == 3
-    assert outcome.saved
+    assert outcome.saved_at == 6
 
 
 @pytest.mark.parametrize("at", [2, 3, 4])
@@ -265,3 +267,35 @@ def test_evaluations_read_the_same_samples_and_leave_the_run_alone(tmp_path: Pat
     ]  # fmt: skip
     assert all(record["samples"] == 12 and record["loss"] == 2.0 for record in evaluations)
     assert engine.trained == [*range(16)] and outcome.state.consumed_samples == 16
+
+
+@pytest.mark.parametrize("log_interval", [1, 1000])
+def test_a_signal_in_an_evaluation_ends_it_and_saves(tmp_path: Path, log_interval: int) -> None:
+    engine = Adder()
+    evaluate = engine.eval_batch
+
+    def interrupted(batches: Any) -> torch.Tensor:
+        if len(engine.evaluated) == 1:
+            interrupt()
+        return evaluate(batches)
+
+    engine.eval_batch = interrupted  # type: ignore[method-assign]
+    run = config(tmp_path, 8, eval_interval=3, eval_iters=100, log_interval=log_interval)
+    outcome, records = trained(run, engine)
+    assert len(engine.evaluated) == 2 and records.of("eval") == []
+    assert outcome.state.iteration == outcome.saved_at == 3 and outcome.cause == signal.SIGTERM
+
+
+def test_the_stop_file_stops_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = config(tmp_path, 8)
+    clock = itertools.count(0, 10)
+    monkeypatch.setattr(StopRequest.__init__, "__defaults__", (None, None, None, clock.__next__))
+    outcome, records = trained(run, Adder({3: (run.run_folder / "STOP").touch}))
+    assert outcome.state.iteration == outcome.saved_at == 3 and outcome.cause == STOP_FILE
+    assert "STOP" in records[-1]["reason"]
+
+
+def test_exit_interval_saves_and_stops_at_its_multiples(tmp_path: Path) -> None:
+    run = config(tmp_path, 8)
+    run = dataclasses.replace(run, train=dataclasses.replace(run.train, exit_interval=3))
+    assert [trained(run, Adder())[0].saved_at for _ in range(3)] == [3, 6, 8]
