@@ -5,6 +5,7 @@ Arguments come in FAULTS_* variables, which the program does not know.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -109,3 +110,94 @@ def die_at_file_event() -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
+
+
+def plant() -> None:
+    """Rank FAULTS_RANK goes wrong in step FAULTS_STEP; with FAULTS_ALWAYS in all after it, too.
+
+    FAULTS_KIND: `nan` or `spike` in the gradient of one of its weights, or `misread`: its loss,
+    as its spike detector alone is told. Each rank notes which updates were applied.
+    """
+    from megatron.training.stability import SpikeDetector
+
+    from megatron.engine.pipeline import PipelineEngine
+    from megatron.engine.zero import ZeroEngine
+    from megatron.training.trainer import Trainer
+
+    rank, kind = os.environ["RANK"], os.environ["FAULTS_KIND"]
+    first, always = int(os.environ["FAULTS_STEP"]), "FAULTS_ALWAYS" in os.environ
+    note = Path(os.environ["FAULTS_PIDS"]) / f"applied-{rank}"
+    here = rank == os.environ["FAULTS_RANK"]
+    step, judge, wrong = Trainer.step, SpikeDetector.judge, [False]
+
+    def noted_step(self: Trainer, *arguments: Any) -> Any:
+        number = self.state.iteration + 1
+        wrong[0] = here and (number >= first if always else number == first)
+        result = step(self, *arguments)
+        with note.open("a") as file:
+            file.write(f"{number} {int(self.engine.step_applied)}\n")
+        return result
+
+    def planted(train_batch: Any) -> Any:
+        def train(self: Any, micro_batches: Any) -> Any:
+            if not wrong[0] or kind == "misread":
+                return train_batch(self, micro_batches)
+            factor = math.nan if kind == "nan" else 1e6
+            weight = next(p for p in self.module.parameters() if hasattr(p, "partition_dim"))
+            handle = weight.register_hook(lambda gradient: gradient * factor)
+            try:
+                return train_batch(self, micro_batches)
+            finally:
+                handle.remove()
+
+        return train
+
+    def misread(self: SpikeDetector, loss: float, norm: float) -> Any:
+        return judge(self, loss * 1e3 if wrong[0] and kind == "misread" else loss, norm)
+
+    Trainer.step, SpikeDetector.judge = noted_step, misread  # type: ignore[method-assign]
+    for engine in (ZeroEngine, PipelineEngine):
+        engine.train_batch = planted(engine.train_batch)
+
+
+def limit_files() -> None:
+    """No file of this rank grows above FAULTS_FSIZE bytes."""
+    import resource
+
+    size = int(os.environ["FAULTS_FSIZE"])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # as any interpreter does
+
+
+def note_batches() -> None:
+    """Each rank notes the checksum of every sample that it feeds to the engine, by step."""
+    import zlib
+
+    from megatron.engine.pipeline import PipelineEngine
+    from megatron.engine.zero import ZeroEngine
+    from megatron.training.trainer import Trainer
+
+    note = Path(os.environ["RUN_DIR"]) / f"fed-{os.environ['RANK']}.txt"
+    step, number = Trainer.step, [0]
+
+    def numbered(self: Trainer, *arguments: Any) -> Any:
+        number[0] = self.state.iteration + 1
+        return step(self, *arguments)
+
+    def noted(train_batch: Any) -> Any:
+        def train(self: Any, micro_batches: Any) -> Any:
+            batches = list(micro_batches)
+            rows = [
+                zlib.crc32(row.contiguous().numpy().tobytes())
+                for tokens, _ in batches
+                for row in tokens
+            ]
+            with note.open("a") as file:
+                file.write(f"{number[0]} {' '.join(map(str, rows))}\n")
+            return train_batch(self, batches)
+
+        return train
+
+    Trainer.step = numbered  # type: ignore[method-assign]
+    for engine in (ZeroEngine, PipelineEngine):
+        engine.train_batch = noted(engine.train_batch)
