@@ -118,7 +118,7 @@ ANY_JSON: dict[str, Damage] = {
     "another object": replace(b'{"files": {}, "iteration": 12, "format": 1}\n'),
     "null": replace(b"null\n"),
 }
-CHOSEN = 10  # keys and numbers of a file, by chance
+FIRST, CHOSEN = 4, 4  # keys and numbers of a file, the latter by chance
 
 
 def damages(step: Path, rng: random.Random) -> Iterator[tuple[str, str, Damage]]:
@@ -133,7 +133,10 @@ def damages(step: Path, rng: random.Random) -> Iterator[tuple[str, str, Damage]]
         text = path.read_text()
         for pattern, change in ((KEY, another_letter), (NUMBER, another_digit)):
             found = [match[1] for match in re.finditer(pattern, text)]
-            for number in sorted(rng.sample(range(len(found)), min(CHOSEN, len(found)))):
+            # The first are those that decide how the rest is read.
+            chosen = {*range(min(FIRST, len(found)))}
+            chosen |= {*rng.sample(range(len(found)), min(CHOSEN, len(found)))}
+            for number in sorted(chosen):
                 name = f"{change.__name__} in {found[number]}, number {number}"
                 yield path.name, name, edit(pattern, number, change)
 

@@ -64,8 +64,8 @@ def killed_twice(folder: Path, data: str, layout: str, asynchronous: str, seed: 
     assert ended.status == 0, ended.output
     assert steps(folder) == list(range(1, STEPS + 1))
     assert committed(folder) == list(range(1, STEPS + 1))
-    left = [path.name for path in (folder / "checkpoints").glob("*.tmp*")]
-    assert not left, f"left behind: {left}"
+    left = [path.name for path in (folder / "checkpoints").glob("step-*") if "." in path.name]
+    assert not left, f"left behind, or found damaged: {left}"
     return ""
 
 
