@@ -7,11 +7,15 @@ torchrun --nproc-per-node 2 pretrain_gpt_alcf.py    # every rank makes the same 
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":  # until training listens, Ctrl-C ends a rank without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import faulthandler
 import io
 import logging
 import os
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -122,11 +126,12 @@ def train(
     if outcome.cause == STOP_FILE:
         stop.remove_file()
     heartbeat.enter("finish")
+    status = finish.NOT_SAVED if outcome.error else 0
     if not outcome.cause:
-        sample = finish.sample_text(run, engine, data)
-        if leads:
-            finish.print_summary(run, sample)
-    return finish.status(outcome, leads=leads)
+        finish.report(run, engine, data, control, status)
+    if leads:
+        finish.print_end(outcome)
+    return status
 
 
 def stop_request(run: RunConfig, started: float, *, leads: bool) -> StopRequest:

@@ -12,24 +12,20 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch
-from torch import Tensor
-
-from megatron.checkpoint import huggingface, store
+from megatron.checkpoint import huggingface, imported, store
 from megatron.checkpoint.retention import KEEP_ALL
 from megatron.checkpoint.saver import Saver
 from megatron.checkpoint.state import RunState
-from megatron.checkpoint.tensors import TensorReader
 from megatron.config.shape import IDENTITY, ModelShape
-from megatron.data.prepare.tokenizer_export import export_tokenizer
 from megatron.parallel.control import ALONE
-from megatron.training.optimizers.schedule_free import evaluation_weight
+from megatron.training.hf_export import DTYPES, export_checkpoint
+
+LONGEST = 4096  # tokens in a sample that the printed command proposes at most
 
 
 def main(argv: Sequence[str]) -> int:
@@ -37,16 +33,14 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     try:
         if arguments.command == "export":
-            return export(
-                arguments.run, arguments.out, arguments.iteration, getattr(torch, arguments.dtype)
-            )
+            return export(arguments.run, arguments.out, arguments.iteration, arguments.dtype)
         return import_model(arguments.folder, arguments.run)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def export(run: Path, out: Path, iteration: int | None, dtype: torch.dtype) -> int:
+def export(run: Path, out: Path, iteration: int | None, dtype: str | None) -> int:
     """Writes a checkpoint of a run as a Hugging Face folder."""
     checkpoint = _find(run, iteration)
     if checkpoint is None:
@@ -57,45 +51,50 @@ def export(run: Path, out: Path, iteration: int | None, dtype: torch.dtype) -> i
     if damage:
         print("error: " + "\n".join(damage), file=sys.stderr)
         return 4
-    settings = checkpoint.manifest["run"]
-    shape = ModelShape(**checkpoint.manifest["model"], seq_length=settings["model"]["seq_length"])
-    reader = checkpoint.reader()
-    out.mkdir(parents=True, exist_ok=True)
-    files = huggingface.export_weights(
-        _weights(reader, checkpoint.manifest), reader.names(), shape, out, dtype
-    )
-    eod = export_tokenizer(
-        settings["data"]["tokenizer_type"], settings["data"]["tokenizer_model"], out
-    )
-    name = str(dtype).removeprefix("torch.")
-    huggingface.write_config(shape, out, name, eod)
-    print(f"step {checkpoint.iteration} of {run}: {len(files)} weight file(s), {name}, in {out}")
+    written = export_checkpoint(checkpoint, out, run, dtype, _warn)
+    size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    print(f"step {checkpoint.iteration} of {run}: {size:,} bytes of {written} weights in {out}")
     return 0
 
 
 def import_model(folder: Path, run: Path) -> int:
     """Makes a Hugging Face model the first checkpoint of a run."""
     shape = huggingface.read_shape(folder)
-    saver = Saver(run / "checkpoints", ALONE, KEEP_ALL, asynchronous=False, warn=_warn)
+    root = run / "checkpoints"
+    present = store.committed(root, _warn)
+    if present:
+        raise ValueError(
+            f"{run} holds checkpoints already, the newest of step {present[0].iteration}: import "
+            "into a new folder"
+        )
+    kept = imported.keep(folder, run)
     state = RunState().to_dict()
     data = state.pop("data")
-    saved = saver.save(
-        0,
-        huggingface.import_pieces(folder, shape),
-        {
-            "state": state,
-            "model": shape.identity(),
-            "optimizer": None,
-            "layout": f"Hugging Face, {folder}",
-            "run": {},
-        },
-        data,
-    )
+    about = {
+        "state": state,
+        "model": shape.identity(),
+        "optimizer": None,
+        "layout": f"Hugging Face, {folder}",
+        "run": {},
+    }
+    saver = Saver(root, ALONE, KEEP_ALL, asynchronous=False, warn=_warn)
+    saved = saver.save(0, huggingface.import_pieces(folder, shape), about, data)
     assert saved is not None
     if saved.path is None:
         raise OSError(saved.error)
-    print(f"{folder} is step 0 of {run}; train it with\n\n    {_command(shape, run)}")
+    dropout = huggingface.read_config(folder).get("attention_dropout")
+    if dropout:
+        _warn(f"attention_dropout={dropout} is not applied in training")
+    print(
+        f"{folder} is step 0 of {run}; train it with\n\n    {_command(shape, run, kept)}\n\n"
+        "and with DATA_FILE_LIST, LR, MIN_LR and TRAIN_ITERS of your own: the preset's are for a "
+        f"small model from\nits start. The model was made for {shape.seq_length} tokens (SEQ)."
+    )
     return 0
+
+
+def _warn(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr)
 
 
 def _find(run: Path, iteration: int | None) -> store.Checkpoint | None:
@@ -106,35 +105,20 @@ def _find(run: Path, iteration: int | None) -> store.Checkpoint | None:
     return None
 
 
-def _warn(line: str) -> None:
-    print(f"warning: {line}", file=sys.stderr)
-
-
-def _weights(reader: TensorReader, manifest: dict[str, Any]) -> Callable[[str], Tensor]:
-    """Name -> the weight that the model is evaluated with."""
-
-    def read(name: str) -> Tensor:
-        weight = reader.whole(name)
-        if manifest["optimizer"] == "adamwschedulefree" and "z" in reader.states(name):
-            beta1 = manifest["run"]["optimizer"]["adam_beta1"]
-            return evaluation_weight(weight, reader.whole(name, "z"), beta1)
-        return weight
-
-    return read
-
-
-def _command(shape: ModelShape, run: Path) -> str:
+def _command(shape: ModelShape, run: Path, kept: Path) -> str:
     """The command that trains an imported model, with all settings that a resume must keep."""
-    values, flags = [f"RUN_DIR={run}"], []
+    values, flags = [f"RUN_DIR={run}", f"SEQ={min(shape.seq_length, LONGEST)}"], []
+    names = [path.name for path in imported.tokenizer_files(kept)]
+    if "tokenizer.json" in names:
+        values += ["TOKENIZER_TYPE=HFTokenizer", f"TOKENIZER_MODEL={kept}"]
+    elif "tokenizer.model" in names:
+        model = kept / "tokenizer.model"
+        values += ["TOKENIZER_TYPE=SentencePieceTokenizer", f"TOKENIZER_MODEL={model}"]
     for field in dataclasses.fields(shape):
         value, option = getattr(shape, field.name), field.metadata
         if field.name not in IDENTITY or value is None or value is False:
             continue
-        text = (
-            f"{value:g}"
-            if isinstance(value, float)
-            else str(int(value) if value is True else value)
-        )
+        text = str(int(value) if value is True else value)
         if option["env"]:
             values.append(f"{option['env'][0]}={text}")
         else:
@@ -151,7 +135,11 @@ def _parser() -> argparse.ArgumentParser:
     out.add_argument("run", type=Path, help="the run's folder")
     out.add_argument("out", type=Path, help="folder to write")
     out.add_argument("--iteration", type=int, help="step to export; default the newest")
-    out.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    out.add_argument(
+        "--dtype",
+        choices=sorted(DTYPES.values()),
+        help="of the weights; default that of the imported model, else float32",
+    )
     into = commands.add_parser("import", help="Hugging Face folder -> step 0 of a run")
     into.add_argument("folder", type=Path, help="with config.json and *.safetensors")
     into.add_argument("run", type=Path, help="the run's folder; made where missing")

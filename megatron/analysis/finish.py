@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from megatron.analysis.plot import plot, series
@@ -12,6 +15,7 @@ from megatron.analysis.run_report import write_report
 from megatron.checkpoint.state import RunState
 from megatron.config.schema import RunConfig
 from megatron.engine import Engine
+from megatron.parallel.control import Control
 from megatron.training.generate import generate
 from megatron.training.metrics_file import read
 from megatron.training.optimizers.schedule_free import evaluation_weights
@@ -26,35 +30,107 @@ NOT_SAVED = 6
 
 _PROMPT_TOKENS = 24
 _NEW_TOKENS = 64
+_DRAW_S = 60.0
+"""Seconds after which the sample gets no further token."""
+
+_GIVE_UP_S = 600.0
+"""Seconds after which a rank that hangs in the sample is ended."""
 
 
-def sample_text(run: RunConfig, engine: Engine, data: Data) -> str:
-    """A continuation of the start of a validation sample; a collective over all ranks."""
+def report(
+    run: RunConfig,
+    engine: Engine,
+    data: Data,
+    control: Control,
+    status: int = 0,
+    *,
+    limit_s: float = _GIVE_UP_S,
+    end: Callable[[int], object] = os._exit,
+) -> None:
+    """Samples, and prints the summary; called by all ranks of a run that is saved and done.
+
+    What goes wrong here is a warning: it takes nothing from the run.
+
+    Args:
+        run: the configuration.
+        engine: the trained model.
+        data: of the run.
+        control: messages between all ranks.
+        status: the run's exit status.
+        limit_s: seconds until a sample counts as hung. Nothing can call a rank back from a
+            collective whose others have failed, so the process ends there, with `status`.
+        end: ends the process.
+    """
+
+    def give_up() -> None:
+        if control.rank == 0:
+            log.warning(f"no sample: it has not ended after {limit_s:.0f} s (the run is complete)")
+            print_summary(run, "")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        end(status)
+
+    timer = threading.Timer(limit_s, give_up)
+    timer.daemon = True
+    timer.start()
+    sample = sample_text(run, engine, data, control)
+    timer.cancel()
+    if control.rank == 0:
+        print_summary(run, sample)
+
+
+def sample_text(run: RunConfig, engine: Engine, data: Data, control: Control) -> str:
+    """A continuation of the start of a validation sample; a collective over all ranks.
+
+    Returns:
+        The text; empty, with a warning, where it could not be made.
+    """
+    try:
+        prompt = control.broadcast(_prompt(run, data) if control.rank == 0 else None)
+        if not prompt:
+            return ""
+        with evaluation_weights(engine.optimizer, engine.refresh_weights):
+            added = generate(
+                engine,
+                prompt,
+                _NEW_TOKENS,
+                vocab_size=min(run.model.vocab_size, data.tokenizer.vocab_size),
+                # A short window: 64 passes over a whole sequence can take minutes.
+                context=min(run.model.seq_length, _PROMPT_TOKENS + _NEW_TOKENS),
+                control=control,
+                stop_at=data.tokenizer.eod,
+                limit_s=_DRAW_S,
+            )
+        given, grown = data.tokenizer.decode(prompt), data.tokenizer.decode(prompt + added)
+    except Exception as error:  # the run is complete and stays so
+        log.warning(f"no sample: {type(error).__name__}: {error} (the run is complete)")
+        return ""
+    return f"{given}[...]{grown.removeprefix(given)}"
+
+
+def _prompt(run: RunConfig, data: Data) -> list[int]:
+    """The start of a validation sample; empty, with a warning, where it cannot be read."""
     split = data.splits.valid or data.splits.train
     assert split is not None
-    length = min(_PROMPT_TOKENS, run.model.seq_length)
-    prompt = split.sample(0).tokens[:length].tolist()
-    with evaluation_weights(engine.optimizer, engine.refresh_weights):
-        added = generate(
-            engine,
-            prompt,
-            _NEW_TOKENS,
-            vocab_size=min(run.model.vocab_size, data.tokenizer.vocab_size),
-            context=run.model.seq_length,
-            stop_at=data.tokenizer.eod,
-        )
-    given, grown = data.tokenizer.decode(prompt), data.tokenizer.decode(prompt + added)
-    return f"{given}[...]{grown.removeprefix(given)}"
+    try:
+        tokens = split.sample(0).tokens
+    except Exception as error:  # told to the other ranks by the empty prompt
+        log.warning(f"no sample: {type(error).__name__}: {error} (the run is complete)")
+        return []
+    return [int(token) for token in tokens[: min(_PROMPT_TOKENS, run.model.seq_length)]]
 
 
 def print_summary(run: RunConfig, sample: str) -> None:
     """Prints plot, sample and next commands, and writes the report; for the rank that logs."""
     folder = run.run_folder
-    curve = series(read(folder / "metrics.jsonl"))
-    print(plot({"loss": curve}, "loss", encoding=sys.stdout.encoding or "utf-8"))
-    print(f"Sample from the model (generated after [...]):\n\n{sample}\n")
-    report = write_report(folder)
-    print("\n".join(_next_steps(run, folder, report)))
+    try:
+        curve = series(read(folder / "metrics.jsonl"))
+        print(plot({"loss": curve}, "loss", encoding=sys.stdout.encoding or "utf-8"))
+        if sample:
+            print(f"Sample from the model (generated after [...]):\n\n{sample}\n")
+        print("\n".join(_next_steps(run, folder, write_report(folder))))
+    except Exception as error:  # a full disk, or a terminal that has gone
+        log.warning(f"no summary: {type(error).__name__}: {error} (the run is complete)")
 
 
 def _next_steps(run: RunConfig, folder: Path, report: Path) -> list[str]:
@@ -80,18 +156,14 @@ def log_finished(run: RunConfig, state: RunState) -> None:
     )
 
 
-def status(outcome: Outcome, *, leads: bool) -> int:
-    """The exit status of a run that has ended; what is not on disk is the last thing said."""
-    iteration = outcome.state.iteration
+def print_end(outcome: Outcome) -> None:
+    """The last thing said: what is not on disk, or what stopped the run; for the rank that logs."""
     if outcome.error:
-        if leads:
-            known = outcome.saved_at >= 0
-            newest = f"is step {outcome.saved_at}" if known else "does not exist"
-            print(f"error: {outcome.error}; the newest checkpoint {newest}", file=sys.stderr)
-        return NOT_SAVED
-    if outcome.cause:
+        known = outcome.saved_at >= 0
+        newest = f"is step {outcome.saved_at}" if known else "does not exist"
+        print(f"error: {outcome.error}; the newest checkpoint {newest}", file=sys.stderr)
+    elif outcome.cause:
         log.info(
-            f"{cause_text(outcome.cause)}: saved step {iteration} and exits; "
+            f"{cause_text(outcome.cause)}: saved step {outcome.state.iteration} and exits; "
             "the same command resumes from there"
         )
-    return 0

@@ -2,112 +2,160 @@
 
 Names and settings come from the architecture. Our matrices are theirs (q, k, v, gate and up are
 separate), so a conversion is a rename that drops the vocabulary's padding. Memory holds one tensor
-and one shard at a time.
+at a time.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron.config.shape import ModelShape
 from megatron.model.registry import ARCHITECTURES, architecture_of
 from megatron.parallel.piece import WEIGHT, Piece
 
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+"""Types that weights are read and written in, and safetensors' names of them."""
 
-def write_config(shape: ModelShape, folder: Path, dtype: str, eos_token_id: int | None) -> None:
-    """Writes config.json."""
-    config = ARCHITECTURES[shape.architecture].hugging_face_config(shape) | {
-        "torch_dtype": dtype,
-        "bos_token_id": None,
-        "eos_token_id": eos_token_id,
-        "pad_token_id": None,
-    }
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
+
+def write_config(
+    shape: ModelShape,
+    folder: Path,
+    dtype: str,
+    eos_token_id: int | None,
+    imported: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes config.json.
+
+    Args:
+        shape: of the model.
+        folder: where to; exists.
+        dtype: of the weights, as torch names it.
+        eos_token_id: ends a document; None where that is not known.
+        imported: the config.json of the model that training began with. It stays as it was but
+            for the type of the weights, and the length where the model was trained on a longer one.
+    """
+    if imported is None:
+        config = ARCHITECTURES[shape.architecture].hugging_face_config(shape) | {
+            "torch_dtype": dtype,
+            "bos_token_id": None,
+            "eos_token_id": eos_token_id,
+            "pad_token_id": None,
+        }
+    else:
+        key = "dtype" if "dtype" in imported else "torch_dtype"
+        length = max(imported.get("max_position_embeddings") or 0, shape.seq_length)
+        config = {**imported, key: dtype, "max_position_embeddings": length}
+        config.pop("auto_map", None)  # names files of code, which are not kept
+    (folder / CONFIG).write_text(json.dumps(config, indent=1))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a folder.
+
+    Raises:
+        OSError: there is none.
+        ValueError: it is not JSON, or no object.
+    """
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds no object")
+    return config
 
 
 def read_shape(folder: Path) -> ModelShape:
     """The shape of a Hugging Face model folder.
 
     Raises:
-        ValueError: this framework does not train such a model.
+        OSError: config.json is missing.
+        ValueError: this framework does not train such a model; all reasons are named.
     """
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
+    config = read_config(folder)
     try:
         name = architecture_of((config.get("architectures") or ["?"])[0])
         return ModelShape(architecture=name, **ARCHITECTURES[name].shape_fields(config))
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{folder / CONFIG}: {error}") from None
 
 
 def export_weights(
     read: Callable[[str], Tensor],
-    parameters: Collection[str],
+    shapes: Mapping[str, Sequence[int]],
     shape: ModelShape,
     folder: Path,
     dtype: torch.dtype,
     shard_bytes: int = 5 << 30,
 ) -> list[Path]:
-    """Writes safetensors shards and their index.
+    """Writes safetensors shards and their index, one tensor at a time.
 
     Args:
         read: our parameter name -> the whole parameter.
-        parameters: names of all of the model's, each of which must be exported.
+        shapes: all of the model's parameters, each of which must be exported, and their shapes.
         shape: of the model; rows of the vocabulary beyond `vocab_size` are left out.
         folder: where to; exists.
-        dtype: of the values written.
+        dtype: of the values written, one of `CODES`.
         shard_bytes: a shard is closed before it grows beyond this.
 
     Returns:
         The files written.
 
     Raises:
-        ValueError: a parameter has no name in Hugging Face's layout, or a name no parameter.
+        ValueError: a parameter has no name in Hugging Face's layout, or a name no parameter; a
+            weight is not finite, or not in `dtype`.
+        OSError: a file cannot be written.
     """
     architecture = ARCHITECTURES[shape.architecture]
     names = architecture.hugging_face_names(shape)
-    unmatched = sorted(set(names) ^ set(parameters))
-    if unmatched:
-        raise ValueError(
-            f"ARCHITECTURE={shape.architecture} and the weights do not match: one lacks "
-            f"{', '.join(unmatched)}"
-        )
-    shards: list[dict[str, Tensor]] = [{}]
-    files: list[Path] = []
-    index: dict[str, str] = {}
+    _require_equal(names, shapes, shape.architecture)
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
     size = total = 0
-
-    def close() -> None:
-        path = folder / f"model-{len(files) + 1:05d}.safetensors"
-        save_file(shards[0], path, metadata={"format": "pt"})
-        index.update(dict.fromkeys(shards[0], path.name))
-        files.append(path)
-        shards[0] = {}
-
     for ours, theirs in names.items():
-        value = read(ours).to(dtype)
+        rows, *rest = shapes[ours]
         if architecture.is_vocabulary(theirs):
-            value = value[: shape.vocab_size]
-        value = value.contiguous()
-        if shards[0] and size + value.nbytes > shard_bytes:
-            close()
+            rows = min(rows, shape.vocab_size)
+        length = rows * math.prod(rest) * dtype.itemsize
+        if shards[-1] and size + length > shard_bytes:
+            shards.append({})
             size = 0
-        shards[0][theirs] = value
-        size += value.nbytes
-        total += value.nbytes
-    close()
-    if len(files) == 1:
-        files[0] = files[0].rename(folder / "model.safetensors")
-    else:
+        shards[-1][theirs] = (rows, *rest)
+        size += length
+        total += length
+
+    ours_of = {theirs: ours for ours, theirs in names.items()}
+
+    def value(theirs: str, wanted: tuple[int, ...]) -> Tensor:
+        whole = read(ours_of[theirs])[: wanted[0]]
+        converted = whole.to(dtype)
+        if not torch.isfinite(converted).all():
+            state = f"overflows {dtype}" if torch.isfinite(whole).all() else "is not finite"
+            raise ValueError(f"the weight {ours_of[theirs]} {state}: nothing is exported")
+        return converted
+
+    count, files, index = len(shards), [], {}
+    for number, entries in enumerate(shards, 1):
+        name = (
+            f"model-{number:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors"
+        )
+        files.append(folder / name)
+        _write_shard(files[-1], entries, dtype, value)
+        index.update(dict.fromkeys(entries, name))
+    if count > 1:
         about = {"metadata": {"total_size": total}, "weight_map": index}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(about, indent=1))
+        (folder / INDEX).write_text(json.dumps(about, indent=1))
     return files
 
 
@@ -115,21 +163,33 @@ def import_pieces(folder: Path, shape: ModelShape) -> Iterator[Piece]:
     """The weights of a Hugging Face folder as whole, unsharded pieces, one at a time.
 
     Raises:
-        ValueError: a weight is missing, or has another shape than config.json gives.
+        ValueError: a weight is missing, unknown, not finite, or of another shape or type than
+            config.json gives.
     """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{folder} holds no *.safetensors file")
-    where = {}
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            where.update(dict.fromkeys(file.keys(), path))
+    where = _weight_files(folder)
     architecture = ARCHITECTURES[shape.architecture]
-    for ours, theirs in architecture.hugging_face_names(shape).items():
-        if theirs not in where:
-            raise ValueError(f"{folder} has no weight {theirs}")
-        with safe_open(where[theirs], framework="pt") as file:
-            value = file.get_tensor(theirs).float()
+    names = architecture.hugging_face_names(shape)
+    missing = sorted(set(names.values()) - set(where))
+    if missing:
+        raise ValueError(f"{folder} has no weight {_listed(missing)}")
+    unknown = sorted(
+        name
+        for name in set(where) - set(names.values())
+        # Older files hold the rotary frequencies, which follow from config.json.
+        if not name.endswith("rotary_emb.inv_freq") and not _is_copy(name, where, shape)
+    )
+    if unknown:
+        raise ValueError(
+            f"{folder} holds weights that ARCHITECTURE={shape.architecture} does not have, and "
+            f"that would be lost: {_listed(unknown)}"
+        )
+    for ours, theirs in names.items():
+        stored = _read(where[theirs], theirs)
+        if stored.dtype not in CODES:
+            raise ValueError(f"{where[theirs]}: {theirs} is {stored.dtype}, not a plain weight")
+        if not torch.isfinite(stored).all():
+            raise ValueError(f"{where[theirs]}: {theirs} is not finite")
+        value = stored.float()
         if architecture.is_vocabulary(theirs):
             if value.shape[0] != shape.vocab_size:
                 raise ValueError(
@@ -138,3 +198,83 @@ def import_pieces(folder: Path, shape: ModelShape) -> Iterator[Piece]:
             padding = shape.padded_vocab_size() - shape.vocab_size
             value = torch.cat([value, value.new_zeros(padding, value.shape[1])])
         yield Piece(ours, tuple(value.shape), None, 0, 1, 0, {WEIGHT: value.reshape(-1)})
+
+
+def _require_equal(
+    names: Mapping[str, str], shapes: Mapping[str, Sequence[int]], architecture: str
+) -> None:
+    nameless, absent = sorted(set(shapes) - set(names)), sorted(set(names) - set(shapes))
+    problems = []
+    if nameless:
+        problems.append(f"{len(nameless)} have no Hugging Face name: {_listed(nameless)}")
+    if absent:
+        problems.append(f"the checkpoint has no {_listed(absent)}")
+    if problems:
+        raise ValueError(
+            f"ARCHITECTURE={architecture} and the parameters of the checkpoint do not match, so "
+            f"nothing is exported: {'; '.join(problems)}"
+        )
+
+
+def _write_shard(
+    path: Path,
+    entries: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    value: Callable[[str, tuple[int, ...]], Tensor],
+) -> None:
+    """A safetensors file: 8 bytes with the header's length, the header in JSON, the values."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, shape in entries.items():
+        end = offset + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": CODES[dtype], "shape": shape, "data_offsets": (offset, end)}
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the values start aligned
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, shape in entries.items():
+            data = value(name, shape).contiguous()
+            assert tuple(data.shape) == shape, f"{name}: {tuple(data.shape)} {shape}"
+            file.write(data.view(torch.uint8).numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _weight_files(folder: Path) -> dict[str, Path]:
+    """Name -> file of each weight, as the index says; without one, all that the files hold."""
+    index, single = folder / INDEX, folder / "model.safetensors"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        files = [folder / name for name in names]
+    else:
+        files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{folder} holds no *.safetensors file")
+    where = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                where.update(dict.fromkeys(file.keys(), path))
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path} cannot be read: {error}") from None
+    return where
+
+
+def _is_copy(name: str, where: Mapping[str, Path], shape: ModelShape) -> bool:
+    """Whether a weight is the head of a model with tied embeddings, equal to the embedding."""
+    embedding = "model.embed_tokens.weight"
+    if not shape.tie_embeddings or name != "lm_head.weight":
+        return False
+    return torch.equal(_read(where[name], name), _read(where[embedding], embedding))
+
+
+def _read(path: Path, name: str) -> Tensor:
+    with safe_open(path, framework="pt") as file:
+        value: Tensor = file.get_tensor(name)
+    return value
+
+
+def _listed(names: Sequence[str], most: int = 8) -> str:
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest

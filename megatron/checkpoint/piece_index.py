@@ -51,7 +51,7 @@ class Run:
 
 
 @dataclass(frozen=True, eq=False)
-class Row:
+class IndexRow:
     """All runs of some states of one parameter that are partitioned alike."""
 
     name: str
@@ -76,7 +76,7 @@ class PieceIndex:
     """The rows of a checkpoint, and the names of the files that they number."""
 
     files: tuple[str, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[IndexRow, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; `from_dict` reads them back."""
@@ -86,7 +86,7 @@ class PieceIndex:
     def from_dict(cls, values: Mapping[str, Any]) -> PieceIndex:
         """Reads what `to_dict` wrote; its file is guarded by a hash in the manifest."""
         rows = (
-            Row(**{**row, "shape": tuple(row["shape"]), "states": tuple(row["states"])})
+            IndexRow(**{**row, "shape": tuple(row["shape"]), "states": tuple(row["states"])})
             for row in values["rows"]
         )
         return cls(tuple(values["files"]), tuple(rows))
@@ -110,10 +110,10 @@ def build_index(files: Sequence[str], written: Iterable[Iterable[Record]]) -> Pi
     return PieceIndex(tuple(files), tuple(_row(key, runs) for key, runs in grouped.items()))
 
 
-def _row(key: tuple[Any, ...], runs: list[tuple[int, ...]]) -> Row:
+def _row(key: tuple[Any, ...], runs: list[tuple[int, ...]]) -> IndexRow:
     name, shape, partition_dim, shards, states, scalars = key
     columns = {of: _encoded([run[at] for run in runs]) for at, of in enumerate(_COLUMNS)}
-    return Row(name, shape, partition_dim, shards, states, dict(scalars), columns)
+    return IndexRow(name, shape, partition_dim, shards, states, dict(scalars), columns)
 
 
 def _encoded(values: Sequence[int]) -> Column:

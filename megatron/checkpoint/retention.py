@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +60,7 @@ def remove_expired(
     iteration: int,
     losses: dict[int, float | None],
     warn: Callable[[str], None],
+    in_use: Collection[Path] = (),
 ) -> None:
     """Removes what need not be kept after the commit of a step.
 
@@ -69,6 +70,7 @@ def remove_expired(
         iteration: the step just committed; it and later ones stay.
         losses: validation losses known so far; those of other steps are added from manifests.
         warn: called where something cannot be removed; the run is none the worse for it.
+        in_use: folders that are being read; they stay until the next commit.
     """
     if retention.last is None:
         return
@@ -87,6 +89,8 @@ def remove_expired(
     expired = sorted(known.keys() - retention.kept(known) - {iteration})
     for step in expired:
         folder = step_folder(root, step)
+        if folder in in_use:
+            continue
         leaving = folder.with_name(folder.name + REMOVING)
         try:
             if leaving.exists():

@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -104,6 +104,7 @@ class Saver:
         asynchronous: hold the steps for the copy to the host's memory only.
         warn: called on rank 0, also from a thread, with what does not make a save fail.
         tick: called from the main thread while it writes or waits.
+        in_use: gives the checkpoints that are being read, which must not be removed yet.
     """
 
     def __init__(
@@ -115,9 +116,11 @@ class Saver:
         asynchronous: bool,
         warn: Callable[[str], None],
         tick: Callable[[], None] = lambda: None,
+        in_use: Callable[[], Collection[Path]] = tuple,
     ) -> None:
         self._root, self._control, self._retention = root, control, retention
-        self._asynchronous, self._warn, self._tick = asynchronous, warn, tick
+        self._asynchronous, self._warn = asynchronous, warn
+        self._tick, self._in_use = tick, in_use
         self._id = control.broadcast(uuid.uuid4().hex[:8] if control.rank == 0 else None)
         self._host = HostCopy()
         self._losses: dict[int, float | None] = {}
@@ -288,9 +291,13 @@ class Saver:
         actions: list[Callable[[], None]] = [
             partial(_flush, self._root),
             *(partial(write_atomically, self._root / name, text) for name, text in named.items()),
-            partial(
-                remove_expired,
-                *(self._root, self._retention, save.iteration, self._losses, self._warn),
+            lambda: remove_expired(
+                self._root,
+                self._retention,
+                save.iteration,
+                self._losses,
+                self._warn,
+                self._in_use(),
             ),
         ]
         for action in actions:

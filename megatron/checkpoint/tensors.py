@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from megatron.checkpoint.piece_index import PieceIndex, Record, Row, build_index
+from megatron.checkpoint.piece_index import IndexRow, PieceIndex, Record, build_index
 from megatron.checkpoint.rank_file import RankFile, lay_out
 from megatron.parallel.piece import WEIGHT, WHOLE, Piece
 
@@ -74,7 +74,7 @@ class Stored:
     shape: tuple[int, ...]
     partition_dim: int | None
     shards: int
-    rows: list[Row] = field(default_factory=list)
+    rows: list[IndexRow] = field(default_factory=list)
 
     def shard_shape(self) -> tuple[int, ...]:
         """Shape of one tensor-parallel shard."""
@@ -103,7 +103,7 @@ class TensorReader:
             for state in row.states:
                 stored = states.setdefault(state, Stored(row.shape, row.partition_dim, row.shards))
                 stored.rows.append(row)
-        self._runs = lru_cache(maxsize=8)(Row.runs)  # the states of a parameter share a row
+        self._runs = lru_cache(maxsize=8)(IndexRow.runs)  # the states of a parameter share a row
         self._open = lru_cache(maxsize=64)(_open)
 
     def names(self) -> list[str]:

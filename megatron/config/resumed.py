@@ -132,8 +132,8 @@ def fill(draft: Draft, run: ResumedRun) -> None:
     if run.values.get(batch.GLOBAL):
         draft.give(batch.GLOBAL, run.values[batch.GLOBAL], schema.by_key()[batch.GLOBAL].name)
     for key, value in run.values.items():
-        derived = key in _OF_A_START or run.was_derived(key)
-        if value is None or key in set_aside or derived:
+        derived = run.was_derived(key) and key not in _ADAPTS
+        if value is None or derived or key in set_aside or key in _OF_A_START:
             continue
         if run.was_set(key) and key not in _ADAPTS:
             draft.give(key, value, run.sources[key])

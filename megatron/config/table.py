@@ -11,7 +11,8 @@ from megatron.config.option import Option
 
 USAGE = """usage: [VAR=value ...] bash train_alcf.sh [--flag value ...]
 
-A flag overrides its variable, a variable the MODEL_ARCH preset, a preset the machine's default.
+A flag overrides its variable, a variable the run of --resume, that the MODEL_ARCH preset, a preset
+the machine's default.
 DRY_RUN=1 prints the plan and starts nothing."""
 
 MARKS = ("<!-- options:", "<!-- options:end -->")  # around the table in the README

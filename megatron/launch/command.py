@@ -21,6 +21,7 @@ class Launch:
         srun_options: further options of srun; `{devices}` stands for devices_per_host.
         exported: names of variables that Open MPI carries to other hosts.
         master: address and port of rank 0.
+        left_out: hosts of the job that are not used, for launchers without a host file.
         outer: launcher that starts torchrun once per host, where there are several.
         python: interpreter that runs torchrun's and DeepSpeed's launchers.
     """
@@ -35,6 +36,7 @@ class Launch:
     srun_options: tuple[str, ...] = ()
     exported: tuple[str, ...] = ()
     master: tuple[str, int] = ("127.0.0.1", 29500)
+    left_out: tuple[str, ...] = ()
     outer: str = "mpiexec"
     python: str = "python3"
 
@@ -69,6 +71,8 @@ def srun(launch: Launch, program: Sequence[str]) -> list[str]:
     words = ["srun", "--unbuffered", "--kill-on-bad-exit=1"]
     words += [f"--nodes={launch.num_hosts}", f"--ntasks={launch.world_size}"]
     words.append(f"--ntasks-per-node={launch.ranks_per_host}")
+    if launch.left_out:
+        words.append(f"--exclude={','.join(launch.left_out)}")
     for option in launch.srun_options:
         if launch.devices_per_host or "{devices}" not in option:
             words.append(option.format(devices=launch.devices_per_host))
@@ -98,6 +102,7 @@ def torchrun(launch: Launch, program: Sequence[str]) -> list[str]:
             o for o in launch.srun_options if "per-task" not in o and "gpu-bind" not in o
         ),
         exported=launch.exported,
+        left_out=launch.left_out,
     )
     return LAUNCHERS[launch.outer](once, words + _without_python(launch, program, "--no-python"))
 

@@ -20,11 +20,54 @@ _NO_CONSEQUENCE = {
     128 + int(number) for number in (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL)
 }
 
+# A rank that says such an error and ends with one of these has found it itself.
+_FOUND = {2, 3, 4, 5}
+_ERROR = re.compile(r"(?:\[rank \d+\] )?error: ")
+
 # torch.distributed writes its rank before every line of a traceback.
 _RANK = re.compile(r"\[rank\d+\]: ")
 
 # What libraries still print when a failed process is torn down.
 _AFTERTHOUGHT = re.compile(r"\[|Exception ignored in|W\d{4} |E\d{4} |\S+:\d+: \w*Warning:")
+
+
+# The first error of a rank among those of many, and what launchers say of one that has ended.
+_OF_RANK = re.compile(r"(\[rank ?(\d+)\])(?:: Traceback| error: )")
+_DEATH = re.compile(
+    r"\brank (\d+) (?:died|exited)"  # PALS
+    r"|\btask (\d+): (?:Killed|Seg|Bus|Abort|Exited)"  # Slurm
+    r"|process rank (\d+) with PID"  # Open MPI
+)
+_BY_SIGNAL = re.compile(r"signal|Killed|Segmentation|Bus error|Aborted")
+
+
+class FirstError:
+    """Which of the ranks behind one launcher failed first, as far as its output tells.
+
+    Attributes:
+        rank: its number; None: unknown.
+        lines: what it said, or what the launcher said of it.
+    """
+
+    def __init__(self) -> None:
+        self.rank: int | None = None
+        self.lines: list[str] = []
+        self._prefix = ""
+        self._died = False
+
+    def take(self, line: str) -> None:
+        """Note a line; the earliest error counts, but a rank that was killed did not say one."""
+        death = _DEATH.search(line)
+        if death and not self._died:
+            self._died = True
+            if self.rank is None or _BY_SIGNAL.search(line):
+                self.rank = int(next(number for number in death.groups() if number))
+                self.lines, self._prefix = [line], ""
+        elif (own := _OF_RANK.match(line)) and self.rank is None:
+            self.rank, self._prefix = int(own[2]), f"{own[1]}: "
+            self.lines = [line]
+        elif self._prefix and line.startswith(self._prefix) and len(self.lines) < SHOWN_LINES:
+            self.lines.append(line)
 
 
 @dataclass
@@ -36,6 +79,8 @@ class Ended:
         at: when, seconds of a monotonic clock.
         stopped: a signal of ours ended it, sent because another failed or we were signalled.
         traceback_at: when it printed its last traceback; None: never.
+        error_at: when it printed its first line `error: ...`; None: never.
+        first: the error of one of many ranks behind it.
         errors: its last lines on standard error, else on standard output.
     """
 
@@ -43,6 +88,8 @@ class Ended:
     at: float
     stopped: bool = False
     traceback_at: float | None = None
+    error_at: float | None = None
+    first: FirstError = field(default_factory=FirstError)
     errors: list[str] = field(default_factory=list)
 
 
@@ -50,29 +97,43 @@ def first_failure(ended: Sequence[Ended]) -> int | None:
     """Index of the process that failed first; None where none did.
 
     The exit may follow its traceback by a second, so the traceback counts. A process that was
-    killed, not by us and without a traceback, ranks before all that printed one.
+    killed, not by us and without a traceback, and one that says an error of its own, rank before
+    all that printed a traceback.
     """
     seen = {index: _first_sign(end) for index, end in enumerate(ended) if end.status}
     return min(seen, key=lambda index: seen[index], default=None)
 
 
+def is_error(line: str) -> bool:
+    """Whether a rank says why it ends: `error: ...` or `[rank 3] error: ...`."""
+    return _ERROR.match(line) is not None
+
+
 def _first_sign(end: Ended) -> tuple[float, float]:
-    if end.status in _NO_CONSEQUENCE and end.traceback_at is None and not end.stopped:
+    if end.status in _FOUND and end.error_at is not None:
+        return -math.inf, end.error_at
+    said = [at for at in (end.error_at, end.traceback_at) if at is not None]
+    if end.status in _NO_CONSEQUENCE and not said and not end.stopped:
         return -math.inf, end.at
-    signs = [end.traceback_at if end.traceback_at is not None else math.inf]
+    signs = said or [math.inf]
     if not end.stopped:
         signs.append(end.at)
     return min(signs), end.at
 
 
 def reason(lines: Sequence[str]) -> list[str]:
-    """The reason among `lines`: the last traceback, else the last lines."""
+    """The reason among `lines`: the error that was said, the last traceback, or the last lines."""
     lines = [_RANK.sub("", line, count=1) for line in lines]
-    starts = [index for index, line in enumerate(lines) if TRACEBACK in line]
-    if not starts:
+    said = next((i for i, line in enumerate(lines) if is_error(line)), None)
+    starts = [i for i, line in enumerate(lines) if TRACEBACK in line]
+    if said is not None:
+        block, end = lines[said:], 0
+        block = block[: next((i for i, line in enumerate(block) if TRACEBACK in line), len(block))]
+    elif starts:
+        block = lines[starts[-1] :]
+        end = next((i for i, line in enumerate(block[1:], 1) if line[:1].strip()), len(block) - 1)
+    else:
         return [line for line in lines if line.strip()][-10:]
-    block = lines[starts[-1] :]
-    end = next((i for i, line in enumerate(block[1:], 1) if line[:1].strip()), len(block) - 1)
     more = next(
         (i for i, line in enumerate(block) if i > end and _AFTERTHOUGHT.match(line)), len(block)
     )

@@ -5,23 +5,27 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from megatron.config.errors import ConfigError
 from megatron.launch import command, ranks
+from megatron.launch.heartbeat import HEARTBEAT
 from megatron.launch.machines import Machine
 from megatron.launch.site import Job, Location
 
 LOCAL = "local"
 
 # Rank numbers of an earlier launch would be mistaken for this one's.
-STALE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", ranks.EXPECTED)
+STALE = (
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", ranks.EXPECTED, HEARTBEAT,
+)  # fmt: skip
 
 # Prefixes of the variables that Open MPI passes to other hosts.
 EXPORTED = (
     "PATH", "LD_LIBRARY_PATH", "PYTHON", "VIRTUAL_ENV", "CONDA_", "MASTER_", ranks.EXPECTED,
-    "OMP_", "CUDA_", "NCCL_", "FI_", "TORCH", "TRITON_", "HF_", "WANDB_", "XDG_",
+    HEARTBEAT, "OMP_", "CUDA_", "NCCL_", "FI_", "TORCH", "TRITON_", "HF_", "WANDB_", "XDG_",
     "http_proxy", "https_proxy", "no_proxy",
 )  # fmt: skip
 
@@ -59,6 +63,10 @@ class LaunchPlan:
         added: those of them that the machine's entry sets.
         hostfile: a file to write first, with its text; None: none.
         problem: why it cannot start here, though it can be printed; None: it can.
+        hosts: that the ranks run on, in the order of their ranks; empty if local.
+        ranks_per_host: ranks on a full host.
+        anew: makes the plan of another start, given the number of the start and hosts to leave out;
+            `problem` says so where too few are left.
     """
 
     launcher: str
@@ -68,6 +76,9 @@ class LaunchPlan:
     added: Mapping[str, str]
     hostfile: tuple[Path, str] | None
     problem: str | None
+    hosts: tuple[str, ...]
+    ranks_per_host: int
+    anew: Callable[[int, Sequence[str]], LaunchPlan] = field(compare=False, repr=False)
 
     @property
     def text(self) -> str:
@@ -80,7 +91,12 @@ class LaunchPlan:
 
 
 def make_plan(
-    request: LaunchRequest, program: Sequence[str], environ: Mapping[str, str], location: Location
+    request: LaunchRequest,
+    program: Sequence[str],
+    environ: Mapping[str, str],
+    location: Location,
+    number: int = 1,
+    left_out: Sequence[str] = (),
 ) -> LaunchPlan:
     """The start of `program` on this machine.
 
@@ -89,19 +105,34 @@ def make_plan(
         program: command of one rank.
         environ: the environment's variables; what is set in them is not overwritten.
         location: machine and job.
+        number: of the start: a second one meets at another port.
+        left_out: hosts of the job that are not used.
 
     Raises:
         ConfigError: for a MASTER_PORT that is no port.
     """
     machine, job = location.machine, location.job
+    usable = tuple(host for host in job.hosts if host not in left_out)
+    anew = partial(make_plan, request, program, environ, location)
     launcher = request.launcher or usual_launcher(machine, job, request.num_hosts)
-    hosts = job.hosts[: request.num_hosts]
-    problem = _problem(request, job, launcher)
+    hosts = usable[: request.num_hosts]
+    problem = _problem(request, replace(job, hosts=usable), launcher)
     child, added = _environment(machine, environ, launcher, location.devices_per_host)
     child[ranks.EXPECTED] = str(request.world_size)
+    planned = partial(
+        LaunchPlan,
+        launcher=launcher,
+        ranks=request.world_size,
+        environ=child,
+        added=added,
+        problem=problem,
+        ranks_per_host=request.ranks_per_host,
+        anew=anew,
+    )
     if launcher == LOCAL:
-        return LaunchPlan(LOCAL, tuple(program), request.world_size, child, added, None, problem)
-    key = f"{job.id} {request.folder}"
+        return planned(command=tuple(program), hostfile=None, hosts=())
+    child[HEARTBEAT] = ""  # the launcher's address follows; Open MPI needs the name now
+    key = f"{job.id} {request.folder}" + (f" {number}" if number > 1 else "")
     master = ranks.meeting_point(environ, hosts, machine.domain, key)
     child |= {"MASTER_ADDR": master[0], "MASTER_PORT": str(master[1])}
     path, written = _hostfile(job, hosts, launcher, request)
@@ -117,10 +148,11 @@ def make_plan(
         exported=tuple(sorted(name for name in child if name.startswith(EXPORTED))),
         master=master,
         outer=machine.launcher if machine.launcher in command.LAUNCHERS else "mpiexec",
+        left_out=tuple(left_out),
         python=program[0] if Path(program[0]).name.startswith("python") else sys.executable,
     )
     words = command.LAUNCHERS[launcher](launch, program)
-    return LaunchPlan(launcher, tuple(words), request.world_size, child, added, written, problem)
+    return planned(command=tuple(words), hostfile=written, hosts=hosts)
 
 
 def usual_launcher(machine: Machine, job: Job, num_hosts: int) -> str:
@@ -183,6 +215,8 @@ def _environment(
     child = {k: v for k, v in environ.items() if k not in STALE and k not in vetoed}
     if devices == 0:
         child.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would warn that it found none
+    elif "TORCH_NCCL_TRACE_BUFFER_SIZE" not in child:  # the older name of the same
+        child.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # a hang's report shows the collectives
     return child | added | {"PYTHONUNBUFFERED": "1"}, added
 
 
@@ -193,7 +227,7 @@ def _hostfile(
     if launcher == "srun" or (launcher == "torchrun" and len(hosts) == 1):
         return None, None
     slots = f" slots={request.ranks_per_host}" if launcher in ("mpirun", "deepspeed") else ""
-    if job.hostfile and len(hosts) == len(job.hosts) and not slots:
+    if job.hostfile and tuple(hosts) == job.hosts and not slots:
         return job.hostfile, None
     if job.scheduler == "none" and not job.hostfile:
         return None, None  # this host

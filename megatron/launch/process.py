@@ -1,6 +1,6 @@
 """Child processes, watched to their end: lines and signals are passed on, nothing stays behind.
 
-One that fails takes the others down: they get SIGTERM, and some seconds later SIGKILL.
+One that fails, or a hang, takes the others down: they get SIGTERM, and seconds later SIGKILL.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from types import FrameType
 from typing import IO, Any
 
-from megatron.launch.failure import TRACEBACK, Ended
+from megatron.launch.failure import TRACEBACK, Ended, FirstError, is_error
 
 SETTLE_S = 1.0  # others that fail for the same reason get this long to print it
 GRACE_S = 10.0
@@ -27,12 +28,15 @@ TICK_S = 0.05
 DRAIN_S = 2.0
 KEPT_LINES = 200
 LONGEST_LINE = 1 << 16
-PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 HUNG = 124
 PR_SET_PDEATHSIG = 1
 
 Output = Callable[[bytes, bool], None]
 """Takes a line with its end, and whether it came from standard error."""
+
+Hangs = Callable[[Sequence[int], bool], bool]
+"""Asked in each turn: do the children hang? Takes the signals that came, and whether one failed."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,8 @@ class _Stream:
         self.pipe = pipe
         self.lines: deque[str] = deque(maxlen=KEPT_LINES)
         self.traceback_at: float | None = None
+        self.error_at: float | None = None
+        self.first = FirstError()
         self._is_error = is_error
         self._output = output
         self._rest = b""
@@ -70,6 +76,9 @@ class _Stream:
         self.lines.append(text)
         if TRACEBACK in text:
             self.traceback_at = time.monotonic()
+        if self.error_at is None and is_error(text):
+            self.error_at = time.monotonic()
+        self.first.take(text)
         self._output(line + b"\n", self._is_error)
 
 
@@ -117,6 +126,8 @@ class _Running:
         assert self.ended is not None
         self.ended.errors = list(self.err.lines) or list(self.out.lines)
         self.ended.traceback_at = self.err.traceback_at
+        self.ended.error_at = self.err.error_at
+        self.ended.first = self.err.first
         return self.ended
 
 
@@ -135,27 +146,32 @@ def watch(
     *,
     grace_s: float = GRACE_S,
     idle_timeout_s: float | None = None,
+    hangs: Hangs | None = None,
+    hung_grace_s: float = GRACE_S,
 ) -> Watched:
     """Start children and wait until the last has ended.
 
-    SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 are passed on to them; a third SIGINT ends them at once.
+    The signals of PASSED_ON are passed on to them; a third SIGINT ends them at once.
 
     Args:
         children: processes to start.
         output: called with every line that they print.
         grace_s: seconds between SIGTERM and SIGKILL once one has failed.
         idle_timeout_s: seconds without a line after which they count as hung; None: never.
+        hangs: asked many times a second whether they hang; None: never.
+        hung_grace_s: seconds between SIGTERM and SIGKILL once they hang.
 
     Raises:
         OSError: one cannot be started; those started before it are ended.
     """
     running: list[_Running] = []
-    with _forwarding_signals(running) as signals:
+    with forwarding_signals(running) as signals:
         try:
             prepare = _die_with_parent()
             for child in children:
                 running.append(_Running(child, output, prepare))
-            hung = _wait(running, grace_s, idle_timeout_s)
+            asked = partial(hangs, signals) if hangs else None
+            hung = _wait(running, (grace_s, hung_grace_s), idle_timeout_s, asked)
         finally:
             for one in running:
                 if not one.poll():  # only where starting one of them failed
@@ -164,7 +180,12 @@ def watch(
     return Watched([one.result() for one in running], signals, hung)
 
 
-def _wait(running: Sequence[_Running], grace_s: float, idle_timeout_s: float | None) -> bool:
+def _wait(
+    running: Sequence[_Running],
+    grace_s: tuple[float, float],
+    idle_timeout_s: float | None,
+    hangs: Callable[[bool], bool] | None,
+) -> bool:
     """Read and poll until all have ended; True where they hung."""
     hung = False
     stop_at = kill_at = float("inf")
@@ -178,14 +199,16 @@ def _wait(running: Sequence[_Running], grace_s: float, idle_timeout_s: float | N
                 heard = time.monotonic()
             now = time.monotonic()
             failed = any(one.ended is not None and one.ended.status for one in running)
-            if not hung and idle_timeout_s is not None and now - heard > idle_timeout_s:
+            silent = idle_timeout_s is not None and now - heard > idle_timeout_s
+            if not hung and (silent or (hangs is not None and hangs(failed))):
                 hung, stop_at = True, now
             elif failed and stop_at == float("inf") and kill_at == float("inf"):
                 stop_at = now + SETTLE_S
             if now >= stop_at:
-                stop_at, kill_at = float("inf"), now + grace_s
+                stop_at, kill_at = float("inf"), now + grace_s[hung]
                 for one in running:
-                    one.terminate()
+                    if hung or one.err.error_at is None:  # else it is on its way out
+                        one.terminate()
             if now >= kill_at:
                 for one in running:
                     one.kill()
@@ -209,8 +232,11 @@ def _read(selector: selectors.BaseSelector, timeout_s: float) -> bool:
 
 
 @contextmanager
-def _forwarding_signals(running: Sequence[_Running]) -> Iterator[list[int]]:
-    """Pass signals on to the children meanwhile; gives the list of those received."""
+def forwarding_signals(running: Sequence[_Running] = ()) -> Iterator[list[int]]:
+    """Pass signals on to the children meanwhile; gives the list of those received.
+
+    A SIGHUP that nohup has made us ignore stays ignored.
+    """
     came: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
@@ -221,7 +247,9 @@ def _forwarding_signals(running: Sequence[_Running]) -> Iterator[list[int]]:
                 if came.count(signal.SIGINT) >= 3:
                     one.kill()
 
-    former: dict[int, Any] = {number: signal.signal(number, forward) for number in PASSED_ON}
+    ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+    caught = [number for number in PASSED_ON if number not in ignored]
+    former: dict[int, Any] = {number: signal.signal(number, forward) for number in caught}
     try:
         yield came
     finally:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 RETRY_S = 5.0  # between attempts to write a file that could not be written
 FOLD_S = 10.0  # ranks that fail alike get this long to say so in one line
@@ -41,6 +42,11 @@ class Screen:
             self._write(b"")
             if self._log:
                 self._log.close()
+            for stream in (sys.stdout, sys.stderr):
+                try:
+                    stream.flush()
+                except OSError:
+                    _drop(stream)
 
     def keep(self) -> None:
         """Write the lines that wait, though the file is not ready: they tell why it never was."""
@@ -77,8 +83,14 @@ class Screen:
             stream.buffer.write(lines)
             stream.flush()
         except BrokenPipeError:
-            # Python would otherwise try once more at its own end, and change the exit status.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            _drop(stream)
+        except OSError:
+            pass  # a file on a full disk, perhaps: the next line tries again
+
+
+def _drop(stream: TextIO) -> None:
+    """Write to nowhere: Python would try once more at its own end, and change the exit status."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class _LogFile:

@@ -25,9 +25,9 @@ from megatron.config.validate import WORLD
 from megatron.launch import launch_plan, starts
 from megatron.launch.claim import Say, claimed
 from megatron.launch.launch_plan import LaunchPlan, LaunchRequest
-from megatron.launch.local import execute
 from megatron.launch.provenance import provenance
 from megatron.launch.ranks import find_ranks
+from megatron.launch.retry import run_with_retries
 from megatron.launch.screen import Screen
 from megatron.launch.site import Location, find_location, site
 from megatron.plan import report
@@ -105,7 +105,7 @@ def start(
             write_atomically(*planned.hostfile)
         for line in _headlines(resolved, planned):
             screen.print(line)
-        status = execute(planned, screen)
+        status = run_with_retries(planned, screen, resolved.run)
         if status and status not in REFUSED:
             screen.keep()
         return status

@@ -38,7 +38,9 @@ def is_pending(config: Path) -> bool:
 
 def is_accepted(config: Path) -> bool:
     """Whether the start with the pending configuration `config` was accepted."""
-    return _kept(config).exists()
+    with suppress(OSError):  # a file system in trouble: asked again with the next line
+        return _kept(config).exists()
+    return False
 
 
 @contextmanager
@@ -57,12 +59,12 @@ def pending(resolved: Resolved, origin: Mapping[str, Any]) -> Iterator[Path]:
     try:
         with _refused_as_setting():
             path.parent.mkdir(parents=True, exist_ok=True)
+            _remove_pending(path.parent)  # of starts that were killed
             write_atomically(path, json.dumps(record, indent=2) + "\n")
         yield path
     finally:
         with suppress(OSError):
-            for left in (path, path.with_name(HOSTFILE)):
-                left.unlink(missing_ok=True)
+            _remove_pending(path.parent)
             path.parent.rmdir()  # empty where no start was ever accepted
 
 
@@ -85,6 +87,11 @@ def accept(config: Path, run_folder: Path) -> None:
         write_atomically(run_folder / DEEPSPEED_FILE, ds_config)
         write_atomically(run_folder / RUN_FILE, content)
         write_atomically(_kept(config), content)
+
+
+def _remove_pending(folder: Path) -> None:
+    for path in (*folder.glob(f"*{PENDING}"), folder / HOSTFILE):
+        path.unlink(missing_ok=True)
 
 
 def _kept(config: Path) -> Path:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 log = logging.getLogger(__name__)
 
 TIMEOUT_S = 10.0
-NO_LIMIT = ("", "NONE", "N/A", "UNKNOWN", "UNLIMITED", "NOT_SET", "INVALID")  # Slurm's words for it
+NO_LIMIT = ("NONE", "N/A", "UNKNOWN", "UNLIMITED", "NOT_SET", "INVALID")  # Slurm's words for it
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -49,8 +49,8 @@ def _slurm_end(environ: Mapping[str, str], job: str, run: Run) -> float | None:
         return float(given)
     environ = {**environ, "SLURM_TIME_FORMAT": "standard"}
     try:
-        lines = _output(run, environ, "squeue", "-h", "-j", job, "-o", "%e").split() or [""]
-        return _slurm_time(lines[0])
+        lines = _output(run, environ, "squeue", "-h", "-j", job, "-o", "%e").split()
+        return _slurm_time(lines[0] if lines else "")
     except (OSError, ValueError, subprocess.SubprocessError):
         shown = _output(run, environ, "scontrol", "show", "job", job)
     found = re.search(r"\bEndTime=(\S*)", shown)

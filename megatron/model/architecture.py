@@ -22,11 +22,14 @@ class Architecture:
         hugging_face: classes of transformers that hold such a model, each with its model_type.
         block_names: a block's parameters, our name -> theirs.
         fixed: fields of `ModelShape` with one possible value in the family, and that value.
+        hugging_face_defaults: entries that transformers has these values for where config.json
+            leaves them out.
     """
 
     hugging_face: ClassVar[Mapping[str, str]]
     block_names: ClassVar[Mapping[str, str]]
     fixed: ClassVar[Mapping[str, Any]] = {}
+    hugging_face_defaults: ClassVar[Mapping[str, Any]] = {}
 
     def layers(self, shape: ModelShape, context: ModelContext) -> list[Layer]:
         """The model: tokens (B, S) int64 in, this rank's logits (B, S, V/tp) out."""
@@ -156,13 +159,18 @@ class Architecture:
         """Fields of `ModelShape` that a config.json gives.
 
         Raises:
-            ValueError: the model has a part that this framework does not compute.
+            ValueError: the model has parts that this framework does not compute, or an entry that
+                has no default is missing.
         """
-        if config.get("attention_bias") or config.get("mlp_bias"):
-            raise ValueError("biases are not supported")
+        config = {**_DEFAULTS, **self.hugging_face_defaults, **given(config)}
+        problems = self.not_computed(config)
+        if problems:
+            raise ValueError("not computed by this framework: " + "; ".join(problems))
+        missing = [name for name in _REQUIRED if config.get(name) is None]
+        if missing:
+            raise ValueError(f"has no {', '.join(missing)}")
         heads, hidden = config["num_attention_heads"], config["hidden_size"]
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        theta = rope.get("rope_theta", config.get("rope_theta") or 10000.0)
+        rope = _rope(config)
         head_dim = config.get("head_dim")
         return {
             "num_layers": config["num_hidden_layers"],
@@ -171,23 +179,72 @@ class Architecture:
             "num_key_value_heads": config.get("num_key_value_heads") or heads,
             "ffn_hidden_size": config["intermediate_size"],
             "vocab_size": config["vocab_size"],
-            "seq_length": config.get("max_position_embeddings", 2048),
+            "seq_length": config["max_position_embeddings"],
             "head_dim": None if head_dim == hidden / heads else head_dim,
-            "tie_embeddings": bool(config.get("tie_word_embeddings", False)),
-            "rope_theta": float(theta),
+            "tie_embeddings": bool(config["tie_word_embeddings"]),
+            "rope_theta": float(rope.get("rope_theta") or config["rope_theta"]),
             "rope_scaling": _scaling_text(rope),
-            "rms_norm_eps": config.get("rms_norm_eps", 1e-6),
+            "rms_norm_eps": config["rms_norm_eps"],
         }
+
+    def not_computed(self, config: Mapping[str, Any]) -> list[str]:
+        """Entries of a config.json that change the model in ways this framework lacks.
+
+        Each is `entry=value (what there is)`, as the file spells it.
+        """
+        rope = _rope(config)
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        rotary = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+        windows = set(config.get("layer_types") or ()) - {"full_attention"}
+        refused = {
+            "hidden_act": (config["hidden_act"] not in ("silu", "swish"), "silu only"),
+            "attention_bias": (bool(config.get("attention_bias")), "no biases"),
+            "mlp_bias": (bool(config.get("mlp_bias")), "no biases"),
+            "use_sliding_window": (bool(config.get("use_sliding_window")), "no sliding windows"),
+            "layer_types": (bool(windows), f"no {', '.join(sorted(windows))}"),
+            "rope_type": (kind not in ("default", "llama3"), "default and llama3 only"),
+            "partial_rotary_factor": (rotary not in (None, 1), "1 only"),
+            "quantization_config": (bool(config.get("quantization_config")), "plain weights only"),
+        }
+        values = {**config, "rope_type": kind, "partial_rotary_factor": rotary}
+        return [f"{name}={values[name]} ({have})" for name, (bad, have) in refused.items() if bad]
+
+
+_REQUIRED = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
+)  # fmt: skip
+_DEFAULTS: Mapping[str, Any] = {
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+}
+"""What transformers takes where config.json says nothing; `hugging_face_defaults` differ."""
+
+
+def given(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a config.json that say something: null is a value of few."""
+    return {
+        name: value
+        for name, value in config.items()
+        if value is not None or name == "num_key_value_heads"  # null: as many as query heads
+    }
+
+
+def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The rotary settings, in the present spelling or the older one."""
+    return config.get("rope_parameters") or config.get("rope_scaling") or {}
 
 
 def _scaling_text(rope: Mapping[str, Any]) -> str | None:
     """ROPE_SCALING of the rotary settings of a config.json."""
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
+    if rope.get("rope_type", rope.get("type", "default")) == "default":
         return None
-    if kind != "llama3":
-        raise ValueError(f"rope_type {kind} is not supported; llama3 is")
-    return (
-        f"llama3:{rope['factor']:g},{rope['low_freq_factor']:g},{rope['high_freq_factor']:g},"
-        f"{rope['original_max_position_embeddings']}"
-    )
+    try:
+        return (
+            f"llama3:{rope['factor']:g},{rope['low_freq_factor']:g},{rope['high_freq_factor']:g},"
+            f"{rope['original_max_position_embeddings']}"
+        )
+    except KeyError as error:
+        raise ValueError(f"its llama3 rope scaling has no {error.args[0]}") from None

@@ -9,13 +9,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from megatron.model.architecture import Architecture
+from megatron.model.architecture import Architecture, given
 
 if TYPE_CHECKING:
     from megatron.config.shape import ModelShape
     from megatron.model.layer import Layer, ModelContext
 
 LLAMA, SMOLLM3 = "LlamaForCausalLM", "SmolLM3ForCausalLM"
+_SMOLLM3_DEFAULTS = {
+    "max_position_embeddings": 32768,
+    "no_rope_layer_interval": 4,
+    "num_key_value_heads": 4,
+    "rope_theta": 2000000.0,
+    "tie_word_embeddings": True,
+}
 
 
 class Llama(Architecture):
@@ -56,10 +63,10 @@ class Llama(Architecture):
         """Also which blocks have the rotary embedding."""
         if config["architectures"][0] == LLAMA:
             return super().shape_fields(config)
-        interval = int(config.get("no_rope_layer_interval", 4))
-        layers, given = config["num_hidden_layers"], config.get("no_rope_layers")
+        config = {**_SMOLLM3_DEFAULTS, **given(config)}
+        interval = int(config["no_rope_layer_interval"])
+        layers, rotary = config["num_hidden_layers"], config.get("no_rope_layers")
         expected = [int((layer + 1) % interval != 0) for layer in range(layers)]
-        if given is not None and list(given[:layers]) != expected:
-            raise ValueError(f"no_rope_layers {given} is not every {interval}th layer")
-        theta = config.get("rope_theta") or 2000000.0
-        return super().shape_fields({**config, "rope_theta": theta}) | {"nope_interval": interval}
+        if rotary is not None and list(rotary[:layers]) != expected:
+            raise ValueError(f"no_rope_layers {rotary} is not every {interval}th layer")
+        return super().shape_fields(config) | {"nope_interval": interval}

@@ -24,6 +24,7 @@ class Olmo2(Architecture):
         "post_mlp_norm.weight": "post_feedforward_layernorm.weight",
     }
     fixed: ClassVar = {"nope_interval": 0}
+    hugging_face_defaults: ClassVar = {"rms_norm_eps": 1e-5}
 
     def layers(self, shape: ModelShape, context: ModelContext) -> list[Layer]:
         """Embedding, blocks, final norm, head."""

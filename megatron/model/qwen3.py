@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from megatron.model.architecture import Architecture
@@ -23,6 +22,11 @@ class Qwen3(Architecture):
         "attention.k_norm.weight": "self_attn.k_norm.weight",
     }
     fixed: ClassVar = {"nope_interval": 0}
+    hugging_face_defaults: ClassVar = {
+        "head_dim": 128,
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 32,
+    }
 
     def layers(self, shape: ModelShape, context: ModelContext) -> list[Layer]:
         """Embedding, blocks, final norm, head."""
@@ -42,9 +46,3 @@ class Qwen3(Architecture):
     def hugging_face_config(self, shape: ModelShape) -> dict[str, Any]:
         """Always with head_dim, which transformers takes to be 128 where it is missing."""
         return super().hugging_face_config(shape) | {"head_dim": shape.head_width}
-
-    def shape_fields(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """As Llama's, and full attention in every block."""
-        if config.get("use_sliding_window"):
-            raise ValueError("sliding windows are not supported (use_sliding_window)")
-        return super().shape_fields({**config, "head_dim": config.get("head_dim") or 128})

@@ -10,18 +10,16 @@ from typing import Any
 from megatron.checkpoint import store
 from megatron.checkpoint.state import RunState
 from megatron.config.errors import ConfigError
-from megatron.config.schema import RunConfig
+from megatron.config.schema import RunConfig, by_key
 from megatron.config.skip import merge, ranges_text
 from megatron.data.data_record import DataRecord
 from megatron.engine import Engine
 from megatron.parallel.control import ALONE, Control
+from megatron.training.changes import changes_text
 from megatron.training.optimizers.whole_matrix import WholeMatrixOptimizer
 from megatron.training.run_data import continue_data
 
 log = logging.getLogger(__name__)
-
-FREE_FIELDS = ("learning_rate", "min_learning_rate", "lr_decay_style", "weight_decay", "clip_grad")
-"""What may change on a resume, and is logged."""
 
 
 class MissingCheckpoint(RuntimeError):
@@ -63,7 +61,7 @@ def resume(
     # A checkpoint imported from Hugging Face has weights only.
     with_optimizer = manifest["optimizer"] is not None
     if with_optimizer:
-        _check_optimizer(run, manifest["optimizer"], checkpoint.folder)
+        _check_optimizer(run, manifest, checkpoint.folder)
     shards = engine.shards()
     shards.load(reader.for_piece, load_optimizer=with_optimizer)
     if with_optimizer:
@@ -72,7 +70,9 @@ def resume(
         if isinstance(engine.optimizer, WholeMatrixOptimizer):
             engine.optimizer.load_pieces(reader)
     log.info(f"resumed from {checkpoint.folder} (written as {manifest['layout']})")
-    _log_changes(run, manifest["run"])
+    changes = changes_text(run, manifest["run"], state.iteration)
+    if changes:
+        log.warning(changes)
     return _with_ranges(run, state)
 
 
@@ -97,26 +97,28 @@ def _refuse_where_required(run: RunConfig, root: Path, found: store.Found) -> No
 def _check_model(run: RunConfig, stored: Mapping[str, Any], folder: Path) -> None:
     changed = run.model.changes_since(stored)
     if changed:
+        rows = [line.split(" ", 1) for line in changed]
+        named = [f"{by_key()[f'model.{field}'].name} {values}" for field, values in rows]
         raise ConfigError(
-            f"{folder} is of another model: {', '.join(changed)}; set these as they were, or start"
+            f"{folder} is of another model: {', '.join(named)}; set these as they were, or start"
             " a new run with another RUN_NAME"
         )
 
 
-def _check_optimizer(run: RunConfig, stored: str, folder: Path) -> None:
-    if stored != run.optimizer.optimizer:
+def _check_optimizer(run: RunConfig, manifest: Mapping[str, Any], folder: Path) -> None:
+    stored, optimizer = manifest["optimizer"], run.optimizer
+    if stored != optimizer.optimizer:
         raise ConfigError(
-            f"OPT={run.optimizer.optimizer}, but {folder} holds the states of {stored}, which it"
+            f"OPT={optimizer.optimizer}, but {folder} holds the states of {stored}, which it"
             f" cannot use; set OPT={stored}, or start a new run with another RUN_NAME"
         )
-
-
-def _log_changes(run: RunConfig, stored: Mapping[str, Any]) -> None:
-    now = run.to_dict()["optimizer"]
-    for name in FREE_FIELDS:
-        before = stored.get("optimizer", {}).get(name, now[name])
-        if before != now[name]:
-            log.warning(f"{name} was {before} and is {now[name]} from here on")
+    before = manifest["run"].get("optimizer", {}).get("adam_beta1", optimizer.adam_beta1)
+    if stored == "adamwschedulefree" and before != optimizer.adam_beta1:
+        raise ConfigError(
+            f"ADAM_BETA1={optimizer.adam_beta1}, but {folder} holds weights of OPT={stored} at"
+            f" ADAM_BETA1={before}, which says where between the stored points the model lies;"
+            f" set ADAM_BETA1={before}, or start a new run with another RUN_NAME"
+        )
 
 
 def _with_ranges(run: RunConfig, state: RunState) -> RunState:

@@ -27,6 +27,7 @@ from megatron.parallel.control import ALONE, Control
 from megatron.parallel.piece import Piece
 from megatron.training.device import Device
 from megatron.training.dump import dump_tokens
+from megatron.training.hf_export import Exporter
 from megatron.training.loggers import Tracker
 from megatron.training.meter import Meter
 from megatron.training.optimizers.schedule_free import evaluation_weights
@@ -147,6 +148,8 @@ class Trainer:
                 engine, self.plan, interval, run.train.seed, run.model.seq_length
             )
         self._shards, self._manifest = engine.shards(), manifest_of(run)
+        exports = run.checkpoint.export_hf and control.rank == 0
+        self.exporter = Exporter(run, log.warning) if exports else None
         keep = run.checkpoint
         self.saver = Saver(
             run.checkpoint_folder,
@@ -155,6 +158,7 @@ class Trainer:
             asynchronous=keep.async_save,
             warn=log.warning,
             tick=self.heartbeat.tick,
+            in_use=lambda: self.exporter.needed if self.exporter else (),
         )
         self.saved_at = state.iteration if state.iteration else -1
         self._save_error = ""
@@ -190,6 +194,9 @@ class Trainer:
         if self.state.iteration >= run.train.train_iters:
             cause = cause or self.evaluate("test", self.data.splits.test)
         self._note_save(self.saver.wait())
+        if self.exporter:
+            self.heartbeat.enter("export")
+            self.exporter.close()
         self._log_event("stop", reason=cause_text(cause) if cause else "finished")
         error = "" if self.saved_at == self.state.iteration else self._save_error
         return Outcome(self.state, cause, self.saved_at, error)
@@ -309,6 +316,8 @@ class Trainer:
             return
         self.saved_at = saved.iteration
         self.stop.save_took(saved.elapsed_s)
+        if self.exporter:
+            self.exporter.start(saved.path)
         self._log_event(
             "save",
             iteration=saved.iteration,

@@ -26,6 +26,8 @@ BAD = [
     ({"PP": 3, "NUM_LAYERS": 2}, ["PP=3", "NUM_LAYERS=2", "2 < 3"]),
     ({"PP": 2, "ZERO_STAGE": 3}, ["ZERO_STAGE=3", "PP=2", "ZERO_STAGE=1"]),
     ({"PP": 2, "ZERO_STAGE": 2}, ["ZERO_STAGE=2", "PP=2"]),
+    ({"KEEP_EVERY": 500}, ["KEEP_EVERY=500", "without KEEP_LAST", "KEEP_LAST=3"]),
+    ({"KEEP_BEST": 2}, ["KEEP_BEST=2", "without KEEP_LAST", "unset KEEP_BEST"]),
     ({"ZERO_STAGE": 4}, ["ZERO_STAGE=4", "at most 3"]),
     ({"NHOSTS": 2}, ["NHOSTS=2", "WORLD_SIZE=1", "TP x PP x SP", "1 of them", "NGPU_PER_HOST"]),
     ({"WORLD_SIZE": 3, "TP": 2}, ["WORLD_SIZE=3", "3 / 2 leaves 1", "WORLD_SIZE=4"]),

@@ -8,21 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Olmo2Config,
-    Olmo2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    SmolLM3Config,
-    SmolLM3ForCausalLM,
-)
+from transformers import AutoModelForCausalLM
 
-from megatron.checkpoint import huggingface
-from megatron.config.shape import ModelShape
-from megatron.model.registry import ARCHITECTURES
+from tests.checkpoint.hugging_face_models import hugging_face_model
 from tests.equivalence import front
 from tests.spawn import run
 from tools import convert_hf
@@ -73,28 +61,6 @@ def test_export(layout: str, tmp_path: Path) -> None:
     tp = int(variables.get("TP", "1"))
     ours = torch.cat(parts[:tp], dim=-1)[..., :200]
     assert (ours - expected).abs().max() <= 1e-5
-
-
-def hugging_face_model(kind: str, folder: Path) -> None:
-    shape = {
-        "vocab_size": 200, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
-        "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 64,
-        "rms_norm_eps": 1e-5, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
-    }  # fmt: skip
-    torch.manual_seed(0)
-    if kind == "llama":
-        rope = {"rope_type": "default", "rope_theta": 10000.0}
-        model = LlamaForCausalLM(LlamaConfig(**shape, rope_parameters=rope))
-    elif kind == "qwen3":
-        model = Qwen3ForCausalLM(Qwen3Config(**shape, head_dim=16, tie_word_embeddings=True))
-    elif kind == "olmo2":
-        model = Olmo2ForCausalLM(Olmo2Config(**shape))
-    else:
-        model = SmolLM3ForCausalLM(SmolLM3Config(**shape, tie_word_embeddings=True))
-    for name, parameter in model.named_parameters():
-        if "norm" in name:  # else all ones
-            parameter.data.uniform_(0.5, 1.5)
-    model.save_pretrained(folder)
 
 
 VARIABLES_OF = {
@@ -181,31 +147,36 @@ def test_the_printed_command_sets_what_the_architecture_needs(tmp_path: Path, ca
     assert "TIE_EMBEDDINGS=1" in words and not any("ROPE_SCALING" in word for word in words)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not supported"),
-        ({"attention_bias": True}, "biases are not supported"),
-        ({"use_sliding_window": True}, "sliding windows are not supported"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type yarn is not supported"),
-    ],
-)
-def test_what_this_framework_does_not_compute_is_refused(
-    change: dict, message: str, tmp_path: Path, capsys
-) -> None:
-    hugging_face_model("qwen3", tmp_path / "hf")
-    path = tmp_path / "hf" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    assert convert_hf.main(["import", str(tmp_path / "hf"), str(tmp_path / "run")]) == 2
-    error = capsys.readouterr().err
-    assert message in error and "config.json" in error
+def import_train_and_save(variables: dict[str, str]) -> torch.Tensor | None:
+    """Two steps from the imported model, saved; the logits of a fixed input."""
+    run_of = front.run_config(variables)
+    engine = front.build(run_of)
+    state = front.resume(run_of, engine)
+    front.steps(run_of, engine, state.iteration, 2)
+    front.save(run_of, engine, 2)
+    return engine.logits(front.probe(run_of))
 
 
-def test_no_parameter_is_left_out_of_an_export(tmp_path: Path) -> None:
-    shape = ModelShape(
-        num_layers=1, hidden_size=8, num_attention_heads=2, num_key_value_heads=2,
-        ffn_hidden_size=8, seq_length=4, vocab_size=9,
-    )  # fmt: skip
-    names = [*ARCHITECTURES["llama"].hugging_face_names(shape), "1.attention.q_norm.weight"]
-    with pytest.raises(ValueError, match=r"ARCHITECTURE=llama .* 1\.attention\.q_norm\.weight"):
-        huggingface.export_weights(torch.zeros, names, shape, tmp_path, torch.float32)
+@pytest.mark.parametrize("layout", ["tp2", "dp2-zero3"])
+def test_an_imported_model_is_exported_after_training(layout: str, tmp_path: Path) -> None:
+    ids = {"bos_token_id": 1, "eos_token_id": [2, 7], "max_position_embeddings": 4096}
+    hugging_face_model("qwen3", tmp_path / "hf", **ids)
+    for name in ("generation_config.json", "tokenizer_config.json"):
+        (tmp_path / "hf" / name).write_text(f'{{"note": "{name}"}}')
+    assert convert_hf.main(["import", str(tmp_path / "hf"), str(tmp_path / "run")]) == 0
+    variables = {**LAYOUTS[layout], **VARIABLES_OF["qwen3"], "RUN_DIR": str(tmp_path / "run")}
+    results = run(import_train_and_save, front.world(variables), variables)
+    assert convert_hf.main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+
+    before, after = (
+        json.loads((tmp_path / name / "config.json").read_text()) for name in ("hf", "out")
+    )
+    assert after == before
+    for name in ("generation_config.json", "tokenizer_config.json"):
+        assert (tmp_path / "out" / name).read_text() == f'{{"note": "{name}"}}'
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        expected = model(front.probe(front.run_config(variables))).logits
+    parts = results if layout == "tp2" else results[:1]
+    ours = torch.cat(parts, dim=-1)[..., :200]
+    assert (ours - expected).abs().max() <= 1e-5

@@ -15,6 +15,7 @@ from megatron.checkpoint.state import RunState
 from megatron.engine import bubble as bubble_file
 from megatron.engine.bubble import StageClock
 from megatron.model.block import Block
+from megatron.parallel.control import make_control
 from megatron.parallel.groups import Axis
 from megatron.training.device import detect
 from megatron.training.generate import generate
@@ -130,7 +131,8 @@ def evaluate_and_sample(variables: dict[str, str]) -> tuple[float, list[int], fl
     config = front.run_config(variables)
     engine = front.build(config)
     loss = float(engine.eval_batch(front.micro_batches(config, engine.groups, 0)))
-    tokens = generate(engine, [1, 2, 3], 5, vocab_size=200, context=16, temperature=0)
+    sizes = {"vocab_size": 200, "context": 16}
+    tokens = generate(engine, [1, 2, 3], 5, temperature=0, control=make_control(), **sizes)
     return loss, tokens, front.steps(config, engine, 0, 1)[0][0]
 
 

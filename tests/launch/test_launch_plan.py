@@ -60,8 +60,8 @@ def test_sophia(tmp_path: Path) -> None:
     environ |= {"PATH": "/bin", "LD_LIBRARY_PATH": "/lib", "WANDB_API_KEY": "secret", "HOME": "/h"}
     plan = _plan("sophia-gpu-01", environ, LaunchRequest(16, 2, 8, folder=tmp_path))
     exported = (
-        "LD_LIBRARY_PATH MASTER_ADDR MASTER_PORT MEGATRON_WORLD_SIZE PATH PYTHONUNBUFFERED "
-        "WANDB_API_KEY"
+        "LD_LIBRARY_PATH MASTER_ADDR MASTER_PORT MEGATRON_HEARTBEAT MEGATRON_WORLD_SIZE PATH "
+        "PYTHONUNBUFFERED TORCH_FR_BUFFER_SIZE WANDB_API_KEY"
     )
     names = " ".join(f"-x {name}" for name in exported.split())
     assert plan.text == f"mpirun -n 16 -N 8 --hostfile {tmp_path}/hostfile {names} {TEXT}"
@@ -188,3 +188,44 @@ def test_a_launcher_that_is_not_installed_is_named() -> None:
         require_launcher(plan, lambda name: None)
     require_launcher(plan, lambda name: f"/bin/{name}")
     require_launcher(_plan("laptop", {}, LaunchRequest(2, 1, 2)), lambda name: None)
+
+
+def test_a_host_is_left_out(tmp_path: Path) -> None:
+    """Another of the job takes its place, in a host file of the run's own, at another port."""
+    environ = pbs_job(tmp_path, "x3001c0s1b0n0", "x3002c0s1b0n0", "x3003c0s1b0n0")
+    plan = _plan("x3001c0s1b0n0", environ, LaunchRequest(8, 2, 4, folder=tmp_path))
+    assert plan.hosts == ("x3001c0s1b0n0", "x3002c0s1b0n0")
+    other = plan.anew(2, ["x3001c0s1b0n0"])
+    assert other.hosts == ("x3002c0s1b0n0", "x3003c0s1b0n0")
+    assert other.hostfile == (tmp_path / "hostfile", "x3002c0s1b0n0\nx3003c0s1b0n0\n")
+    assert other.environ["MASTER_ADDR"].startswith("x3002c0s1b0n0")
+    assert other.environ["MASTER_PORT"] != plan.environ["MASTER_PORT"]
+    assert plan.anew(1, []) == plan
+    assert other.problem is None
+    none_left = plan.anew(2, ["x3001c0s1b0n0", "x3002c0s1b0n0"]).problem
+    assert none_left is not None and "NHOSTS=2" in none_left
+
+
+def test_the_whole_job_keeps_its_host_file_only_if_no_host_is_left_out(tmp_path: Path) -> None:
+    environ = pbs_job(tmp_path, "x3001c0s1b0n0", "x3002c0s1b0n0")
+    plan = _plan("x3001c0s1b0n0", environ, LaunchRequest(4, 1, 4, folder=tmp_path))
+    other = plan.anew(2, ["x3001c0s1b0n0"])
+    assert other.hostfile == (tmp_path / "hostfile", "x3002c0s1b0n0\n")
+
+
+def test_srun_is_told_which_hosts_to_leave_out(tmp_path: Path) -> None:
+    environ = slurm_job("nid[1-3]") | {"NERSC_HOST": "perlmutter"}
+    plan = _plan("nid1", environ, LaunchRequest(8, 2, 4, folder=tmp_path))
+    assert "--exclude" not in plan.text
+    assert "--exclude=nid2" in plan.anew(2, ["nid2"]).text
+
+
+@pytest.mark.parametrize(
+    ("own", "fr"), [({}, "2000"), ({"TORCH_NCCL_TRACE_BUFFER_SIZE": "9"}, None)]
+)
+def test_the_flight_recorder_is_on_unless_it_is_set(
+    tmp_path: Path, own: dict[str, str], fr: str | None
+) -> None:
+    environ = slurm_job("nid1") | {"NERSC_HOST": "perlmutter"} | own
+    plan = _plan("nid1", environ, LaunchRequest(4, 1, 4, folder=tmp_path))
+    assert plan.environ.get("TORCH_FR_BUFFER_SIZE") == fr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -169,17 +170,70 @@ def test_status_of_the_first_failure(tmp_path: Path, end: str, status: int, head
     assert seconds < 15
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_the_error_of_rank_1_is_the_last_thing_on_the_screen(tmp_path: Path, first: bool) -> None:
+    """Twenty starts: it says its error and ends, while rank 0 loses its peer, sooner or later."""
+    script = """
+import random, socket
+random.seed(int(os.environ["SEED"]) * 2 + rank)
+if rank == 1:
+    time.sleep(random.uniform(0, 0.02))
+    listener = socket.create_server(("127.0.0.1", int(os.environ["MASTER_PORT"])))
+    peer, _ = listener.accept()
+    if FIRST:
+        print("[rank 1] error: tokens.bin ends at byte 7", file=sys.stderr, flush=True)
+    peer.close()
+    time.sleep(random.choice([0, 0.002, 0.1]))
+    if not FIRST:
+        print("[rank 1] error: tokens.bin ends at byte 7", file=sys.stderr, flush=True)
+    sys.exit(3)
+while True:
+    try:
+        peer = socket.create_connection(("127.0.0.1", int(os.environ["MASTER_PORT"])))
+        break
+    except ConnectionRefusedError:
+        time.sleep(0.01)
+if not peer.recv(1):
+    raise ConnectionError("connection closed by peer")
+""".replace("FIRST", str(first))
+    ends = []
+    for batch in range(0, 20, 5):
+        running = [launch(tmp_path, 2, script, SEED=str(seed)) for seed in range(batch, batch + 5)]
+        ends += [finish(process) for process in running]
+    for status, _, err, _ in ends:
+        assert status == 3
+        assert err[-2:] == [
+            "rank 1 failed with status 3:",
+            "[rank 1] error: tokens.bin ends at byte 7",
+        ]
+
+
+def test_an_error_has_time_to_become_a_status(tmp_path: Path) -> None:
+    """Rank 1 takes longer to end than others get once one has failed."""
+    script = """
+if rank == 1:
+    print("[rank 1] error: tokens.bin ends at byte 7", file=sys.stderr, flush=True)
+    time.sleep(2.5)
+    sys.exit(3)
+time.sleep(0.5)
+raise ConnectionError("connection closed by peer")
+"""
+    status, _, err, _ = finish(launch(tmp_path, 2, script))
+    assert status == 3
+    assert err[-1] == "[rank 1] error: tokens.bin ends at byte 7"
+
+
 def test_one_rank_alone_is_not_repeated(tmp_path: Path) -> None:
     status, _, err, _ = finish(launch(tmp_path, 1, "sys.exit('error: HIDDEN=7 is odd')\n"))
     assert (status, err) == (1, ["error: HIDDEN=7 is odd"])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_signals_are_passed_on_and_the_ranks_status_counts(tmp_path: Path, number: int) -> None:
     """Each rank notes the signal, saves, and ends in its own time with 0."""
     script = f"""
 got = []
-for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
     signal.signal(number, lambda number, frame: got.append(int(number)))
 open(r"{tmp_path}/ready" + str(rank), "w").close()
 while not got:
@@ -193,6 +247,48 @@ print(f"rank {{rank}} saved after {{got}}")
     status, out, err, _ = finish(process)
     assert (status, err) == (0, [])
     assert sorted(out) == [f"rank {rank} saved after [{int(number)}]" for rank in (0, 1)]
+
+
+def test_nohup_holds(tmp_path: Path) -> None:
+    """A terminal that is closed does not stop what was started with nohup."""
+    script = f"open(r'{tmp_path}/ready' + str(rank), 'w').close()\ntime.sleep(1)\n"
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        process = launch(tmp_path, 1, script)
+    finally:
+        signal.signal(signal.SIGHUP, former)
+    wait_for([tmp_path / "ready0"])
+    process.send_signal(signal.SIGHUP)
+    assert finish(process)[0] == 0
+
+
+def test_a_terminal_that_is_closed_leaves_the_run_its_time_to_save(tmp_path: Path) -> None:
+    """It sends SIGHUP, and what is printed from then on is an input/output error."""
+    script = f"""
+got = []
+signal.signal(signal.SIGHUP, lambda number, frame: got.append(number))
+open(r"{tmp_path}/ready" + str(rank), "w").close()
+while not got:
+    time.sleep(0.02)
+print("stopping", flush=True)
+print("stopping", file=sys.stderr, flush=True)
+time.sleep(0.5)
+open(r"{tmp_path}/saved" + str(rank), "w").close()
+"""
+    program = tmp_path / "program.py"
+    program.write_text(PRELUDE + script, encoding="utf-8")
+    command = [sys.executable, "-m", "megatron.launch", "-n", "2", "--", sys.executable]
+    master, terminal = pty.openpty()
+    environ = {"PATH": os.environ["PATH"]}
+    process = subprocess.Popen(
+        [*command, str(program)], cwd=ROOT, env=environ, stdout=terminal, stderr=terminal
+    )
+    os.close(terminal)
+    wait_for([tmp_path / "ready0", tmp_path / "ready1"])
+    os.close(master)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=30) == 0
+    assert (tmp_path / "saved0").exists() and (tmp_path / "saved1").exists()
 
 
 def test_a_signal_that_kills_the_ranks_is_the_status(tmp_path: Path) -> None:

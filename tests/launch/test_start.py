@@ -13,6 +13,7 @@ from megatron.config.errors import ConfigError
 from megatron.config.schema import read_run
 from megatron.launch import start
 from megatron.launch.provenance import commit, recorded_environment
+from megatron.launch.starts import accept
 from tests.launch.places import pbs_job, slurm_job
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,10 +29,23 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+ACCEPT = f"""
+import sys
+from pathlib import Path
+sys.path.insert(0, {str(ROOT)!r})
+from megatron.launch.starts import accept
+assert sys.argv[1] == "--config"
+config = Path(sys.argv[2])
+accept(config, config.parents[1])
+"""
+
+
 def program(folder: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    """Another training program in the place of pretrain_gpt_alcf.py."""
+    """Another training program in the place of pretrain_gpt_alcf.py: rank 0 accepts its start."""
     path = folder / "program.py"
-    path.write_text(text, encoding="utf-8")
+    only_first = ACCEPT.replace("\n", "\n    ")
+    begin = f"import os\nif os.environ['RANK'] == '0':{only_first}\n"
+    path.write_text(begin + text, encoding="utf-8")
     monkeypatch.setattr(start, "PROGRAM", path)
 
 
@@ -75,7 +89,7 @@ def test_dry_run_shows_the_launch_command(here: Path, capsys: pytest.CaptureFixt
     assert start.main(["--check"], environ) == start.NOTHING_TO_START
     shown = capsys.readouterr().out
     assert "-m megatron.launch -n 2 -- " in shown
-    assert "--config runs/debug-seq128-builtin/run.json" in shown
+    assert "--config runs/debug-seq128-builtin/starts/0001.pending.json" in shown
     assert start.main([], environ) == 0
     assert capsys.readouterr().out == shown
     assert list(here.iterdir()) == []
@@ -131,10 +145,11 @@ def test_help_lists_the_options(capsys: pytest.CaptureFixture[str], flag: str) -
 
 
 TRAINING = """
-import json, os, sys
+import json, os, sys, time
 from pathlib import Path
-assert sys.argv[1] == "--config"
 config = json.loads(Path(sys.argv[2]).read_text())["config"]
+while not Path(sys.argv[2]).with_name("0001.json").exists():
+    time.sleep(0.02)
 if os.environ["RANK"] == "0":
     print("training", config["model"]["num_layers"], "layers on", os.environ["WORLD_SIZE"], "ranks")
     print("a warning", file=sys.stderr)
@@ -181,7 +196,10 @@ def test_a_run_leaves_its_record_and_the_trainings_status(
         "run.json",
         "ds_config.json",
         "output.log",
+        "starts",
     }
+    assert [path.name for path in (here / "mine" / "starts").iterdir()] == ["0001.json"]
+    assert (here / "mine" / "starts" / "0001.json").read_text(encoding="utf-8") == text
 
 
 def test_a_second_start_appends_to_the_log(
@@ -228,12 +246,33 @@ def test_ranks_of_another_launcher_make_the_same_run(here: Path) -> None:
         {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
         for rank in range(2)
     ]
-    argv = ("--tp", "2", "--run-dir", "mine")
-    follower = start.prepare_run(ranks[1], argv)
-    assert not (here / "mine").exists()
-    leader = start.prepare_run(ranks[0], argv)
-    assert leader == follower == read_run(here / "mine" / "run.json")
-    assert leader.parallel.world_size == 2
+    argv, run = ("--tp", "2", "--run-dir", "mine"), here / "mine"
+    with start.configuration(ranks[1], argv) as (follower, config):
+        assert config is None
+        assert not run.exists()
+    with start.configuration(ranks[0], argv) as (leader, config):
+        assert leader == follower
+        assert leader.parallel.world_size == 2
+        assert config == Path("mine/starts/0001.pending.json")
+        with pytest.raises(ConfigError, match="in use"), start.configuration(ranks[0], argv):
+            pass
+        assert not (run / "run.json").exists()
+        accept(config, leader.run_folder)
+        assert leader == read_run(run / "run.json")
+    assert {path.name for path in run.iterdir()} == {"run.json", "ds_config.json", "starts"}
+    # A configuration given by hand is used as it is, by one owner.
+    by_hand = ["--config", "mine/run.json"]
+    with start.configuration(ranks[0], by_hand) as (again, config):
+        assert again == leader
+        accept(config, again.run_folder)
+        with pytest.raises(ConfigError, match="in use"), start.configuration(ranks[0], by_hand):
+            pass
+        with start.configuration(ranks[1], by_hand) as (follower, _):
+            assert follower == leader
+    assert [path.name for path in (run / "starts").iterdir()] == ["0001.json"]
+    with start.configuration(ranks[0], argv):  # refused later, or nothing to do
+        pass
+    assert [path.name for path in (run / "starts").iterdir()] == ["0001.json"]
 
 
 def test_a_folder_that_cannot_be_written_is_refused(

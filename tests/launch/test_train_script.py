@@ -56,7 +56,12 @@ def project(tmp_path: Path) -> Path:
     shutil.copytree(ROOT / "megatron", copy / "megatron", ignore=hidden)
     (copy / "requirements.txt").write_text("", encoding="utf-8")
     (copy / "pretrain_gpt_alcf.py").write_text(
-        "import os, sys\nprint('trained on', os.environ['WORLD_SIZE'])\n"
+        "import os, sys, time\nfrom pathlib import Path\n"
+        "from megatron.launch.starts import accept, is_accepted\n"
+        "config = Path(sys.argv[2])\n"
+        "if os.environ['RANK'] == '0':\n    accept(config, config.parents[1])\n"
+        "while not is_accepted(config):\n    time.sleep(0.02)\n"
+        "print('trained on', os.environ['WORLD_SIZE'])\n"
         "sys.exit(int(os.environ.get('END', 0)))\n",
         encoding="utf-8",
     )

@@ -12,6 +12,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -228,7 +229,6 @@ def _trace() -> dict[str, dict[str, int]]:
 
     calls = {name: _Calls() for name, journey in JOURNEYS.items() if journey.entry}
     entries = {name: _replace(JOURNEYS[name].entry, noted.watched) for name, noted in calls.items()}
-    threading.setprofile(calls["step"].note)  # the thread that reads ahead
     moments = _setting_moments()
     folder = Path(os.environ["RUN_DIR"])
     start.PROGRAM = folder.with_name("nothing.py")  # the rank is this process
@@ -238,8 +238,10 @@ def _trace() -> dict[str, dict[str, int]]:
     )
     assert start.main([], {**os.environ, "PYTHONPATH": str(ROOT)}) == 0
     assert set(moments) == {"parsed"}, sorted(moments)
+    threading.setprofile(calls["step"].note)  # the thread that reads ahead
     program = importlib.import_module("pretrain_gpt_alcf")
-    assert program.main(["--config", str(folder / "run.json")]) == 0
+    config = shutil.copy(folder / "starts/0001.json", folder / "starts/0001.pending.json")
+    assert program.main(["--config", config]) == 0  # as a launcher starts ranks again
     assert set(moments) == {"parsed", "read", "given"}, sorted(moments)
 
     found = {}

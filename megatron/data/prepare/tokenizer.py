@@ -125,6 +125,10 @@ class HFTokenizer(_Backed):
         """Text of ids, special tokens shown."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
 
+    def save(self, folder: Path) -> None:
+        """Writes its files into a folder, as AutoTokenizer reads them."""
+        self._tokenizer.save_pretrained(folder)
+
 
 class LoadedTokenizer(_Backed):
     """An HFTokenizer that another process has loaded; avoids the slow import of transformers."""

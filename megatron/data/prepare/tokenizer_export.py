@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from megatron.data.prepare.builtin import builtin_corpus
-from megatron.data.prepare.tokenizer import build_tokenizer
+from megatron.data.prepare.tokenizer import HFTokenizer, build_tokenizer
 
 _SENTENCEPIECE = ("SentencePieceTokenizer", "Llama2Tokenizer", "BuiltinTokenizer")
 
@@ -25,10 +25,10 @@ def export_tokenizer(kind: str, model: str | None, folder: Path) -> int | None:
         plain numbers), and nothing was written.
     """
     if kind == "HFTokenizer":
-        from transformers import AutoTokenizer
-
-        AutoTokenizer.from_pretrained(model).save_pretrained(folder)
-        return build_tokenizer(kind, model).eod
+        assert model is not None
+        tokenizer = HFTokenizer(model)
+        tokenizer.save(folder)
+        return tokenizer.eod
     if kind not in _SENTENCEPIECE:
         return None
     if kind == "BuiltinTokenizer" and model is None:

@@ -1,0 +1,171 @@
+"""What differs between a checkpoint's settings and those that resume it, where numbers change."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from megatron.config.schedule import STYLES, learning_rate
+from megatron.config.schema import OptimizerConfig, RunConfig, by_key
+
+NUMBERS = (
+    "model.seq_length",
+    "train.global_batch_size", "train.train_iters", "train.seed", "train.dtype",
+    "train.grad_reduce_in_bf16",
+    "optimizer.learning_rate", "optimizer.min_learning_rate", "optimizer.lr_decay_style",
+    "optimizer.lr_warmup_fraction", "optimizer.lr_decay_iters", "optimizer.lr_cooldown_fraction",
+    "optimizer.lr_constant", "optimizer.lr_constant_fraction", "optimizer.lr_timescale",
+    "optimizer.lr_decay_fraction", "optimizer.adam_beta1", "optimizer.adam_beta2",
+    "optimizer.adam_eps", "optimizer.sgd_momentum", "optimizer.sophia_rho",
+    "optimizer.sophia_hessian_interval", "optimizer.weight_decay", "optimizer.clip_grad",
+    "stability.spike_policy", "stability.spike_threshold", "stability.spike_window",
+    "stability.rollback_steps",
+    "log.eval_iters",
+)  # fmt: skip
+"""Settings that change losses beyond rounding; a change is said."""
+
+AT_START = ("model.init_method_std",)
+"""Settings that act on a run's first weights only; a change is said to have no effect."""
+
+COMPARED_ELSEWHERE = (
+    # ModelShape.changes_since refuses these, but for the preset's name.
+    "model.model_arch", "model.architecture", "model.num_layers", "model.hidden_size",
+    "model.num_attention_heads", "model.num_key_value_heads", "model.head_dim",
+    "model.ffn_hidden_size", "model.tie_embeddings", "model.nope_interval", "model.rope_theta",
+    "model.rope_scaling", "model.rms_norm_eps", "model.vocab_size",
+    "optimizer.optimizer",  # resume.py refuses
+    # The record of the data: training/run_data.py refuses, or says what a new stage changes.
+    "data.data_file_list", "data.order", "data.blend_sample_in_corpus",
+    "data.shuffle_sample_in_corpus", "data.train_data_exact_num_epochs", "data.train_split",
+    "data.valid_split", "data.test_split", "data.tokenizer_type", "data.tokenizer_model",
+    "data.train_range_to_skip",  # resume.py adds them up
+)  # fmt: skip
+"""Settings whose changes are refused or said by what compares them."""
+
+SAME_NUMBERS = (
+    # The layout, memory and kernels: other rounding at most.
+    "parallel.tensor_parallel", "parallel.pipeline_parallel", "parallel.pipeline_schedule",
+    "parallel.pipeline_cuts", "parallel.sequence_parallel", "parallel.megatron_sequence_parallel",
+    "parallel.zero_stage", "parallel.zero_hpz_partition_size", "parallel.mics_shard_size",
+    "parallel.cpu_optimizer", "parallel.world_size",
+    "train.micro_batch_size", "train.gradient_accumulation_steps",
+    "train.activation_checkpointing", "train.checkpoint_num_layers", "train.compile",
+    "train.no_flash_attention",
+    "train.train_tokens",  # TRAIN_ITERS follows from it
+    "train.exit_duration_mins", "train.exit_interval",
+    "data.cache_path", "data.allow_data_change",
+    "checkpoint.run_name", "checkpoint.run_dir", "checkpoint.save", "checkpoint.load",
+    "checkpoint.save_interval", "checkpoint.exit_on_missing_checkpoint", "checkpoint.async_save",
+    "checkpoint.keep_last", "checkpoint.keep_every", "checkpoint.keep_best",
+    "checkpoint.export_hf", "checkpoint.resume",
+    "stability.max_rollbacks", "stability.max_bad_steps",
+    "log.log_interval", "log.eval_interval", "log.wandb_project", "log.wandb_mode",
+    "log.wandb_disabled", "log.no_tensorboard", "log.log_corpus_loss", "log.dump_tokens",
+    "log.dump_skipped_iters", "log.log_level", "log.debug", "log.dry_run",
+    "launch.hostfile", "launch.num_hosts", "launch.devices_per_host", "launch.cpu_bind",
+    "launch.retries", "launch.hang_timeout", "launch.launch_with",
+)  # fmt: skip
+"""Settings that a resume may change without a word."""
+
+
+def _optimizer(*names: str) -> Callable[[Mapping[str, Any]], bool]:
+    return lambda settings: settings.get("optimizer.optimizer") in names
+
+
+def _style(start: str) -> Callable[[Mapping[str, Any]], bool]:
+    return lambda settings: str(settings.get("optimizer.lr_decay_style")).startswith(start)
+
+
+def _acting_policy(settings: Mapping[str, Any]) -> bool:
+    return settings.get("stability.spike_policy") in ("skip", "rollback")
+
+
+_USED_WHERE: dict[str, Callable[[Mapping[str, Any]], bool]] = {
+    "optimizer.sgd_momentum": _optimizer("sgd"),
+    "optimizer.sophia_rho": _optimizer("sophiag"),
+    "optimizer.sophia_hessian_interval": _optimizer("sophiag"),
+    "optimizer.lr_cooldown_fraction": _style("infinite-"),
+    "optimizer.lr_constant": _style("infinite-"),
+    "optimizer.lr_constant_fraction": _style("infinite-"),
+    "optimizer.lr_timescale": _style("infinite-inv-square-root"),
+    "optimizer.lr_decay_fraction": _style("warmup-stable-decay"),
+    "stability.spike_policy": _acting_policy,
+    "stability.spike_threshold": _acting_policy,
+    "stability.spike_window": _acting_policy,
+    "stability.rollback_steps": lambda s: s.get("stability.spike_policy") == "rollback",
+}
+"""Setting -> whether it acts in a configuration; the others always do."""
+
+
+def changes_text(run: RunConfig, stored: Mapping[str, Any], done: int) -> str:
+    """Every setting that changes numbers, before and now, and the learning rate of the next step.
+
+    Args:
+        run: that resumes.
+        stored: the checkpoint's configuration, as `RunConfig.to_dict` gave it; an older version
+            may lack sections and fields, and an imported model has none.
+        done: steps of the checkpoint.
+
+    Returns:
+        Lines for the log; empty where nothing changes.
+    """
+    if not stored:
+        return ""
+    before, now = _flat(stored), _flat(run.to_dict())
+    rows = [
+        (by_key()[key].name, before[key], now[key], key in AT_START)
+        for key in (*NUMBERS, *AT_START)
+        if key in before and before[key] != now[key] and _is_used(key, before, now)
+    ]
+    if not rows:
+        return ""
+    width = max(len(name) for name, *_ in rows)
+    lines = [f"settings that differ from those of the checkpoint of step {done}:"]
+    for name, old, new, idle in rows:
+        note = "   (no effect: the weights are the checkpoint's)" if idle else ""
+        lines.append(f"  {name:{width}}  {_text(old)} -> {_text(new)}{note}")
+    rates = _rates(run.optimizer, stored.get("optimizer", {}), done + 1)
+    if rates:
+        lines.append(f"  the learning rate of step {done + 1}: {rates[0]:.6g} -> {rates[1]:.6g}")
+    return "\n".join(lines)
+
+
+def _flat(sections: Mapping[str, Any]) -> dict[str, Any]:
+    """`section.field` -> value.
+
+    A field that an older version lacks had today's default, and so had the whole of `stability`.
+    """
+    present = {*sections, "stability"}
+    values = {
+        key: option.default
+        for key, option in by_key().items()
+        if key.partition(".")[0] in present and option.default is not None
+    }
+    for section, fields in sections.items():
+        if isinstance(fields, Mapping):
+            values |= {f"{section}.{name}": value for name, value in fields.items()}
+    return values
+
+
+def _is_used(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    used = _USED_WHERE.get(key)
+    return used is None or used(before) or used(now)
+
+
+def _rates(
+    now: OptimizerConfig, stored: Mapping[str, Any], step: int
+) -> tuple[float, float] | None:
+    """The rate of a step by the stored schedule and by this one; None where they agree."""
+    names = {field.name for field in dataclasses.fields(OptimizerConfig)}
+    known = {name: value for name, value in stored.items() if name in names}
+    before = dataclasses.replace(now, **known)
+    if before.lr_decay_style not in STYLES:
+        return None
+    rates = learning_rate(step, before), learning_rate(step, now)
+    return rates if rates[0] != rates[1] else None
+
+
+def _text(value: Any) -> str:
+    """A value as a user would set it."""
+    return str(int(value)) if isinstance(value, bool) else str(value)
