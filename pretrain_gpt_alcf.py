@@ -28,7 +28,7 @@ from megatron.config.errors import ConfigError, DataError
 from megatron.config.pipeline_stages import stage_bounds
 from megatron.config.schema import RunConfig
 from megatron.engine import Engine, make_engine, start_distributed, stop_distributed
-from megatron.launch.heartbeat import Heartbeat
+from megatron.launch.heartbeat import HEARTBEAT, Heartbeat
 from megatron.launch.ranks import Ranks, find_ranks, rendezvous
 from megatron.launch.start import configuration
 from megatron.launch.starts import accept
@@ -40,6 +40,7 @@ from megatron.training import log
 from megatron.training.build import loss_function, model_layers
 from megatron.training.corpus_loss import CorpusLosses
 from megatron.training.device import Device, detect, prepare
+from megatron.training.guard import Unstable
 from megatron.training.loggers import make_tracker
 from megatron.training.optimizers.rules import make_optimizer
 from megatron.training.optimizers.whole_matrix import WholeMatrixOptimizer
@@ -72,7 +73,7 @@ def pretrain(run: RunConfig, ranks: Ranks, config: Path | None = None) -> int:
     leads = ranks.rank == 0
     if leads:
         print(architecture_box(run))
-    heartbeat = Heartbeat()
+    heartbeat = Heartbeat(os.environ.get(HEARTBEAT, ""), ranks.rank)
     heartbeat.enter("start")
     device = detect(ranks.local_rank, run.train.dtype)
     prepare(device, run.train.dtype)
@@ -121,8 +122,14 @@ def train(
         accept(config, run.run_folder)
     tracker = make_tracker(run, logs=leads, iteration=state.iteration)
     trainer = Trainer(run, engine, data, device, tracker, stop, state, control, heartbeat)
-    outcome = trainer.train()
-    tracker.close()
+    try:
+        outcome = trainer.train()
+    except Unstable as error:
+        if leads:
+            print(f"error: {error}", file=sys.stderr)
+        return 5
+    finally:
+        tracker.close()
     if outcome.cause == STOP_FILE:
         stop.remove_file()
     heartbeat.enter("finish")

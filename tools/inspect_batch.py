@@ -22,11 +22,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 
 import torch
 
-from megatron.analysis.explain import ExplainedSample, RunHistory
+from megatron.analysis.explain import RunHistory
 from megatron.config.errors import ConfigError, DataError
 from megatron.config.schema import RunConfig
+from megatron.data.indexed import DocumentPart
 from megatron.data.loader import StepPlan
 from megatron.data.prepare.tokenizer import Tokenizer
+from megatron.training.suspects import ExplainedSample, documents_text
 
 _SHOWN_TOKENS = 16
 _SHOWN_TEXT = 400
@@ -120,9 +122,7 @@ def _print_sample(row: dict[str, Any]) -> None:
     loss = f"  loss {row['loss']:.6f}" if "loss" in row else ""
     print(f"\nsample {row['sample']:,}  {row['corpus']}  {row['file']}  epoch {row['epoch']}{loss}")
     parts = row["documents"]
-    shown = [f"{p['document']}[{p['offset']}:{p['offset'] + p['length']}]" for p in parts[:12]]
-    more = f" and {len(parts) - 12} more" if len(parts) > 12 else ""
-    print(f"  documents {' '.join(shown)}{more}")
+    print(f"  documents {documents_text([DocumentPart(**part) for part in parts])}")
     head = " ".join(map(str, row["tokens"][:_SHOWN_TOKENS]))
     print(f"  tokens {head} ... ({len(row['tokens'])})")
     if "text" in row:

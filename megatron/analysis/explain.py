@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -18,30 +17,18 @@ from megatron.config.errors import ConfigError, DataError
 from megatron.config.schema import RUN_FILE, RunConfig, read_run
 from megatron.data.data_list import BUILTIN, ListStage, parse_data_stages
 from megatron.data.data_record import stateless_order
-from megatron.data.dataset import Sample, StagedDataset
-from megatron.data.indexed import DocumentPart, IndexedDataset
+from megatron.data.dataset import LaterDataset, StagedDataset
+from megatron.data.indexed import IndexedDataset
 from megatron.data.indexed_header import read_header
 from megatron.data.megatron_order.order import MegatronDataset
 from megatron.data.prepare.builtin import builtin_corpus
-from megatron.data.prepare.documents import document_range, parts_of, samples_with
+from megatron.data.prepare.documents import document_range, samples_with
 from megatron.data.prepare.tokenizer import Tokenizer, build_tokenizer
 from megatron.data.splits import Origin
 from megatron.training.data_order import cache_folder, recorded_order
 from megatron.training.metrics_file import read
 from megatron.training.run_data import run_record
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExplainedSample(Sample):
-    """A sample of a step: where it comes from and its tokens, int64 (S + 1,).
-
-    Attributes:
-        sample: its number in the run.
-        parts: its tokens by document.
-    """
-
-    sample: int
-    parts: list[DocumentPart]
+from megatron.training.suspects import ExplainedSample, explained
 
 
 class RunHistory:
@@ -99,17 +86,10 @@ class RunHistory:
 
     def explain(self, sample: int) -> ExplainedSample:
         """Where a sample comes from, and its tokens."""
-        order, sequence = self._order_of(sample)
+        order, _ = self._order_of(sample)
         if isinstance(order, MegatronDataset):
-            own = sample - self._stage_of(sample).samples
-            _, reader, number = order.find(own)
-            found = order.sample(own)
-            parts = [part for part in reader.parts(number) if part.length]
-        else:
-            found = order.sample(sample)
-            dataset = IndexedDataset(found.file, check=False)
-            parts = parts_of(dataset, found.index * sequence, sequence + 1)
-        return ExplainedSample(**vars(found), sample=sample, parts=parts)
+            return explained(LaterDataset(self._stage_of(sample).samples, order), sample)
+        return explained(order, sample)
 
     def find_document(self, prefix: str, document: int) -> Iterator[tuple[int, int, int]]:
         """(step, sample, epoch) of each time a document is read until TRAIN_ITERS, in order.

@@ -121,7 +121,17 @@ def _prompt(run: RunConfig, data: Data) -> list[int]:
 
 
 def print_summary(run: RunConfig, sample: str) -> None:
-    """Prints plot, sample and next commands, and writes the report; for the rank that logs."""
+    """Prints plot, sample and next commands, and writes the report; for the rank that logs.
+
+    A full disk, or metrics that cannot be read, are warnings: the run is complete.
+    """
+    try:
+        _print_summary(run, sample)
+    except Exception as error:
+        log.warning(f"no summary: {type(error).__name__}: {error} (the run is complete)")
+
+
+def _print_summary(run: RunConfig, sample: str) -> None:
     folder = run.run_folder
     try:
         curve = series(read(folder / "metrics.jsonl"))

@@ -36,6 +36,7 @@ def exporting(out: Path, run: Path, step: int) -> Iterator[Path]:
     temporary = out.with_name(f"{out.name}{UNFINISHED}{os.getpid()}")
     old = temporary.with_name(f"{temporary.name}-old")
     try:
+        shutil.rmtree(temporary, ignore_errors=True)  # of a dead process with this number
         temporary.mkdir()
         yield temporary
         names = sorted(path.name for path in temporary.iterdir())

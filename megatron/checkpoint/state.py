@@ -40,6 +40,7 @@ class RunState:
         nan_iterations: steps whose loss was not finite.
         skip_ranges: ranges (first, last), inclusive, of steps not to train on.
         data: what it was trained on, the current stage last.
+        rollbacks: returns to an earlier checkpoint after a spike.
     """
 
     iteration: int = 0
@@ -49,6 +50,7 @@ class RunState:
     nan_iterations: int = 0
     skip_ranges: tuple[tuple[int, int], ...] = ()
     data: tuple[DataStage, ...] = ()
+    rollbacks: int = 0
 
     def after(self, samples: int, tokens: int, *, skipped: bool = False) -> RunState:
         """The state after one more step of `samples` and `tokens`, skipped or not."""
@@ -76,6 +78,7 @@ class RunState:
             ValueError: a field is missing, unknown or of another kind than `to_dict` writes.
         """
         names = [field.name for field in dataclasses.fields(cls)]
+        values = {"rollbacks": 0, **values}  # checkpoints of earlier versions have none
         if set(values) != set(names):
             raise ValueError(f"a run's state has the fields {names}, found {sorted(values)}")
         counters = {name: values[name] for name in names if name not in ("skip_ranges", "data")}

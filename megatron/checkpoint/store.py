@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron.checkpoint.atomic import write_atomically
 from megatron.checkpoint.manifest import DATA, PIECES, TENSORS, DamageError, read_manifest
 from megatron.checkpoint.piece_index import PieceIndex
 from megatron.checkpoint.state import RunState
@@ -142,7 +143,12 @@ def damage(checkpoint: Checkpoint, names: Sequence[str] | None = None) -> list[s
 
 
 def newest_sound(
-    root: Path, control: Control, warn: Callable[[str], None], *, set_aside: bool
+    root: Path,
+    control: Control,
+    warn: Callable[[str], None],
+    *,
+    set_aside: bool,
+    until: int | None = None,
 ) -> Found:
     """The newest step that is as it was written; a collective.
 
@@ -156,12 +162,15 @@ def newest_sound(
         warn: called with each line, on every rank.
         set_aside: move damaged steps that are newer than the sound one, so that they can be saved
             again; False in the folder of another run.
+        until: no later step is looked at.
     """
     candidates, lines = control.broadcast(_listed(root) if control.rank == 0 else None)
     damaged: list[str] = list(lines)
     passed: list[int] = []
     sound: Checkpoint | None = None
     for iteration in candidates:
+        if until is not None and iteration > until:
+            continue
         name = step_folder(root, iteration).name
         found, error = control.broadcast(_opened(root, iteration) if control.rank == 0 else None)
         wrong = [error] if found is None else _shared_damage(found, control)
@@ -190,6 +199,21 @@ def move_aside(folder: Path) -> Path:
     target = next(path for path in map(folder.with_name, names) if not path.exists())
     os.rename(folder, target)
     return target
+
+
+def set_aside_after(root: Path, iteration: int, mark: str) -> list[Path]:
+    """Renames the steps after `iteration` to `step-N.<mark>`, so that no start resumes from them.
+
+    Returns:
+        Their new folders, the newest first.
+    """
+    moved = []
+    for later in (step for step in steps(root) if step > iteration):
+        folder = step_folder(root, later)
+        moved.append(folder.rename(folder.with_name(f"{folder.name}.{mark}")))
+    write_atomically(root / "latest", step_folder(root, iteration).name)
+    write_atomically(root / "latest_checkpointed_iteration.txt", str(iteration))
+    return moved
 
 
 def _moved(root: Path, iteration: int) -> str:

@@ -145,7 +145,7 @@ class StabilityConfig:
 
     spike_policy: str = option("warn", "SPIKE_POLICY", "--spike-policy", "on a spike of loss or gradient norm: off, warn, skip the update, or rollback to an earlier checkpoint and skip the suspect steps", ("off", "warn", "skip", "rollback"))
     spike_threshold: float = option(8.0, "SPIKE_THRESHOLD", "--spike-threshold", "robust z-score (distance from the median in standard deviations estimated from the MAD) above which loss or gradient norm is a spike", above=0)
-    spike_window: int = option(128, "SPIKE_WINDOW", "--spike-window", "past steps that a step's loss and gradient norm are compared with", least=8)
+    spike_window: int = option(128, "SPIKE_WINDOW", "--spike-window", "past steps that a step's loss and gradient norm are compared with, from half of it on", least=16)
     rollback_steps: int = option(20, "ROLLBACK_STEPS", "--rollback-steps", "SPIKE_POLICY=rollback: resume from the newest checkpoint at least this many steps before the spike", least=1)
     max_rollbacks: int = option(3, "MAX_ROLLBACKS", "--max-rollbacks", "SPIKE_POLICY=rollback: after this many the run ends with status 5")
     max_bad_steps: int = option(20, "MAX_BAD_STEPS", "--max-bad-steps", "steps in a row without an update (not finite, or refused as a spike) after which the run ends with status 5; 0: never")

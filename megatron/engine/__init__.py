@@ -22,7 +22,13 @@ from megatron.engine.distributed import (
     start_distributed,
     stop_distributed,
 )
-from megatron.engine.interface import Engine, LossFunction, MakeOptimizer, MicroBatches
+from megatron.engine.interface import (
+    Engine,
+    Gate,
+    LossFunction,
+    MakeOptimizer,
+    MicroBatches,
+)
 from megatron.engine.patches import check_version, patch_new_group, patch_partition_tables
 from megatron.engine.pipeline import PipelineEngine
 from megatron.engine.pipeline_module import pipeline_module
@@ -35,6 +41,7 @@ from megatron.parallel.groups import SERIAL, Axis, Groups
 
 __all__ = [
     "Engine",
+    "Gate",
     "LossFunction",
     "MakeOptimizer",
     "MicroBatches",

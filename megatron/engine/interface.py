@@ -15,6 +15,8 @@ from megatron.parallel.groups import Groups
 LossFunction = Callable[[Tensor, Tensor], Tensor]  # (output of the last layer, labels) -> scalar
 MicroBatches = Iterable[tuple[Tensor, Tensor]]  # (tokens, labels), each (B, S)
 MakeOptimizer = Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
+Gate = Callable[[Tensor, Tensor | float], bool]
+"""(mean loss of the global batch, gradient norm before clipping) -> whether to update."""
 
 
 class Engine(Protocol):
@@ -63,7 +65,7 @@ class Engine(Protocol):
 
     @property
     def step_applied(self) -> bool:
-        """Whether the last step changed the weights; a non-finite gradient leaves them alone."""
+        """Whether the last step changed the weights: its gradient was finite, no gate refused."""
 
     @property
     def loss_scale(self) -> float:
@@ -71,6 +73,14 @@ class Engine(Protocol):
 
     def unclipped(self) -> AbstractContextManager[None]:
         """Inside it, a step does not clip the gradient."""
+
+    def gated(self, gate: Gate) -> AbstractContextManager[None]:
+        """Inside it, each step asks `gate` once, with loss and norm known and nothing changed yet.
+
+        A refused step leaves weights and optimizer states as they are, and its gradients are
+        dropped. Every rank asks, so the gate may be a collective and must answer alike on all. It
+        is not asked where the gradient is not finite: such a step is never applied.
+        """
 
     def refresh_weights(self) -> None:
         """Rebuilds the model's weights from the optimizer's fp32 ones; a collective."""

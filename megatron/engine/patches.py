@@ -111,6 +111,13 @@ PATCHES = (
         "a run with DTYPE=fp16 starts on a CPU without them",
     ),
     Patch(
+        "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler.update_scale",
+        "megatron.engine.zero.ZeroEngine",
+        "an overflow at the lowest loss scale raises a bare Exception; the run's own count of bad"
+        " steps decides",
+        "DeepSpeed's configuration has it",
+    ),
+    Patch(
         "deepspeed.ops.__compatible_ops__",
         "megatron.engine.patches.patch_cpu_accelerator",
         "on a CPU DeepSpeed compiles a C++ all-reduce that only its inference uses: half a minute,"

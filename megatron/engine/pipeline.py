@@ -36,6 +36,7 @@ class PipelineEngine(ZeroEngine):
         }
 
     def train_batch(self, micro_batches: MicroBatches) -> Tensor:
+        self._answer = None
         with self._clock:
             loss: Tensor = self._deepspeed.train_batch(iter(self._to_device(micro_batches)))
         return loss.detach().float()
@@ -52,6 +53,11 @@ class PipelineEngine(ZeroEngine):
 
     def pipeline_bubble(self) -> float | None:
         return self._clock.bubble()
+
+    def _mean_loss(self) -> Tensor:
+        """Of the global batch; a collective over the pipeline and the data-parallel ranks."""
+        loss: Tensor = self._deepspeed._aggregate_total_loss()
+        return loss.detach().float()
 
     def _forward(self, tokens: Tensor) -> Tensor | None:
         return relay(self.module, self.groups.pp, tokens)

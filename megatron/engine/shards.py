@@ -122,6 +122,16 @@ class Shards:
             result.append(self._piece(span, tensors, scalars))
         return result
 
+    @torch.no_grad()
+    def finite(self) -> bool:
+        """Whether this rank's fp32 weights and optimizer states are; waits for the device.
+
+        Reads them once and needs no memory for it: a minimum and a maximum keep a NaN.
+        """
+        values = (tensor for piece in self.pieces(False) for tensor in piece.tensors.values())
+        ends = [end for value in values if value.numel() for end in value.aminmax()]
+        return not ends or bool(torch.stack(ends).isfinite().all())
+
     def load(self, read: ReadPiece, load_optimizer: bool = True) -> None:
         """Loads weights and states, and the model's weights from them; a collective.
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron.engine.interface import Engine, LossFunction, MicroBatches
+from megatron.engine.interface import Engine, Gate, LossFunction, MicroBatches
 from megatron.engine.shards import Shards, refresh_weights
 from megatron.engine.zero3 import average_over_replicas
 from megatron.parallel.groups import SERIAL, Axis, Groups
@@ -47,18 +47,23 @@ class ZeroEngine(Engine):
         self._deepspeed, self._zero = deepspeed, zero
         self._loss, self._replica = loss, replica
         self._accumulation_steps = int(deepspeed.gradient_accumulation_steps())
+        self._total_loss = torch.zeros((), device=device)
+        self._answer: bool | None = None  # the gate's, in this step
+        if deepspeed.fp16_enabled():  # at the lowest scale an overflow skips the step, no more
+            zero.loss_scaler.raise_error_at_min_scale = False
 
     def train_batch(self, micro_batches: MicroBatches) -> Tensor:
         self.module.train()
-        total = torch.zeros((), device=self.device)
+        self._answer = None
+        self._total_loss = total = torch.zeros((), device=self.device)
         for tokens, labels in self._to_device(micro_batches):
             loss = self._loss(self._deepspeed(tokens), labels)
             self._deepspeed.backward(loss)
             if self._replica.size > 1 and self._deepspeed.is_gradient_accumulation_boundary():
                 average_over_replicas(self._zero, self._replica)
-            self._deepspeed.step()  # updates the weights after the last micro-batch only
             total += loss.detach().float()
-        return self._mean_over_data_parallel(total / self._accumulation_steps)
+            self._deepspeed.step()  # updates the weights after the last micro-batch only
+        return self._mean_loss()
 
     @torch.no_grad()
     def eval_batch(self, micro_batches: MicroBatches) -> Tensor:
@@ -91,7 +96,7 @@ class ZeroEngine(Engine):
 
     @property
     def step_applied(self) -> bool:
-        return bool(self._deepspeed.was_step_applied())
+        return bool(self._deepspeed.was_step_applied()) and self._answer is not False
 
     @property
     def loss_scale(self) -> float:
@@ -104,6 +109,24 @@ class ZeroEngine(Engine):
             yield
         finally:
             self._zero.clip_grad = clip
+
+    @contextmanager
+    def gated(self, gate: Gate) -> Iterator[None]:
+        # DeepSpeed calls the optimizer's step once per group, after it has set the norm; where that
+        # does nothing, it rebuilds the model's weights from unchanged ones and drops the gradients.
+        optimizer: Any = self.optimizer
+        step = optimizer.step
+
+        def asked(*args: Any, **kwargs: Any) -> Any:
+            if self._answer is None:
+                self._answer = gate(self._mean_loss(), self._zero._global_grad_norm)
+            return step(*args, **kwargs) if self._answer else None
+
+        optimizer.step = asked
+        try:
+            yield
+        finally:
+            del optimizer.step
 
     def refresh_weights(self) -> None:
         refresh_weights(self._zero)
@@ -141,6 +164,10 @@ class ZeroEngine(Engine):
             if sp.size > 1:
                 tokens, labels = own_positions(tokens, sp), own_positions(labels, sp)
             yield tokens.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+    def _mean_loss(self) -> Tensor:
+        """Of the global batch; a collective over the data-parallel ranks."""
+        return self._mean_over_data_parallel(self._total_loss / self._accumulation_steps)
 
     def _mean_over_data_parallel(self, value: Tensor) -> Tensor:
         """The mean over samples and, as sequences are split evenly, over their positions."""

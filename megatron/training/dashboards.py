@@ -23,13 +23,21 @@ class TensorBoardTracker:
         self._parameters = parameters
 
     def log(self, record: MetricsRecord) -> None:
-        """Adds one point per number."""
+        """Adds one point per number; a rollback first purges those of the steps it undoes."""
+        if record["event"] == "rollback":
+            self._purge_after(record["iteration"])
         for name, value in scalars(record, self._parameters).items():
             self._writer.add_scalar(name, value, record["iteration"])
 
     def close(self) -> None:
         """Flushes the event file."""
         self._writer.close()
+
+    def _purge_after(self, iteration: int) -> None:
+        """As `purge_step` does at a start: TensorBoard drops the points after the step."""
+        events = importlib.import_module("tensorboard.compat.proto.event_pb2")
+        session = events.SessionLog(status=events.SessionLog.START)
+        self._writer.file_writer.add_event(events.Event(session_log=session), iteration + 1)
 
 
 class WandbTracker:

@@ -85,6 +85,20 @@ def _eval_scalars(record: MetricsRecord) -> dict[str, float]:
     return {f"{group}/lm loss": record["loss"], f"{group}/ppl_lm loss": record["perplexity"]}
 
 
+def _spike_line(record: MetricsRecord) -> str:
+    scores = [(record[f"z_{key}"], record[key]) for key in ("loss", "grad_norm")]
+    loss, norm = (f"{v:.6g} (z={'unknown' if z is None else f'{z:.1f}'})" for z, v in scores)
+    return (
+        f"{_ITERATION.format_map(record)}spike: lm loss={loss} | grad_norm={norm} | "
+        f"action={record['action']} | suspects={record['report']}"
+    )
+
+
+def _spike_scalars(record: MetricsRecord) -> dict[str, float]:
+    scores = {f"stability/z_{key}": record[f"z_{key}"] for key in ("loss", "grad_norm")}
+    return {name: z for name, z in scores.items() if z is not None}
+
+
 EVENTS: dict[str, Event] = {
     "step": Event(_step_line, _step_scalars),
     "skip": Event(_step_line, _step_scalars),
@@ -96,6 +110,13 @@ EVENTS: dict[str, Event] = {
     ),
     "save": Event(
         _save_line, lambda r: {"timers/save-checkpoint-time": r["elapsed_s"]}, ("timers",)
+    ),
+    "spike": Event(_spike_line, _spike_scalars, ("stability",)),
+    "rollback": Event(
+        _ITERATION + "rolled back from step {spike}: steps {skipped} are skipped | "
+        "rollback {rollbacks} of at most {max_rollbacks}",
+        lambda r: {"stability/rollbacks": r["rollbacks"]},
+        ("stability",),
     ),
     "stop": Event(_ITERATION + "stopped: {reason}"),
 }

@@ -69,7 +69,7 @@ def export_checkpoint(
         Abandoned: as it was told.
     """
     manifest = checkpoint.manifest
-    settings: Mapping[str, Any] = manifest["run"]
+    settings: Mapping[str, Any] = manifest.get("run", {})
     kept = imported.find(_run_folders(checkpoint, run_folder), manifest["model"])
     theirs = None if kept is None else huggingface.read_config(kept)
     length = settings.get("model", {}).get("seq_length")
@@ -192,7 +192,7 @@ def _dtype_of(config: Mapping[str, Any]) -> str:
 def _run_folders(checkpoint: store.Checkpoint, run_folder: Path) -> list[Path]:
     """Where what came with the imported model may lie: this run, or the one it was LOADed from."""
     folders = [run_folder, checkpoint.folder.parent.parent]
-    load = checkpoint.manifest["run"].get("checkpoint", {}).get("load")
+    load = checkpoint.manifest.get("run", {}).get("checkpoint", {}).get("load")
     return [*folders, Path(load).parent] if load else folders
 
 

@@ -92,12 +92,16 @@ class JsonlTracker:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("ab", buffering=0)
+        self._path, self._file = path, path.open("ab", buffering=0)
         self._pending = b""
         self._refused = False
 
     def log(self, record: MetricsRecord) -> None:
-        """Appends one line."""
+        """Appends one line; a rollback first drops those of the steps that it undoes."""
+        if record["event"] == "rollback":
+            metrics_file.truncate_after(self._path, record["iteration"])
+            self._file.close()
+            self._file = self._path.open("ab", buffering=0)  # it may be another file by now
         self._pending += f"{metrics_file.encode(record)}\n".encode()
         try:
             while self._pending:

@@ -20,6 +20,8 @@ from megatron.training.metrics_file import MetricsRecord
 class Meter:
     """Collects steps; `record` closes the interval and starts the next.
 
+    `last` has loss and gradient norm of each step of the last record, None for a skipped one.
+
     Losses and gradient norms may be device tensors: only `record` fetches them, so that no step
     waits for the device. They must not be written to afterwards.
 
@@ -45,12 +47,12 @@ class Meter:
         self._measured = measured
         self._clock = clock
         self._wall_clock = wall_clock
+        self.last: list[tuple[float, float | None] | None] = []
         self.start()
 
     def start(self) -> None:
         """Resets and starts the clock: call it right before the first step."""
-        self._losses: list[SupportsFloat] = []
-        self._grad_norm: SupportsFloat | None = None
+        self._steps: list[tuple[SupportsFloat, SupportsFloat | None] | None] = []
         self._loss_scale: float | None = None
         self._skipped = 0
         self._paused = 0.0
@@ -73,14 +75,14 @@ class Meter:
             updated: False where the work was done but the weights were not changed (fp16 overflow):
                 the step counts as skipped in the counter and as work in the rates.
         """
-        self._losses.append(loss)
-        self._grad_norm = grad_norm
+        self._steps.append((loss, grad_norm))
         self._loss_scale = loss_scale
         self._skipped += int(not updated)
 
     def skip(self) -> None:
         """One step that was skipped; its time belongs inside `off_the_clock`."""
         self._skipped += 1
+        self._steps.append(None)
 
     @contextmanager
     def off_the_clock(self) -> Iterator[None]:
@@ -105,6 +107,8 @@ class Meter:
             `skipped_iterations` and `nan_iterations` count since the last record.
         """
         self._device.synchronize()
+        self.last = [None if step is None else _fetched(*step) for step in self._steps]
+        worked = [step for step in self.last if step is not None]
         interval = Interval(
             run=self._run,
             device=self._device,
@@ -112,8 +116,8 @@ class Meter:
             seconds=self._clock() - self._since - self._paused,
             ended=self._wall_clock(),
             learning_rate=learning_rate,
-            losses=[float(loss) for loss in self._losses],
-            grad_norm=None if self._grad_norm is None else float(self._grad_norm),
+            losses=[loss for loss, _ in worked],
+            grad_norm=worked[-1][1] if worked else None,
             loss_scale=self._loss_scale,
             skipped=self._skipped,
             measured=self._measured(),
@@ -123,3 +127,7 @@ class Meter:
         known = [metric for metric in METRICS if metric.always or interval.losses]
         values = [(metric, metric.value(interval)) for metric in known]
         return {m.key: value for m, value in values if value is not None or not m.optional}
+
+
+def _fetched(loss: SupportsFloat, norm: SupportsFloat | None) -> tuple[float, float | None]:
+    return float(loss), None if norm is None else float(norm)

@@ -17,7 +17,7 @@ from megatron.checkpoint.atomic import write_atomically
 from megatron.config.errors import ConfigError, DataError
 
 MetricsRecord = dict[str, Any]
-"""One line of the file: an event (step, skip, eval, save, stop), its step and its numbers."""
+"""One line of the file: an event (a name in EVENTS), its step and its numbers."""
 
 MARK = "non_finite"
 

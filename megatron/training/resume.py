@@ -57,11 +57,21 @@ def resume(
     manifest = checkpoint.manifest
     _check_model(run, manifest["model"], checkpoint.folder)
     state = _with_data(run, checkpoint.state(), data, checkpoint.folder)
-    reader = checkpoint.reader()
     # A checkpoint imported from Hugging Face has weights only.
-    with_optimizer = manifest["optimizer"] is not None
-    if with_optimizer:
+    if manifest["optimizer"] is not None:
         _check_optimizer(run, manifest, checkpoint.folder)
+    restore(engine, checkpoint)
+    log.info(f"resumed from {checkpoint.folder} (written as {manifest['layout']})")
+    changes = changes_text(run, manifest.get("run", {}), state.iteration)
+    if changes:
+        log.warning(changes)
+    return _with_ranges(run, state)
+
+
+def restore(engine: Engine, checkpoint: store.Checkpoint) -> None:
+    """Loads a checkpoint's weights and, where it has them, its optimizer states; a collective."""
+    manifest, reader = checkpoint.manifest, checkpoint.reader()
+    with_optimizer = manifest["optimizer"] is not None
     shards = engine.shards()
     shards.load(reader.for_piece, load_optimizer=with_optimizer)
     if with_optimizer:
@@ -69,11 +79,6 @@ def resume(
         shards.load_scaler_state(manifest["loss_scaler"])
         if isinstance(engine.optimizer, WholeMatrixOptimizer):
             engine.optimizer.load_pieces(reader)
-    log.info(f"resumed from {checkpoint.folder} (written as {manifest['layout']})")
-    changes = changes_text(run, manifest["run"], state.iteration)
-    if changes:
-        log.warning(changes)
-    return _with_ranges(run, state)
 
 
 def _with_data(run: RunConfig, state: RunState, data: DataRecord | None, where: Path) -> RunState:
@@ -112,7 +117,7 @@ def _check_optimizer(run: RunConfig, manifest: Mapping[str, Any], folder: Path) 
             f"OPT={optimizer.optimizer}, but {folder} holds the states of {stored}, which it"
             f" cannot use; set OPT={stored}, or start a new run with another RUN_NAME"
         )
-    before = manifest["run"].get("optimizer", {}).get("adam_beta1", optimizer.adam_beta1)
+    before = manifest.get("run", {}).get("optimizer", {}).get("adam_beta1", optimizer.adam_beta1)
     if stored == "adamwschedulefree" and before != optimizer.adam_beta1:
         raise ConfigError(
             f"ADAM_BETA1={optimizer.adam_beta1}, but {folder} holds weights of OPT={stored} at"

@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,12 +27,14 @@ from megatron.parallel.control import ALONE, Control
 from megatron.parallel.piece import Piece
 from megatron.training.device import Device
 from megatron.training.dump import dump_tokens
+from megatron.training.guard import Guard
 from megatron.training.hf_export import Exporter
 from megatron.training.loggers import Tracker
 from megatron.training.meter import Meter
 from megatron.training.optimizers.schedule_free import evaluation_weights
 from megatron.training.optimizers.sophia import Curvature, SophiaG
 from megatron.training.optimizers.whole_matrix import WholeMatrixOptimizer
+from megatron.training.respond import end_unstable, report, require_finite, respond
 from megatron.training.run_data import Data, train_data
 from megatron.training.stop import INTERVAL, StopRequest, cause_text
 
@@ -129,6 +131,8 @@ class Trainer:
         self.run, self.engine, self.data = run, engine, data
         self.tracker, self.stop, self.state = tracker, stop, state
         self.control, self.heartbeat = control, heartbeat or Heartbeat()
+        self.began_after = state.iteration
+        self.guard = Guard(run.stability, control, scales=run.train.dtype == "fp16")
         pp, dp = engine.groups.pp, engine.groups.dp
         self.plan = StepPlan(
             run.train.global_batch_size,
@@ -169,17 +173,23 @@ class Trainer:
 
         Returns:
             How it ended; the last state is saved unless saving failed.
+
+        Raises:
+            Unstable: not finite, or spiking beyond the policy.
         """
         run = self.run
         cause = 0
-        with self.read_ahead() as loader:
+        with ExitStack() as opened:
+            loader = opened.enter_context(self.read_ahead())
             self.meter.start()
             while self.state.iteration < run.train.train_iters and not cause:
                 self.stop.step_begins()
                 if is_skipped(self.state.iteration + 1, self.state.skip_ranges):
                     self.skip()
-                else:
-                    self.step(loader)
+                elif self.step(loader):  # back at an earlier step
+                    opened.close()
+                    loader = opened.enter_context(self.read_ahead())
+                    continue
                 if self._is_due(run.log.log_interval):
                     self.record()
                 self.stop.step_took()
@@ -193,11 +203,9 @@ class Trainer:
                         cause = cause or self.agree()
         if self.state.iteration >= run.train.train_iters:
             cause = cause or self.evaluate("test", self.data.splits.test)
-        self._note_save(self.saver.wait())
-        if self.exporter:
-            self.heartbeat.enter("export")
-            self.exporter.close()
-        self._log_event("stop", reason=cause_text(cause) if cause else "finished")
+        self.finish_save()
+        self.log_event("stop", reason=cause_text(cause) if cause else "finished")
+        self.close()
         error = "" if self.saved_at == self.state.iteration else self._save_error
         return Outcome(self.state, cause, self.saved_at, error)
 
@@ -211,8 +219,12 @@ class Trainer:
             self._note_save(self.saver.advance())
         return cause
 
-    def step(self, loader: Loader | None) -> None:
-        """Takes the next step on the next micro-batches of the loader."""
+    def step(self, loader: Loader | None) -> bool:
+        """Takes the next step on the next micro-batches of the loader.
+
+        Returns:
+            Whether it was a spike after which the run is back at an earlier step.
+        """
         iteration = self.state.iteration + 1
         self.heartbeat.enter("step", iteration)
         batches = self._micro_batches(loader, iteration)
@@ -224,10 +236,17 @@ class Trainer:
             batches = list(batches)
             self.curvature.estimate(self.state, batches)
         self.engine.set_learning_rate(learning_rate(iteration, self.run.optimizer))
-        loss = self.engine.train_batch(batches)
+        with self.guard.gating(self.engine):
+            loss = self.engine.train_batch(batches)
         applied = self.engine.step_applied
         self.meter.step(loss, self.engine.gradient_norm(), self.engine.loss_scale, updated=applied)
         self._advance(skipped=not applied)
+        spike = self.guard.stepped(loss, self.engine)
+        rolled_back = spike is not None and respond(self, spike)
+        if self.guard.is_beyond_policy and not rolled_back:
+            count = self.guard.bad_steps
+            end_unstable(self, f"{count} steps in a row changed no weight (MAX_BAD_STEPS)")
+        return rolled_back
 
     def skip(self) -> None:
         """Skips the next step, which is in a range to skip: its samples are not read."""
@@ -249,6 +268,10 @@ class Trainer:
         record = self.meter.record(self.state, rate, corpora)
         self.state = self.state.with_nan(record["nan_iterations"])
         self.tracker.log(record)
+        for number, spike in self.guard.recorded(self.meter.last, self.state.iteration):
+            report(self, number, spike)
+        if record["nan_iterations"]:
+            require_finite(self)
 
     def evaluate(self, split: str, dataset: SampleSource | None) -> int:
         """Logs the mean loss of EVAL_ITERS batches over all ranks; the same samples each time.
@@ -282,7 +305,7 @@ class Trainer:
         perplexity = math.exp(min(loss, 20.0))  # this order keeps a nan
         samples = len(losses) * run.train.global_batch_size
         elapsed = time.perf_counter() - start
-        self._log_event(
+        self.log_event(
             "eval",
             split=split,
             loss=loss,
@@ -296,8 +319,12 @@ class Trainer:
         """Commits a checkpoint, at once or behind the steps to come; a collective.
 
         A failure is logged as an error, and the run continues.
+
+        Raises:
+            Unstable: a weight is not finite.
         """
-        self._note_save(self.saver.wait())  # one at a time
+        require_finite(self)
+        self.finish_save()  # one at a time
         self.heartbeat.enter("save", self.state.iteration)
         iteration, loss = self._validation_loss
         known = {"validation_loss": loss} if iteration == self.state.iteration else {}
@@ -305,6 +332,16 @@ class Trainer:
             self.saver, self._shards, self.engine.optimizer, self.state, self._manifest | known
         )
         self._note_save(saved)
+
+    def finish_save(self) -> None:
+        """Waits until no save is in flight; a collective."""
+        self._note_save(self.saver.wait())
+
+    def close(self) -> None:
+        """Waits for what is still exported, on the rank that exports."""
+        if self.exporter:
+            self.heartbeat.enter("export")
+            self.exporter.close()
 
     def _note_save(self, saved: Saved | None) -> None:
         """Logs a save that has come to its end."""
@@ -318,7 +355,7 @@ class Trainer:
         self.stop.save_took(saved.elapsed_s)
         if self.exporter:
             self.exporter.start(saved.path)
-        self._log_event(
+        self.log_event(
             "save",
             iteration=saved.iteration,
             path=str(saved.path),
@@ -366,7 +403,8 @@ class Trainer:
         interval = self.run.train.exit_interval
         return INTERVAL if interval and self.state.iteration % interval == 0 else 0
 
-    def _log_event(self, event: str, **values: Any) -> None:
+    def log_event(self, event: str, **values: Any) -> None:
+        """Logs a record that is not of a step."""
         about = {
             "iteration": self.state.iteration,
             "train_iters": self.run.train.train_iters,

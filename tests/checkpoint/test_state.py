@@ -32,6 +32,13 @@ def test_the_dictionary_survives_json() -> None:
     assert RunState.from_dict(json.loads(json.dumps(state.to_dict()))) == state
 
 
+def test_a_state_written_before_there_were_rollbacks_is_read() -> None:
+    values = RunState(iteration=4, rollbacks=2).to_dict()
+    assert RunState.from_dict(values).rollbacks == 2
+    del values["rollbacks"]
+    assert RunState.from_dict(values) == RunState(iteration=4)
+
+
 @pytest.mark.parametrize(
     ("change", "word"),
     [

@@ -182,6 +182,15 @@ def test_one_file_holds_many_parameters(tmp_path: Path) -> None:
     assert torch.equal(reader.whole("a"), reader.whole("b"))
 
 
+def test_a_file_put_in_the_place_of_another_is_read(tmp_path: Path) -> None:
+    """As after a rollback, when a step is saved again."""
+    path = tmp_path / "rank.safetensors"
+    for factor in (1, 2):
+        write_pieces(path, [piece(matrix() * factor)])
+        assert torch.equal(TensorReader([path]).whole("w"), matrix() * factor)
+        path.rename(tmp_path / f"aside-{factor}")
+
+
 def test_what_cannot_be_written_is_the_systems_error(tmp_path: Path) -> None:
     """So that a full disk and a missing folder end in SaveError."""
     with pytest.raises(OSError, match="nowhere"):

@@ -74,6 +74,19 @@ def test_a_resumed_tensorboard_forgets_what_is_done_again(tmp_path: Path) -> Non
     assert next(v for k, v in found.items() if k.startswith("loss/lm")) == [(1, 3.0), (2, 2.0)]
 
 
+def test_after_a_rollback_tensorboard_forgets_what_it_undid(tmp_path: Path) -> None:
+    tracker = dashboards.start_tensorboard(tiny_run(tmp_path), 0)
+    assert tracker is not None
+    for iteration, loss in enumerate((3.0, 2.0, 9.0, 8.0), start=1):
+        tracker.log(make.step(iteration, loss))
+    tracker.log({"event": "rollback", "iteration": 2, "rollbacks": 1})
+    tracker.log(make.step(3, 1.0))
+    tracker.close()
+    found = read_tensorboard(tmp_path / "tensorboard")
+    losses = next(v for k, v in found.items() if k.startswith("loss/lm"))
+    assert losses == [(1, 3.0), (2, 2.0), (3, 1.0)]
+
+
 def test_no_tensorboard(tmp_path: Path) -> None:
     assert dashboards.start_tensorboard(tiny_run(tmp_path, no_tensorboard=True), 0) is None
     assert not list(tmp_path.iterdir())

@@ -78,7 +78,34 @@ def test_the_other_lines() -> None:
 
 
 def test_every_event_has_a_line() -> None:
-    assert set(EVENTS) == {"step", "skip", "eval", "save", "stop"}
+    assert set(EVENTS) == {"step", "skip", "eval", "save", "spike", "rollback", "stop"}
+
+
+SPIKE = {
+    "event": "spike", "iteration": 30, "train_iters": 100, "loss": 9.0, "grad_norm": math.inf,
+    "z_loss": 12.25, "z_grad_norm": math.inf, "action": "update refused", "report": "r/step-30.md",
+}  # fmt: skip
+ROLLBACK = {
+    "event": "rollback", "iteration": 20, "train_iters": 100, "spike": 30, "skipped": "11-30",
+    "rollbacks": 1, "max_rollbacks": 3,
+}  # fmt: skip
+
+
+def test_a_spike_and_what_was_done() -> None:
+    assert line(SPIKE) == (
+        "iteration=      30/     100 | spike: lm loss=9 (z=12.2) | grad_norm=inf (z=inf) | "
+        "action=update refused | suspects=r/step-30.md"
+    )
+    assert "grad_norm=inf (z=unknown)" in line(SPIKE | {"z_grad_norm": None})
+    assert scalars(SPIKE | {"z_grad_norm": None}, 1) == {
+        "stability/z_loss": 12.25,
+        "stability/iteration": 30,
+    }
+    assert line(ROLLBACK) == (
+        "iteration=      20/     100 | rolled back from step 30: steps 11-30 are skipped | "
+        "rollback 1 of at most 3"
+    )
+    assert scalars(ROLLBACK, 1)["stability/rollbacks"] == 1
 
 
 def test_an_unknown_event_is_an_error() -> None:

@@ -123,6 +123,18 @@ def test_each_record_is_on_disk_at_once(tmp_path: Path) -> None:
     assert [r["iteration"] for r in metrics_file.read(path)] == [1, 2, 3]
 
 
+def test_a_rollback_drops_the_lines_of_the_steps_that_it_undoes(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    tracker = loggers.JsonlTracker(path)
+    for iteration in range(1, 6):
+        tracker.log(make.step(iteration))
+    tracker.log({"event": "rollback", "iteration": 2, "spike": 5})
+    tracker.log(make.step(3))
+    tracker.close()
+    found = [(r["event"], r["iteration"]) for r in metrics_file.read(path)]
+    assert found == [("step", 1), ("step", 2), ("rollback", 2), ("step", 3)]
+
+
 def test_the_console_prints_lines_and_now_and_then_the_time_left(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

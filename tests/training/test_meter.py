@@ -258,7 +258,20 @@ def test_losses_are_fetched_at_log_time_only(clock: Clock) -> None:
         meter.step(Counting(), Counting())
     assert Counting.fetched == 0
     meter.record(STATE, 1e-3)
-    assert Counting.fetched == 4  # three losses, the last norm
+    assert Counting.fetched == 6  # three losses, three norms
+
+
+def test_the_last_record_has_each_of_its_steps(clock: Clock) -> None:
+    meter = make(clock)
+    clock.now += 1.0
+    meter.step(torch.tensor(2.0), torch.tensor(3.0))
+    meter.skip()
+    meter.step(1.0, None)
+    meter.record(STATE, 1e-3)
+    assert meter.last == [(2.0, 3.0), None, (1.0, None)]
+    meter.skip()
+    meter.record(STATE, 1e-3)
+    assert meter.last == [None]
 
 
 def test_tensors_become_plain_floats(clock: Clock) -> None:

@@ -49,6 +49,9 @@ class Shards:
     def pieces(self) -> list[Piece]:
         return [Piece("sum", (1,), None, 0, 1, 0, {WEIGHT: self._engine.total.clone()})]
 
+    def finite(self) -> bool:
+        return bool(self._engine.total.isfinite())
+
     def load(self, read: Callable[[Piece], Any], load_optimizer: bool = True) -> None:
         tensors, _ = read(self.pieces()[0])
         self._engine.total = tensors[WEIGHT].clone()

@@ -502,6 +502,22 @@ def test_files_and_ids_survive_training(kind: str, tmp_path: Path) -> None:
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
 
 
+def test_files_are_found_from_a_run_that_was_loaded_from_the_import(tmp_path: Path) -> None:
+    run = import_and_step(tmp_path, tokenizer_type="NullTokenizer", tokenizer_model=None)
+    last = store.committed(run / "checkpoints")[0]
+    load = {"checkpoint": {"load": str(run / "checkpoints")}}
+    about = last.manifest | {"run": last.manifest["run"] | load}
+    for name in ("format", "iteration", "files", "sha256"):
+        del about[name]
+    about["state"] = about["state"] | {"iteration": 5}
+    shape = huggingface.read_shape(tmp_path / "hf")
+    pieces = huggingface.import_pieces(tmp_path / "hf", shape)
+    root = tmp_path / "other" / "checkpoints"
+    commit_pieces(root, 5, pieces, about)
+    assert convert("export", tmp_path / "other", tmp_path / "out") == 0
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+
+
 def test_a_longer_sequence_is_the_models_length(tmp_path: Path) -> None:
     run = import_and_step(
         tmp_path, tokenizer_type="NullTokenizer", tokenizer_model=None, seq_length=512
