@@ -88,7 +88,7 @@ def end_unstable(trainer: Trainer, reason: str) -> NoReturn:
     Raises:
         Unstable: always.
     """
-    trainer.finish_save()
+    trainer.saves.finish()
     root = trainer.run.checkpoint_folder
     changed = trainer.state.iteration - trainer.guard.bad_steps  # the last step that did anything
     steps = trainer.control.first(lambda: [one.iteration for one in store.committed(root)])
@@ -101,7 +101,7 @@ def end_unstable(trainer: Trainer, reason: str) -> NoReturn:
     if steps[:1] > [changed]:
         where += f"; later ones hold what no step could change: move them out of {root}"
     trainer.log_event("stop", reason=reason)
-    trainer.close()
+    trainer.saves.close(at_once=True)
     raise Unstable(
         f"{reason}; {where}. A lower LR, a longer LR_WARMUP_FRAC or a lower CLIP_GRAD steadies a"
         f" run; suspect steps (see {trainer.run.run_folder / 'spikes'}) are left out with"
@@ -147,7 +147,7 @@ def _reported(trainer: Trainer, step: int, spike: Judgement, action: str) -> str
 def _found(trainer: Trainer, suspects: tuple[int, int], *, used_up: bool) -> store.Checkpoint | str:
     """The checkpoint to return to, with those after it set aside; or why there is none."""
     root, control = trainer.run.checkpoint_folder, trainer.control
-    trainer.finish_save()
+    trainer.saves.finish()
     trainer.heartbeat.enter("load", trainer.state.iteration)  # hashes files, which takes its time
     found = rollback_target(root, trainer.began_after, suspects, trainer.state.skip_ranges, control)
     if isinstance(found, str) or used_up:
@@ -172,7 +172,7 @@ def _roll_back(trainer: Trainer, target: store.Checkpoint, suspects: tuple[int, 
         skip_ranges=merge([*before.skip_ranges, suspects]),
         rollbacks=count,
     )
-    trainer.saved_at = target.iteration
+    trainer.saves.at = target.iteration
     if trainer.data.corpus_losses is not None:
         trainer.data.corpus_losses.take(trainer.engine.device)  # of steps that are undone
     trainer.meter.start()

@@ -25,7 +25,9 @@ log = logging.getLogger(__name__)
 
 
 class MissingCheckpoint(RuntimeError):
-    """No usable checkpoint where one was required (exit status 4)."""
+    """No usable checkpoint where one was required."""
+
+    exit_status = 4
 
 
 def resume(

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run from a check
 import torch
 from safetensors.torch import save_file
 
+from megatron.checkpoint.atomic import write_atomically
 from megatron.checkpoint.rank_file import write_file
 from megatron.checkpoint.retention import KEEP_ALL
 from megatron.checkpoint.saver import Saver
@@ -116,7 +117,6 @@ def measure(folder: Path, pieces: list[Piece], rounds: int, without: Sequence[st
     results: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, contender in contenders.items():
-            os.sync()  # nothing of the one before is left to write
             results[name].append(contender())
             shutil.rmtree(folder / "ours", ignore_errors=True)
             for path in (folder / "copy", folder / "before"):
@@ -132,7 +132,7 @@ def measure(folder: Path, pieces: list[Piece], rounds: int, without: Sequence[st
 
 
 def save_as_before(path: Path, pieces: list[Piece]) -> None:
-    """A rank's part of the save that this one replaced."""
+    """The save that this one replaced, one rank's file and the commit."""
     named = {f"{n}/{key}": value for n, p in enumerate(pieces) for key, value in p.tensors.items()}
     save_file({key: value.detach().to("cpu").contiguous() for key, value in named.items()}, path)
     flush(path)
@@ -140,6 +140,10 @@ def save_as_before(path: Path, pieces: list[Piece]) -> None:
     with path.open("rb") as file:
         while block := file.read(1 << 22):
             digest.update(block)
+    for name in ("manifest.json", "latest", "latest_checkpointed_iteration.txt"):
+        write_atomically(path.parent / name, digest.hexdigest())
+    for _ in range(2):  # its folder, and the one of all steps
+        flush(path.parent)
 
 
 def copy(source: Path, target: Path) -> None:

@@ -27,7 +27,7 @@ from megatron.parallel.groups import Groups, make_groups
 from megatron.training.device import detect
 from megatron.training.optimizers.schedule_free import evaluation_weights
 from megatron.training.resume import resume
-from megatron.training.trainer import manifest_of, save_checkpoint
+from megatron.training.saving import manifest_of, save_checkpoint
 from pretrain_gpt_alcf import build_engine
 
 VARIABLES = {

@@ -185,12 +185,13 @@ def test_after_a_signal_hangs_end_a_run_that_does_not_watch_for_them() -> None:
     assert run.verdict(asked) != ""
 
 
-def test_after_a_signal_nothing_is_lost_before_the_first_step() -> None:
+def test_after_a_signal_nothing_is_lost_until_a_step_has_ended() -> None:
     run = Run(2)
     asked = run.now
-    run.beat(phase="load")
-    run.wait(31)
-    assert run.verdict(asked) != ""
+    for phase in ("load", "step"):
+        run.beat(phase=phase)
+        run.wait(31)
+        assert run.verdict(asked) != ""
 
 
 def test_the_table_names_the_odd_ones_first() -> None:
