@@ -26,8 +26,9 @@ def ended(folder: str, broken: int) -> str:
         guard=SimpleNamespace(bad_steps=0),
         run=SimpleNamespace(checkpoint_folder=Path(folder), run_folder=Path(folder)),
         log_event=lambda event, **values: events.append(event),
-        finish_save=lambda: events.append("waited"),
-        close=lambda: events.append("closed"),
+        saves=SimpleNamespace(
+            finish=lambda: events.append("waited"), close=lambda at_once: events.append("closed")
+        ),
     )
     try:
         require_finite(trainer)
