@@ -204,6 +204,28 @@ def test_a_launcher_that_was_stopped_itself_sees_no_hang(
     assert said and said[0].startswith("HUNG: ")
 
 
+def test_a_rank_that_moves_again_while_stacks_are_asked_for_is_no_hang(
+    watch: tuple[HangWatch, Clock, list[str]],
+) -> None:
+    watcher, clock, said = watch
+    beat = Beat(0, "host", 7, 1, "step", 3, 0)
+    send(watcher, beat)
+    for _ in range(62):
+        clock.now += 1
+        assert not watcher.poll([], False)
+    assert said and said[-1].endswith("asking for stacks")
+    send(watcher, replace(beat, number=2, step=4, doing="all_reduce", stacks="rank-0.txt"))
+    for _ in range(60):
+        clock.now += 1
+        assert not watcher.poll([], False)
+    assert said[-1] == "a rank has made progress meanwhile: no hang, the run goes on"
+    for _ in range(2):
+        clock.now += 1
+        watcher.poll([], False)
+    assert said[-1].endswith("asking for stacks")
+    assert watcher.table.ranks[0].stacks == ""
+
+
 def test_a_program_without_heartbeats_is_said_once(
     watch: tuple[HangWatch, Clock, list[str]],
 ) -> None:
