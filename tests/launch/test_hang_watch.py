@@ -134,8 +134,8 @@ def test_a_signal_that_is_not_answered_ends_the_run(
     monkeypatch.setattr("megatron.launch.hang.LEAST_AFTER_SIGNAL_S", 1.5)
     monkeypatch.setattr(hang_watch, "SILENT_S", 1.5)
     script = "signal.signal(signal.SIGTERM, lambda number, frame: print('noted', flush=True))\n"
-    script += step_forever("os.kill(os.getpid(), signal.SIGSTOP)", "rank == 1")
-    timer = threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGTERM))
+    script += step_forever("time.sleep(1.2); os.kill(os.getpid(), signal.SIGSTOP)", "rank == 1")
+    timer = threading.Timer(2.5, os.kill, (os.getpid(), signal.SIGTERM))
     timer.start()
     ended, lines, seconds = run(tmp_path, 2, script, 0.0)  # hangs alone are not watched for
     timer.join()
