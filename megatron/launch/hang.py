@@ -141,6 +141,11 @@ class Table:
                 )
         return ""
 
+    def forget_answers(self) -> None:
+        """The next request for stacks is a new one."""
+        for rank in self.ranks.values():
+            rank.doing = rank.stacks = ""
+
     def silent(self, now: float, for_s: float) -> list[Rank]:
         """Ranks that run and have not been heard for `for_s` seconds, by number."""
         return [

@@ -73,7 +73,8 @@ class HangWatch:
         self.table = hang.Table(hang.Limits(timeout_s))
         self.verdict, self.suspects = "", list[int]()
         self._addresses: dict[int, tuple[str, int]] = {}
-        self._world_size, self._folder, self._tell, self._own = world_size, folder, tell, own
+        self._world_size, self._tell, self._own = world_size, tell, own
+        self._root = self._folder = folder
         self._clock, self._polled, self._lost = clock, clock(), 0.0
         self._began = self._polled
         self._signal_at: float | None = None
@@ -115,6 +116,11 @@ class HangWatch:
         waited = now - self._hung_at
         if waited < (ASK_AGAIN_S if answered else ANSWER_S):
             return False
+        if not self.table.verdict(now, self._signal_at):
+            self._tell("a rank has made progress meanwhile: no hang, the run goes on")
+            self.verdict = ""
+            self.table.forget_answers()
+            return False
         self._report(now)
         return True
 
@@ -154,7 +160,7 @@ class HangWatch:
     def _begin(self, now: float) -> None:
         """Make the folder; silent children of ours print their stacks themselves."""
         self._hung_at = now
-        self._folder /= datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
+        self._folder = self._root / datetime.now(timezone.utc).strftime("%Y%m%dT%H%M%SZ")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

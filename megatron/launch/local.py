@@ -185,7 +185,8 @@ def print_failure(watched: process.Watched, screen: Screen, planned: LaunchPlan)
     third = end.status > 128 and watched.signals.count(signal.SIGINT) > 2
     if third or end.status - 128 in watched.signals:
         name = signal.Signals(end.status - 128).name
-        reason = f"rank {first} ended by {name}, which the run was sent"
+        who = f"rank {first}" if planned.launcher == LOCAL else planned.launcher
+        reason = f"{who} ended by {name}, which the run was sent"
         screen.print(reason, is_error=True)
     elif len(watched.ended) > 1:
         lines = failure.reason(watched.ended[first].errors)

@@ -134,8 +134,8 @@ def test_a_signal_that_is_not_answered_ends_the_run(
     monkeypatch.setattr("megatron.launch.hang.LEAST_AFTER_SIGNAL_S", 1.5)
     monkeypatch.setattr(hang_watch, "SILENT_S", 1.5)
     script = "signal.signal(signal.SIGTERM, lambda number, frame: print('noted', flush=True))\n"
-    script += step_forever("os.kill(os.getpid(), signal.SIGSTOP)", "rank == 1")
-    timer = threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGTERM))
+    script += step_forever("time.sleep(1.2); os.kill(os.getpid(), signal.SIGSTOP)", "rank == 1")
+    timer = threading.Timer(2.5, os.kill, (os.getpid(), signal.SIGTERM))
     timer.start()
     ended, lines, seconds = run(tmp_path, 2, script, 0.0)  # hangs alone are not watched for
     timer.join()
@@ -202,6 +202,28 @@ def test_a_launcher_that_was_stopped_itself_sees_no_hang(
         clock.now += 1
         watcher.poll([], False)
     assert said and said[0].startswith("HUNG: ")
+
+
+def test_a_rank_that_moves_again_while_stacks_are_asked_for_is_no_hang(
+    watch: tuple[HangWatch, Clock, list[str]],
+) -> None:
+    watcher, clock, said = watch
+    beat = Beat(0, "host", 7, 1, "step", 3, 0)
+    send(watcher, beat)
+    for _ in range(62):
+        clock.now += 1
+        assert not watcher.poll([], False)
+    assert said and said[-1].endswith("asking for stacks")
+    send(watcher, replace(beat, number=2, step=4, doing="all_reduce", stacks="rank-0.txt"))
+    for _ in range(60):
+        clock.now += 1
+        assert not watcher.poll([], False)
+    assert said[-1] == "a rank has made progress meanwhile: no hang, the run goes on"
+    for _ in range(2):
+        clock.now += 1
+        watcher.poll([], False)
+    assert said[-1].endswith("asking for stacks")
+    assert watcher.table.ranks[0].stacks == ""
 
 
 def test_a_program_without_heartbeats_is_said_once(
