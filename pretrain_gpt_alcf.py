@@ -58,12 +58,9 @@ def main(argv: Sequence[str]) -> int:
     try:
         with configuration(os.environ, argv) as (run, config):
             return pretrain(run, ranks, config)
-    except ConfigError as error:
-        return _refused(ranks, error, 2)
-    except DataError as error:
-        return _refused(ranks, error, 3)
-    except MissingCheckpoint as error:
-        return _refused(ranks, error, 4)
+    except (ConfigError, DataError, MissingCheckpoint) as error:
+        print_error(ranks, error)
+        return error.exit_status
 
 
 def pretrain(run: RunConfig, ranks: Ranks, config: Path | None = None) -> int:
@@ -127,15 +124,15 @@ def train(
     except Unstable as error:
         if leads:
             print(f"error: {error}", file=sys.stderr)
-        return 5
+        return error.exit_status
     finally:
         tracker.close()
     if outcome.cause == STOP_FILE:
         stop.remove_file()
-    heartbeat.enter("finish")
+    heartbeat.enter("sample")
     status = finish.NOT_SAVED if outcome.error else 0
     if not outcome.cause:
-        finish.report(run, engine, data, control, status)
+        finish.report(run, engine, data, control, status, heartbeat.tick)
     if leads:
         finish.print_end(outcome)
     return status
@@ -182,13 +179,12 @@ def build_engine(
     return engine
 
 
-def _refused(ranks: Ranks, error: Exception, status: int) -> int:
+def print_error(ranks: Ranks, error: Exception) -> None:
     """Every rank prints its error: it may be the only one that has it. The launcher folds them."""
     text = f"error: {error}"
     if ranks.world_size > 1:
         text = "\n".join(f"[rank {ranks.rank}] error: {line}" for line in str(error).splitlines())
     print(text, file=sys.stderr)
-    return status
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ def report(
     data: Data,
     control: Control,
     status: int = 0,
+    tick: Callable[[], None] = lambda: None,
     *,
     limit_s: float = _GIVE_UP_S,
     end: Callable[[int], object] = os._exit,
@@ -57,6 +58,7 @@ def report(
         data: of the run.
         control: messages between all ranks.
         status: the run's exit status.
+        tick: called after each token of the sample.
         limit_s: seconds until a sample counts as hung. Nothing can call a rank back from a
             collective whose others have failed, so the process ends there, with `status`.
         end: ends the process.
@@ -73,13 +75,19 @@ def report(
     timer = threading.Timer(limit_s, give_up)
     timer.daemon = True
     timer.start()
-    sample = sample_text(run, engine, data, control)
+    sample = sample_text(run, engine, data, control, tick)
     timer.cancel()
     if control.rank == 0:
         print_summary(run, sample)
 
 
-def sample_text(run: RunConfig, engine: Engine, data: Data, control: Control) -> str:
+def sample_text(
+    run: RunConfig,
+    engine: Engine,
+    data: Data,
+    control: Control,
+    tick: Callable[[], None] = lambda: None,
+) -> str:
     """A continuation of the start of a validation sample; a collective over all ranks.
 
     Returns:
@@ -100,6 +108,7 @@ def sample_text(run: RunConfig, engine: Engine, data: Data, control: Control) ->
                 control=control,
                 stop_at=data.tokenizer.eod,
                 limit_s=_DRAW_S,
+                tick=tick,
             )
         given, grown = data.tokenizer.decode(prompt), data.tokenizer.decode(prompt + added)
     except Exception as error:  # the run is complete and stays so

@@ -1,7 +1,7 @@
 """One rank's safetensors file: laid out first, then streamed to disk and hashed on the way.
 
 Eight bytes of header length, the JSON header padded to eight bytes, the tensors' bytes one after
-the other, the widest dtypes first. Memory holds two blocks besides the tensors.
+the other, the widest dtypes first. Memory holds a few blocks besides the tensors.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor
 
 BLOCK_BYTES = 1 << 23
+WAITING_BLOCKS = 4
+"""Copies from a device that may wait for their hash; blocks of the host's tensors are views."""
 
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -89,19 +92,20 @@ def write_file(path: Path, file: RankFile, tick: Callable[[], None] = lambda: No
         OSError: it cannot be written.
     """
     digest, size = hashlib.sha256(), 0
-    hashed: Future[None] | None = None
+    on_host = all(tensor.device.type == "cpu" for tensor in file.tensors)
+    hashed: deque[Future[None]] = deque()
     with path.open("wb") as handle, ThreadPoolExecutor(1) as hasher:
         for block in _blocks(file):
-            if hashed is not None:
-                hashed.result()
-            hashed = hasher.submit(digest.update, block)
+            if len(hashed) == WAITING_BLOCKS and not on_host:
+                hashed.popleft().result()
+            hashed.append(hasher.submit(digest.update, block))
             handle.write(block)
             size += block.nbytes
             tick()
-        if hashed is not None:
-            hashed.result()
         handle.flush()
         os.fsync(handle.fileno())
+        for each in hashed:
+            each.result()
     return Digest(size, digest.hexdigest())
 
 

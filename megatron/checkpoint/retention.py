@@ -86,7 +86,7 @@ def remove_expired(
             except (DamageError, OSError):
                 continue  # damage is looked at by a start, not deleted here
     known = {step: losses[step] for step in present if step in losses}
-    expired = sorted(known.keys() - retention.kept(known) - {iteration})
+    expired = sorted(known.keys() - retention.kept(known))
     for step in expired:
         folder = step_folder(root, step)
         if folder in in_use:

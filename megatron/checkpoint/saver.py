@@ -186,7 +186,9 @@ class Saver:
         entered = time.perf_counter()
         saved: Saved | None = None
         if save.committing:
-            saved = self._control.broadcast(save.task.outcome.value)
+            outcome = save.task.outcome
+            lost = Saved(save.iteration, None, _failure(save.iteration, [outcome.error]), 0, 0, 0)
+            saved = self._control.broadcast(outcome.value or lost)
             self._save = None
         else:
             outcomes = self._control.gather(save.task.outcome)

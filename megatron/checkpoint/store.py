@@ -23,7 +23,7 @@ from megatron.checkpoint.state import RunState
 from megatron.checkpoint.tensors import TensorReader
 from megatron.parallel.control import Control
 
-DAMAGED = ".damaged-"
+DAMAGED = "damaged"
 
 _STEP = re.compile(r"step-(\d{8,})")
 
@@ -188,29 +188,30 @@ def newest_sound(
     return Found(sound, tuple(damaged))
 
 
-def move_aside(folder: Path) -> Path:
-    """Moves a damaged step to `step-N.damaged-<UTC time>`, where nothing looks for a step.
+def move_aside(folder: Path, why: str = DAMAGED) -> Path:
+    """Moves a step to `step-N.<why>-<UTC time>`, where nothing looks for a step.
 
     Raises:
         OSError: it cannot be moved.
     """
-    base = f"{folder.name}{DAMAGED}{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+    base = f"{folder.name}.{why}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
     names = (f"{base}{f'-{n}' if n else ''}" for n in range(1000))
     target = next(path for path in map(folder.with_name, names) if not path.exists())
     os.rename(folder, target)
     return target
 
 
-def set_aside_after(root: Path, iteration: int, mark: str) -> list[Path]:
-    """Renames the steps after `iteration` to `step-N.<mark>`, so that no start resumes from them.
+def set_aside_after(root: Path, iteration: int) -> list[Path]:
+    """Moves the steps after `iteration`, where the run rolls back to, to `step-N.rolled-back-...`.
 
     Returns:
         Their new folders, the newest first.
+
+    Raises:
+        OSError: one cannot be moved; newer ones are.
     """
-    moved = []
-    for later in (step for step in steps(root) if step > iteration):
-        folder = step_folder(root, later)
-        moved.append(folder.rename(folder.with_name(f"{folder.name}.{mark}")))
+    later = [step_folder(root, step) for step in steps(root) if step > iteration]
+    moved = [move_aside(folder, "rolled-back") for folder in later]
     write_atomically(root / "latest", step_folder(root, iteration).name)
     write_atomically(root / "latest_checkpointed_iteration.txt", str(iteration))
     return moved
@@ -231,7 +232,7 @@ def _listed(root: Path) -> tuple[list[int], list[str]]:
     """Steps to look at, and what was damaged before where there is nothing else."""
     try:
         found = steps(root)
-        aside = sorted(root.glob(f"step-*{DAMAGED}*")) if not found else []
+        aside = sorted(root.glob(f"step-*.{DAMAGED}-*")) if not found else []
     except OSError as error:
         return [], [f"{root} cannot be listed: {error}"]
     return found, [f"{path} was set aside as damaged, and no sound step is left" for path in aside]

@@ -148,7 +148,7 @@ def _fill_folder(draft: Draft, run: ResumedRun) -> None:
     for key, chosen in ((NAME, Path("runs") / str(draft.get(NAME))), (FOLDER, draft.get(FOLDER))):
         if key in draft.given and Path(chosen).resolve() != run.folder.resolve():
             raise ConfigError(
-                f"{draft[RESUME]} is {run.folder}, but {draft[key]} is another folder: unset "
+                f"{draft[RESUME]} resumes {run.folder}, but {draft[key]} is another folder: unset "
                 f"{draft[key].name}, or unset {draft[RESUME].name} to start a new run"
             )
     draft.fill(NAME, name, run.sources.get(NAME, "default"))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from megatron.launch.heartbeat import Beat
 
 START_S = 1800.0  # as the collectives' timeout
-LEAST_S = 60.0
+LEAST_S = 300.0  # a file system that fails over blocks this long and recovers
 LEAST_AFTER_SIGNAL_S = 30.0
 STEP = "step"  # the phase that HANG_TIMEOUT waits for
 
@@ -83,10 +83,10 @@ class Limits:
         return min(START_S, max(LEAST_S, self.usual(phase)))
 
     def limit_after_signal(self, phase: str) -> float:
-        """The same once the run was asked to stop: it should answer, and before the first step
-        there is nothing to lose.
+        """The same once the run was asked to stop: it should answer, and until the first step has
+        ended there is nothing to lose.
         """
-        if not self.stepped:
+        if STEP not in self._learnt:
             return LEAST_AFTER_SIGNAL_S
         return min(self.limit(phase), START_S, max(LEAST_AFTER_SIGNAL_S, self.usual(phase) / 3))
 

@@ -13,10 +13,10 @@ log = logging.getLogger(__name__)
 TIMEOUT_S = 10.0
 NO_LIMIT = ("NONE", "N/A", "UNKNOWN", "UNLIMITED", "NOT_SET", "INVALID")  # Slurm's words for it
 
-Run = Callable[..., "subprocess.CompletedProcess[str]"]
+RunCommand = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
-def job_end(environ: Mapping[str, str], run: Run = subprocess.run) -> float | None:
+def job_end(environ: Mapping[str, str], run: RunCommand = subprocess.run) -> float | None:
     """Seconds since the epoch at which the scheduler ends this job.
 
     None without a job, without a limit, and where the scheduler gives no answer, which is logged.
@@ -42,7 +42,7 @@ def job_end(environ: Mapping[str, str], run: Run = subprocess.run) -> float | No
     return end
 
 
-def _slurm_end(environ: Mapping[str, str], job: str, run: Run) -> float | None:
+def _slurm_end(environ: Mapping[str, str], job: str, run: RunCommand) -> float | None:
     """From the variable of newer releases, else from squeue, else from scontrol."""
     given = environ.get("SLURM_JOB_END_TIME", "")
     if given.isdecimal() and int(given) > 0:
@@ -66,7 +66,7 @@ def _slurm_time(text: str) -> float | None:
     return time.mktime(time.strptime(text, "%Y-%m-%dT%H:%M:%S"))
 
 
-def _pbs_end(environ: Mapping[str, str], job: str, run: Run) -> float | None:
+def _pbs_end(environ: Mapping[str, str], job: str, run: RunCommand) -> float | None:
     """Start and walltime of the job.
 
     The text of `qstat -f` is what all kinds of PBS have. Its JSON is broken in some releases by
@@ -96,7 +96,7 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-def _output(run: Run, environ: Mapping[str, str], *command: str) -> str:
+def _output(run: RunCommand, environ: Mapping[str, str], *command: str) -> str:
     """What a command prints; an error where it fails or is slow."""
     done = run(
         command,

@@ -113,7 +113,12 @@ ALONE = Control()
 
 
 def make_control() -> Control:
-    """The ranks of the world; a collective, after torch.distributed is initialised."""
+    """The ranks of the world; a collective, after torch.distributed is initialised.
+
+    Call it before the engine is built: torch names a group by its members and by how many groups a
+    rank is in, which differs after that (tied weights of a pipeline), and a group would wait for
+    ever.
+    """
     rank, world = dist.get_rank(), dist.get_world_size()
     width = row_length(world)
     first = rank // width * width

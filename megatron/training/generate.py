@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,7 @@ def generate(
     seed: int = 0,
     stop_at: int | None = None,
     limit_s: float = math.inf,
+    tick: Callable[[], None] = lambda: None,
 ) -> list[int]:
     """Samples tokens one by one; a collective over all ranks.
 
@@ -44,6 +46,7 @@ def generate(
         seed: of the draws.
         stop_at: an id that ends the text, such as the end of a document.
         limit_s: seconds after which no further token is drawn.
+        tick: called after each token.
 
     Returns:
         The new ids.
@@ -70,6 +73,7 @@ def generate(
         except Exception as caught:  # the other ranks wait for this one's message
             error = caught
         failed, token = control.maximum([int(error is not None), drawn])
+        tick()
         if failed:
             raise RuntimeError(f"a rank could not compute a token: {error}") from error
         if token == end_of_text:

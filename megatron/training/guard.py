@@ -21,7 +21,9 @@ LOWEST_SCALE = 1.0  # of fp16; above it an overflow makes the scaler try half th
 
 
 class Unstable(RuntimeError):
-    """Not finite, or spiking beyond the policy (exit status 5)."""
+    """Not finite, or spiking beyond the policy."""
+
+    exit_status = 5
 
 
 class Guard:

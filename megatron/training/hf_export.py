@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -140,16 +141,21 @@ class Exporter:
                 self._thread = threading.Thread(target=self._work, name="export", daemon=True)
                 self._thread.start()
 
-    def close(self, limit_s: float | None = None) -> None:
-        """Waits until everything is exported; after `limit_s` seconds the rest is given up."""
+    def close(self, limit_s: float | None = None, tick: Callable[[], None] = lambda: None) -> None:
+        """Waits until everything is exported; after `limit_s` seconds the rest is given up.
+
+        Args:
+            limit_s: None waits without a limit.
+            tick: called once a second meanwhile.
+        """
         with self._lock:
             thread = self._thread
-        if thread is None:
-            return
-        thread.join(limit_s)
-        if thread.is_alive():
-            self._abandoned.set()
-            thread.join()
+        began = time.monotonic()
+        while thread is not None and thread.is_alive():
+            thread.join(min(1.0, limit_s) if limit_s is not None else 1.0)
+            tick()
+            if limit_s is not None and time.monotonic() - began >= limit_s:
+                self._abandoned.set()
 
     def _work(self) -> None:
         """Takes the waiting checkpoint, again and again, until none waits."""

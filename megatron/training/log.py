@@ -14,6 +14,9 @@ from datetime import datetime
 ROOT = "megatron"
 TRAINING_LOG = f"{ROOT}.training_log"
 
+ALIKE = {"alike": True}
+"""`extra` of a record that all ranks make alike: rank 0 prints it for them."""
+
 
 class PrefixFormatter(logging.Formatter):
     """Prefix of a message; `module` is the last part of the logger's name."""
@@ -40,6 +43,7 @@ def setup(rank: int, level: str) -> None:
     # Not at import, so that a redirected standard output is used.
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(PrefixFormatter(rank))
+    handler.addFilter(lambda record: rank == 0 or not getattr(record, "alike", False))
     logger = logging.getLogger(ROOT)
     logger.handlers = [handler]
     logger.propagate = False

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from megatron.checkpoint import store
 from megatron.config.skip import merge, ranges_text
 from megatron.training.guard import Unstable
+from megatron.training.log import ALIKE
 from megatron.training.resume import restore
 from megatron.training.rollback import rollback_target, suspect_steps
 from megatron.training.stability import Judgement
@@ -36,28 +37,22 @@ def respond(trainer: Trainer, spike: Judgement) -> bool:
     step, action = state.iteration, "update refused"
     target: store.Checkpoint | None = None
     suspects = suspect_steps(step, stability.rollback_steps)
+    used_up = state.rollbacks >= stability.max_rollbacks
     if stability.spike_policy == "rollback":
-        trainer.finish_save()
-        found = rollback_target(
-            trainer.run.checkpoint_folder,
-            trainer.began_after,
-            suspects,
-            state.skip_ranges,
-            trainer.control,
-        )
+        found = _found(trainer, suspects, used_up=used_up)
         if isinstance(found, str):
             action = f"update refused, no rollback: {found}"
             # A later rollback neither trains the step again nor takes it for one to undo.
             ranges = merge([*state.skip_ranges, (step, step)])
             trainer.state = replace(state, skip_ranges=ranges)
-        elif state.rollbacks < stability.max_rollbacks:
+        elif not used_up:
             target = found
             action = f"rollback to step {found.iteration}, steps {ranges_text((suspects,))} skipped"
     record = spike_record(trainer, step, spike, action)
     if target is not None:
         _roll_back(trainer, target, suspects)
     trainer.log_event("spike", **record)
-    if stability.spike_policy == "rollback" and not isinstance(found, str) and target is None:
+    if stability.spike_policy == "rollback" and used_up and not isinstance(found, str):
         end_unstable(
             trainer,
             f"step {step} is a spike, and MAX_ROLLBACKS={stability.max_rollbacks} rollbacks have"
@@ -93,7 +88,7 @@ def end_unstable(trainer: Trainer, reason: str) -> NoReturn:
     Raises:
         Unstable: always.
     """
-    trainer.finish_save()
+    trainer.saves.finish()
     root = trainer.run.checkpoint_folder
     changed = trainer.state.iteration - trainer.guard.bad_steps  # the last step that did anything
     steps = trainer.control.first(lambda: [one.iteration for one in store.committed(root)])
@@ -106,7 +101,7 @@ def end_unstable(trainer: Trainer, reason: str) -> NoReturn:
     if steps[:1] > [changed]:
         where += f"; later ones hold what no step could change: move them out of {root}"
     trainer.log_event("stop", reason=reason)
-    trainer.close()
+    trainer.saves.close(at_once=True)
     raise Unstable(
         f"{reason}; {where}. A lower LR, a longer LR_WARMUP_FRAC or a lower CLIP_GRAD steadies a"
         f" run; suspect steps (see {trainer.run.run_folder / 'spikes'}) are left out with"
@@ -149,14 +144,27 @@ def _reported(trainer: Trainer, step: int, spike: Judgement, action: str) -> str
     return str(path)
 
 
+def _found(trainer: Trainer, suspects: tuple[int, int], *, used_up: bool) -> store.Checkpoint | str:
+    """The checkpoint to return to, with those after it set aside; or why there is none."""
+    root, control = trainer.run.checkpoint_folder, trainer.control
+    trainer.saves.finish()
+    trainer.heartbeat.enter("load", trainer.state.iteration)  # hashes files, which takes its time
+    found = rollback_target(root, trainer.began_after, suspects, trainer.state.skip_ranges, control)
+    if isinstance(found, str) or used_up:
+        return found
+    try:
+        moved = control.first(lambda: store.set_aside_after(root, found.iteration))
+    except OSError as error:
+        return f"a later checkpoint cannot be set aside ({error})"
+    for folder in moved:
+        log.warning(f"{folder} is set aside: it was trained on suspect steps", extra=ALIKE)
+    return found
+
+
 def _roll_back(trainer: Trainer, target: store.Checkpoint, suspects: tuple[int, int]) -> None:
     """Puts weights, optimizer and counters back, and the suspect steps into the ranges to skip."""
-    before, root = trainer.state, trainer.run.checkpoint_folder
+    before = trainer.state
     count = before.rollbacks + 1
-    mark = f"rolled-back-{count}"
-    moved = trainer.control.first(lambda: store.set_aside_after(root, target.iteration, mark))
-    for folder in moved:
-        log.warning(f"{folder.name}: set aside, it was trained on suspect steps; never resumed")
     restore(trainer.engine, target)
     trainer.state = replace(
         target.state(),
@@ -164,7 +172,7 @@ def _roll_back(trainer: Trainer, target: store.Checkpoint, suspects: tuple[int, 
         skip_ranges=merge([*before.skip_ranges, suspects]),
         rollbacks=count,
     )
-    trainer.saved_at = target.iteration
+    trainer.saves.at = target.iteration
     if trainer.data.corpus_losses is not None:
         trainer.data.corpus_losses.take(trainer.engine.device)  # of steps that are undone
     trainer.meter.start()

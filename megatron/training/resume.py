@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from megatron.data.data_record import DataRecord
 from megatron.engine import Engine
 from megatron.parallel.control import ALONE, Control
 from megatron.training.changes import changes_text
+from megatron.training.log import ALIKE
 from megatron.training.optimizers.whole_matrix import WholeMatrixOptimizer
 from megatron.training.run_data import continue_data
 
@@ -23,7 +25,9 @@ log = logging.getLogger(__name__)
 
 
 class MissingCheckpoint(RuntimeError):
-    """No usable checkpoint where one was required (exit status 4)."""
+    """No usable checkpoint where one was required."""
+
+    exit_status = 4
 
 
 def resume(
@@ -49,7 +53,7 @@ def resume(
     root = run.load_folder
     # Another run's folder is read only.
     own = root == run.checkpoint_folder
-    found = store.newest_sound(root, control, log.error, set_aside=own)
+    found = store.newest_sound(root, control, partial(log.error, extra=ALIKE), set_aside=own)
     checkpoint = found.checkpoint
     if checkpoint is None:
         _refuse_where_required(run, root, found)
@@ -64,7 +68,7 @@ def resume(
     log.info(f"resumed from {checkpoint.folder} (written as {manifest['layout']})")
     changes = changes_text(run, manifest.get("run", {}), state.iteration)
     if changes:
-        log.warning(changes)
+        log.warning(changes, extra=ALIKE)
     return _with_ranges(run, state)
 
 
@@ -96,7 +100,9 @@ def _refuse_where_required(run: RunConfig, root: Path, found: store.Found) -> No
     if run.checkpoint.exit_on_missing_checkpoint:
         raise MissingCheckpoint(f"--exit-on-missing-checkpoint: {root} holds no checkpoint")
     if run.checkpoint.load:
-        log.warning(f"LOAD={root} holds no checkpoint: training starts from new weights")
+        log.warning(
+            f"LOAD={root} holds no checkpoint: training starts from new weights", extra=ALIKE
+        )
 
 
 def _check_model(run: RunConfig, stored: Mapping[str, Any], folder: Path) -> None:
@@ -138,7 +144,10 @@ def _with_ranges(run: RunConfig, state: RunState) -> RunState:
                 f" these steps resume from a checkpoint before step {first}"
             )
         if first <= done < last and not known:
-            log.warning(f"of the range to skip {first}-{last}, steps up to {done} have been taken")
+            log.warning(
+                f"of the range to skip {first}-{last}, steps up to {done} have been taken",
+                extra=ALIKE,
+            )
     merged = merge([*state.skip_ranges, *ranges])
     if merged != ranges:
         log.info(f"ranges to skip, those of the checkpoint included: {ranges_text(merged)}")

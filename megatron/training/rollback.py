@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 
 from megatron.checkpoint import store
 from megatron.config.skip import Ranges, is_skipped
 from megatron.parallel.control import Control
+from megatron.training.log import ALIKE
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +37,8 @@ def rollback_target(
     first, spike = suspects
     if all(is_skipped(step, ranges) for step in range(first, spike)):
         return "the steps before it are skipped already, there is nothing to undo"
-    newest = store.newest_sound(root, control, log.error, set_aside=False, until=first - 1)
+    warn = partial(log.error, extra=ALIKE)
+    newest = store.newest_sound(root, control, warn, set_aside=False, until=first - 1)
     found = newest.checkpoint
     if found is None or found.iteration < since:
         return (

@@ -26,6 +26,7 @@ from megatron.parallel.control import Control
 from megatron.plan.report import epochs_text
 from megatron.training.corpus_loss import CorpusLosses
 from megatron.training.data_order import megatron_splits, recorded_settings
+from megatron.training.log import ALIKE
 
 log = logging.getLogger(__name__)
 
@@ -181,7 +182,8 @@ def continue_data(state: RunState, record: DataRecord, allow_change: bool, where
     log.warning(
         f"a new stage of data begins at step {state.iteration}, sample "
         f"{state.consumed_samples:,}:\n{shortened(changes)}\n  "
-        + ("each file continues where it stopped" if drawn else "all files start over")
+        + ("each file continues where it stopped" if drawn else "all files start over"),
+        extra=ALIKE,
     )
     return dataclasses.replace(state, data=(*state.data, dataclasses.replace(stage, drawn=drawn)))
 
@@ -209,7 +211,7 @@ def _checked(
     whole = Report.joined(control.all_gather(own))
     whole.raise_problems()
     for warning in whole.warnings():
-        log.warning(warning)
+        log.warning(warning, extra=ALIKE)
     return whole.headers
 
 

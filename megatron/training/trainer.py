@@ -6,36 +6,30 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from torch.optim import Optimizer
-
-from megatron.checkpoint.retention import Retention
-from megatron.checkpoint.saver import Saved, Saver
+from megatron.checkpoint.saver import Saved
 from megatron.checkpoint.state import RunState
 from megatron.config.schedule import learning_rate
 from megatron.config.schema import RunConfig
 from megatron.config.skip import is_skipped
 from megatron.data.dataset import SampleSource
 from megatron.data.loader import Loader, StepPlan, evaluation_loader
-from megatron.engine import Engine, MicroBatches, Shards
+from megatron.engine import Engine, MicroBatches
 from megatron.launch.heartbeat import Heartbeat
 from megatron.parallel.control import ALONE, Control
-from megatron.parallel.piece import Piece
 from megatron.training.device import Device
 from megatron.training.dump import dump_tokens
 from megatron.training.guard import Guard
-from megatron.training.hf_export import Exporter
 from megatron.training.loggers import Tracker
 from megatron.training.meter import Meter
 from megatron.training.optimizers.schedule_free import evaluation_weights
 from megatron.training.optimizers.sophia import Curvature, SophiaG
-from megatron.training.optimizers.whole_matrix import WholeMatrixOptimizer
 from megatron.training.respond import end_unstable, report, require_finite, respond
 from megatron.training.run_data import Data, train_data
+from megatron.training.saving import Saves
 from megatron.training.stop import INTERVAL, StopRequest, cause_text
 
 log = logging.getLogger(__name__)
@@ -58,45 +52,6 @@ class Outcome:
     cause: int
     saved_at: int
     error: str
-
-
-def manifest_of(run: RunConfig) -> dict[str, Any]:
-    """The run's entries in the manifests of its checkpoints."""
-    return {
-        "model": run.model.identity(),
-        "optimizer": run.optimizer.optimizer,
-        "layout": str(run.layout),
-        "run": run.to_dict(),
-    }
-
-
-def save_checkpoint(
-    saver: Saver, shards: Shards, optimizer: Optimizer, state: RunState, manifest: Mapping[str, Any]
-) -> Saved | None:
-    """Saves the weights and optimizer states of all ranks; called by all of them.
-
-    Args:
-        saver: of the run.
-        shards: what this rank owns.
-        optimizer: whose states these are.
-        state: of the run.
-        manifest: of the run, by `manifest_of`.
-
-    Returns:
-        What came of it; None where it goes on behind the steps to come.
-    """
-    pieces: Iterable[Piece] = shards.pieces()
-    if isinstance(optimizer, WholeMatrixOptimizer):
-        pieces = itertools.chain(pieces, optimizer.pieces())
-    counters = state.to_dict()
-    data = counters.pop("data")
-    about = {
-        "state": counters,
-        "counters": shards.counters(),
-        "loss_scaler": shards.scaler_state(),
-        **manifest,
-    }
-    return saver.save(state.iteration, pieces, about, data)
 
 
 class Trainer:
@@ -151,22 +106,8 @@ class Trainer:
             self.curvature = Curvature(
                 engine, self.plan, interval, run.train.seed, run.model.seq_length
             )
-        self._shards, self._manifest = engine.shards(), manifest_of(run)
-        exports = run.checkpoint.export_hf and control.rank == 0
-        self.exporter = Exporter(run, log.warning) if exports else None
-        keep = run.checkpoint
-        self.saver = Saver(
-            run.checkpoint_folder,
-            control,
-            Retention(keep.keep_last, keep.keep_every, keep.keep_best),
-            asynchronous=keep.async_save,
-            warn=log.warning,
-            tick=self.heartbeat.tick,
-            in_use=lambda: self.exporter.needed if self.exporter else (),
-        )
-        self.saved_at = state.iteration if state.iteration else -1
-        self._save_error = ""
-        self._validation_loss = (-1, math.nan)
+        self.saves = Saves(run, engine, control, self.heartbeat, state.iteration, self._saved)
+        self._validation_loss: tuple[int, float | None] = (-1, None)
 
     def train(self) -> Outcome:
         """Runs the steps after the state, until the last one or until something asks it to stop.
@@ -203,20 +144,20 @@ class Trainer:
                         cause = cause or self.agree()
         if self.state.iteration >= run.train.train_iters:
             cause = cause or self.evaluate("test", self.data.splits.test)
-        self.finish_save()
+        self.saves.finish()
         self.log_event("stop", reason=cause_text(cause) if cause else "finished")
-        self.close()
-        error = "" if self.saved_at == self.state.iteration else self._save_error
-        return Outcome(self.state, cause, self.saved_at, error)
+        self.saves.close(at_once=cause != 0)
+        error = "" if self.saves.at == self.state.iteration else self.saves.error
+        return Outcome(self.state, cause, self.saves.at, error)
 
     def agree(self) -> int:
         """What asks any rank to stop, 0 for nothing; a collective.
 
         A save behind the steps is carried on as soon as all ranks have written.
         """
-        cause, pending = self.control.maximum([self.stop.cause(), int(self.saver.pending)])
-        if self.saver.in_flight and not pending:
-            self._note_save(self.saver.advance())
+        cause, pending = self.control.maximum([self.stop.cause(), int(self.saves.pending)])
+        if self.saves.in_flight and not pending:
+            self.saves.carry_on()
         return cause
 
     def step(self, loader: Loader | None) -> bool:
@@ -318,51 +259,12 @@ class Trainer:
     def save(self) -> None:
         """Commits a checkpoint, at once or behind the steps to come; a collective.
 
-        A failure is logged as an error, and the run continues.
-
         Raises:
             Unstable: a weight is not finite.
         """
         require_finite(self)
-        self.finish_save()  # one at a time
-        self.heartbeat.enter("save", self.state.iteration)
         iteration, loss = self._validation_loss
-        known = {"validation_loss": loss} if iteration == self.state.iteration else {}
-        saved = save_checkpoint(
-            self.saver, self._shards, self.engine.optimizer, self.state, self._manifest | known
-        )
-        self._note_save(saved)
-
-    def finish_save(self) -> None:
-        """Waits until no save is in flight; a collective."""
-        self._note_save(self.saver.wait())
-
-    def close(self) -> None:
-        """Waits for what is still exported, on the rank that exports."""
-        if self.exporter:
-            self.heartbeat.enter("export")
-            self.exporter.close()
-
-    def _note_save(self, saved: Saved | None) -> None:
-        """Logs a save that has come to its end."""
-        if saved is None:
-            return
-        if saved.path is None:
-            self._save_error = saved.error
-            log.error(f"{saved.error}; the run continues, older checkpoints are intact")
-            return
-        self.saved_at = saved.iteration
-        self.stop.save_took(saved.elapsed_s)
-        if self.exporter:
-            self.exporter.start(saved.path)
-        self.log_event(
-            "save",
-            iteration=saved.iteration,
-            path=str(saved.path),
-            bytes=saved.bytes,
-            elapsed_s=saved.elapsed_s,
-            held_s=saved.held_s,
-        )
+        self.saves.save(self.state, loss if iteration == self.state.iteration else None)
 
     def read_ahead(self) -> AbstractContextManager[Loader | None]:
         """Opens the micro-batches of all steps to come that are not skipped, read by a thread."""
@@ -402,6 +304,17 @@ class Trainer:
     def _exit_interval(self) -> int:
         interval = self.run.train.exit_interval
         return INTERVAL if interval and self.state.iteration % interval == 0 else 0
+
+    def _saved(self, saved: Saved) -> None:
+        self.stop.save_took(saved.elapsed_s)
+        self.log_event(
+            "save",
+            iteration=saved.iteration,
+            path=str(saved.path),
+            bytes=saved.bytes,
+            elapsed_s=saved.elapsed_s,
+            held_s=saved.held_s,
+        )
 
     def log_event(self, event: str, **values: Any) -> None:
         """Logs a record that is not of a step."""

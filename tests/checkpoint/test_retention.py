@@ -67,9 +67,9 @@ def test_nothing_goes_before_the_commit(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_later_steps_and_the_one_just_committed_stay(tmp_path: Path) -> None:
     """A run that went back and goes on from an older step."""
-    saved(tmp_path, 1, 2, 9)
+    saved(tmp_path, 1, 2, 9, 12)
     save(make_saver(tmp_path, retention=Retention(last=1)), 5)
-    assert steps(tmp_path) == [9, 5]
+    assert steps(tmp_path) == [12, 9, 5]
 
 
 def test_damaged_steps_stay(tmp_path: Path) -> None:

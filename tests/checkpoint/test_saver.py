@@ -221,6 +221,19 @@ def test_what_fails_after_the_rename_is_a_warning(behind: bool, tmp_path: Path) 
     assert (tmp_path / NAMES[1]).read_text() == "3"
 
 
+@BOTH
+def test_an_error_that_nobody_foresaw_ends_the_save_all_the_same(
+    behind: bool, tmp_path: Path
+) -> None:
+    def broken(line: str) -> None:
+        raise ValueError("no log")
+
+    (tmp_path / "latest").mkdir()  # which is warned of
+    saver = make_saver(tmp_path, behind=behind, warn=broken)
+    done = save(saver, 3)
+    assert done.path is None and "ValueError: no log" in done.error and not saver.in_flight
+
+
 def test_too_little_room_is_said_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron.config.schema import read_run
 from megatron.training.metrics_file import read
 from tests.e2e.front_door import TINY, command, environment, tool, train
 
@@ -56,6 +57,49 @@ def test_a_run_goes_on_and_says_when_it_is_done(tmp_path: Path) -> None:
     assert result.returncode == 0
     assert f"{damaged} differs from what was written" in result.stdout
     assert "step-00000004" in result.stdout
+
+
+def test_only_an_accepted_start_changes_a_run_and_resume_needs_its_name_alone(
+    tmp_path: Path,
+) -> None:
+    run = tmp_path / "run"
+    variables = {"RUN_DIR": str(run), "TRAIN_ITERS": "2", "EVAL_INTERVAL": "0"}
+    assert train(variables).returncode == 0
+
+    def content() -> dict[str, tuple[bytes, int]]:
+        files = (path for path in run.rglob("*") if path.is_file())
+        return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+    before = content()
+    done = train({**variables, "LR": "0.5"})
+    assert (done.returncode, "has done its 2 steps" in done.stdout) == (0, True)
+    refused = train({**variables, "NLAYERS": "2"})
+    assert (refused.returncode, "num_layers 4 -> 2" in refused.stdout) == (2, True)
+    missing = train(
+        {**variables, "LOAD": str(tmp_path / "nowhere")}, "--exit-on-missing-checkpoint"
+    )
+    assert missing.returncode == 4
+    assert content() == before
+
+    more = subprocess.run(
+        command("--resume", str(run)),
+        env=environment({"TRAIN_ITERS": "3"}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
+    )
+    assert more.returncode == 0, more.stdout
+    assert "changed: TRAIN_ITERS 2 -> 3, " in more.stdout
+    assert f"TRAIN_ITERS=6 bash train_alcf.sh --resume {run}" in more.stdout
+    assert [row["iteration"] for row in read(run / "metrics.jsonl") if row["event"] == "step"] == [
+        1,
+        2,
+        3,
+    ]
+    one, two = (read_run(run / "starts" / f"000{number}.json") for number in (1, 2))
+    assert one.model == two.model and one.train.train_iters + 1 == two.train.train_iters
+    assert read_run(run / "run.json") == two
 
 
 def test_statuses(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_a_rollback_is_a_run_that_skipped_the_suspect_steps(layout: str, tmp_pat
         assert_same(one[step], other[step])
     last = store.committed(tmp_path / "found" / "checkpoints")[0].manifest["state"]
     assert last["skip_ranges"] == [[SPIKE - 5, SPIKE]] and last["rollbacks"] == 1
-    aside = tmp_path / "found" / "checkpoints" / "step-00000025.rolled-back-1"
+    (aside,) = (tmp_path / "found" / "checkpoints").glob("step-00000025.rolled-back-*")
     assert (aside / "manifest.json").is_file()
     # The record of the run is that of the steps that count.
     events = read(tmp_path / "found" / "metrics.jsonl")
@@ -182,6 +182,30 @@ def test_a_resume_after_a_rollback_keeps_its_range(tmp_path: Path) -> None:
     assert (
         store.committed(tmp_path / "found" / "checkpoints")[0].manifest["state"]["rollbacks"] == 1
     )
+
+
+def train_with_stuck_folders(settings: dict[str, str]) -> Any:
+    """Trains where a checkpoint's folder cannot be renamed."""
+
+    def move_aside(folder: Path, why: str) -> Path:
+        raise PermissionError(f"{folder} stays")
+
+    store.move_aside = move_aside
+    return train_recorded(settings)
+
+
+def test_where_a_later_checkpoint_cannot_be_set_aside_the_step_is_skipped(tmp_path: Path) -> None:
+    """A checkpoint of undone steps that stays would be taken by the next resume."""
+    write_spiked_data(tmp_path)
+    settings = {
+        **SETTINGS, "WORLD_SIZE": "2", "DATA_FILE_LIST": str(tmp_path / "list.txt"),
+        "RUN_DIR": str(tmp_path / "found"), "SPIKE_POLICY": "rollback",
+    }  # fmt: skip
+    assert statuses(run(train_with_stuck_folders, 2, settings)) == {0}
+    last = store.committed(tmp_path / "found" / "checkpoints")[0].manifest["state"]
+    assert last["skip_ranges"] == [[SPIKE, SPIKE]] and last["rollbacks"] == 0
+    (spike,) = records(tmp_path / "found", "spike")
+    assert "step-00000025 stays" in spike["action"]
 
 
 def test_garbage_over_steps_costs_one_rollback(tmp_path: Path) -> None:

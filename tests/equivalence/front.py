@@ -22,12 +22,12 @@ from megatron.config import deepspeed as deepspeed_file
 from megatron.config.resolve import Site, resolve
 from megatron.config.schema import RunConfig
 from megatron.engine import Engine, start_distributed
-from megatron.parallel.control import make_control
+from megatron.parallel.control import Control, make_control
 from megatron.parallel.groups import Groups, make_groups
 from megatron.training.device import detect
 from megatron.training.optimizers.schedule_free import evaluation_weights
 from megatron.training.resume import resume
-from megatron.training.trainer import manifest_of, save_checkpoint
+from megatron.training.saving import manifest_of, save_checkpoint
 from pretrain_gpt_alcf import build_engine
 
 VARIABLES = {
@@ -127,27 +127,27 @@ def train_and_save(
     variables: Mapping[str, str], count: int, large: bool = False
 ) -> tuple[Curve, Tensor | None]:
     """Trains `count` steps and saves; returns the curve and the logits of a fixed input."""
-    run = run_config(variables)
+    run, control = run_config(variables), make_control()
     engine = build(run, large)
     curve = steps(run, engine, 0, count)
-    save(run, engine, count)
+    save(run, engine, count, control)
     with evaluation_weights(engine.optimizer, engine.refresh_weights):
         return curve, engine.logits(probe(run))
 
 
-def save(run: RunConfig, engine: Engine, count: int) -> None:
+def save(run: RunConfig, engine: Engine, count: int, control: Control) -> None:
     """Commits a checkpoint after `count` steps."""
     state = RunState(iteration=count)
-    saver = Saver(run.checkpoint_folder, make_control(), KEEP_ALL, asynchronous=False, warn=print)
+    saver = Saver(run.checkpoint_folder, control, KEEP_ALL, asynchronous=False, warn=print)
     saved = save_checkpoint(saver, engine.shards(), engine.optimizer, state, manifest_of(run))
     assert saved is not None and saved.path is not None, saved
 
 
 def resume_and_train(variables: Mapping[str, str], count: int, large: bool = False) -> Curve:
     """Takes back the newest checkpoint and trains `count` steps."""
-    run = run_config(variables)
+    run, control = run_config(variables), make_control()
     engine = build(run, large)
-    state = resume(run, engine, None, make_control())
+    state = resume(run, engine, None, control)
     return steps(run, engine, state.iteration, state.iteration + count)
 
 

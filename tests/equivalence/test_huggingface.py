@@ -149,11 +149,11 @@ def test_the_printed_command_sets_what_the_architecture_needs(tmp_path: Path, ca
 
 def import_train_and_save(variables: dict[str, str]) -> torch.Tensor | None:
     """Two steps from the imported model, saved; the logits of a fixed input."""
-    run_of = front.run_config(variables)
+    run_of, control = front.run_config(variables), front.make_control()
     engine = front.build(run_of)
-    state = front.resume(run_of, engine)
+    state = front.resume(run_of, engine, None, control)
     front.steps(run_of, engine, state.iteration, 2)
-    front.save(run_of, engine, 2)
+    front.save(run_of, engine, 2, control)
     return engine.logits(front.probe(run_of))
 
 

@@ -118,10 +118,9 @@ def plant() -> None:
     FAULTS_KIND: `nan` or `spike` in the gradient of one of its weights, or `misread`: its loss,
     as its spike detector alone is told. Each rank notes which updates were applied.
     """
-    from megatron.training.stability import SpikeDetector
-
     from megatron.engine.pipeline import PipelineEngine
     from megatron.engine.zero import ZeroEngine
+    from megatron.training.stability import SpikeDetector
     from megatron.training.trainer import Trainer
 
     rank, kind = os.environ["RANK"], os.environ["FAULTS_KIND"]

@@ -153,6 +153,21 @@ def test_a_process_of_the_same_number_is_another(tmp_path: Path) -> None:
         assert len(said) == 1
 
 
+def test_a_process_that_is_hidden_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A system may show each user the own processes alone."""
+
+    def kill(pid: int, number: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "kill", kill)
+    write_claim(tmp_path, host=socket.gethostname(), pid=2**30)
+    with pytest.raises(ConfigError), claimed(tmp_path, "", "", say_nothing):
+        pass
+    monkeypatch.undo()
+    with claimed(tmp_path, "", "", lambda line: None):
+        assert claim_of(tmp_path)["pid"] == os.getpid()
+
+
 @pytest.mark.usefixtures("quick")
 def test_an_owner_elsewhere_lives_while_it_renews(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -374,3 +389,51 @@ def test_winners_that_die_at_once_are_followed_by_one_at_a_time(tmp_path: Path) 
     with claimed(folder, "", "", lambda line: None):
         assert claim_of(folder)["pid"] == os.getpid()
         assert files(folder) == {CLAIM_FILE}
+
+
+CHURN = """
+import os, random, sys, time
+from pathlib import Path
+from megatron.config.errors import ConfigError
+from megatron.launch import claim
+folder, witness, seconds = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
+def slowly(function):
+    def slow(*arguments):
+        time.sleep(random.random() * 0.003)
+        return function(*arguments)
+    return slow
+for name in ("_last", "_create", "_read", "_sweep", "_is_dead"):
+    setattr(claim, name, slowly(getattr(claim, name)))
+def own():
+    with claim.claimed(folder, "", "", lambda line: None):
+        os.close(os.open(witness, os.O_CREAT | os.O_EXCL))
+        time.sleep(random.random() * 0.005)
+        witness.unlink()
+        if random.random() < 0.5:
+            os.kill(os.getpid(), 9)
+until, ends = time.monotonic() + seconds, {}
+while time.monotonic() < until:
+    pid = os.fork()
+    if pid == 0:
+        random.seed(os.getpid())
+        try:
+            own()
+        except ConfigError:
+            os._exit(2)
+        except FileExistsError:
+            os._exit(99)
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    ends[status] = ends.get(status, 0) + 1
+print(*(ends.get(status, 0) for status in (0, -9, 2, 99)), sum(ends.values()))
+"""
+
+
+def test_never_two_owners_among_starts_that_end_and_are_killed(tmp_path: Path) -> None:
+    """Each owner makes a file that must not be there, and half of them then kill themselves."""
+    workers = [start(CHURN, tmp_path / "run", tmp_path / "witness", 4) for _ in range(6)]
+    rows = [list(map(int, worker.communicate("", timeout=60)[0].split())) for worker in workers]
+    ended, killed, refused, twice, all_ends = map(sum, zip(*rows, strict=True))
+    assert twice == 0
+    assert ended + killed + refused == all_ends
+    assert min(ended, killed, refused) > 5, rows

@@ -51,10 +51,10 @@ class Journey:
 
 JOURNEYS = {
     "step": Journey(
-        "one training step", "megatron.training.trainer:Trainer.step", True, True, 22, 2800
+        "one training step", "megatron.training.trainer:Trainer.step", True, True, 25, 3450
     ),
     "save": Journey(
-        "one save", "megatron.training.trainer:save_checkpoint", False, False, 5, folders=2
+        "one save", "megatron.training.saving:save_checkpoint", False, False, 12, folders=4
     ),
     "setting": Journey(f"{VARIABLE} to DeepSpeed", "", True, False, 8),
 }

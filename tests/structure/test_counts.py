@@ -46,12 +46,14 @@ def test_whole_files_are_counted(journeys: dict[str, dict[str, int]]) -> None:
 
 
 def test_what_is_not_on_the_way_is_not_counted(journeys: dict[str, dict[str, int]]) -> None:
-    assert not [name for name in journeys["step"] if "/launch/" in name or "/prepare/" in name]
+    others = ("/launch/", "/prepare/", "/checkpoint/saver", "training/respond")
+    here = [name for name in journeys["step"] if any(other in name for other in others)]
+    assert here == ["megatron/launch/heartbeat.py"]  # a step tells the launcher where it is
     assert "megatron/parallel/layers.py" not in journeys["save"]
 
 
 def test_above_a_limit_is_said_in_words() -> None:
     files = {f"megatron/model/{number}.py": 2000 for number in range(2)}
     assert count(files) == (2, 4000, 1)
-    assert over_limit("step", files) == ["one training step: 4000 lines, at most 2800"]
+    assert over_limit("step", files) == ["one training step: 4000 lines, at most 3450"]
     assert over_limit("save", files) == []

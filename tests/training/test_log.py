@@ -72,3 +72,12 @@ def test_a_traceback_follows(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert "- outer\nTraceback" in printed
     assert printed.endswith("ValueError: inner\n")
+
+
+def test_what_all_ranks_say_alike_is_printed_by_one(capsys: pytest.CaptureFixture[str]) -> None:
+    for rank in (0, 1):
+        log.setup(rank, "INFO")
+        logging.getLogger("megatron.x").warning("of all", extra=log.ALIKE)
+        logging.getLogger("megatron.x").warning("my own")
+    printed = capsys.readouterr().out
+    assert printed.count("of all") == 1 and printed.count("my own") == 2

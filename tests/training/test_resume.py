@@ -19,7 +19,7 @@ from megatron.parallel.control import ALONE
 from megatron.training import changes
 from megatron.training.changes import AT_START, COMPARED_ELSEWHERE, NUMBERS, SAME_NUMBERS
 from megatron.training.resume import resume
-from megatron.training.trainer import manifest_of, save_checkpoint
+from megatron.training.saving import manifest_of, save_checkpoint
 from tests.training.run_config import tiny_run
 from tests.training.test_trainer import Adder
 
