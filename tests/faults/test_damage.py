@@ -118,6 +118,7 @@ ANY_JSON: dict[str, Damage] = {
     "another object": replace(b'{"files": {}, "iteration": 12, "format": 1}\n'),
     "null": replace(b"null\n"),
 }
+CURSOR = "wrong data cursor"  # a number that is as good as the right one, but for the digest
 FIRST, CHOSEN = 4, 4  # keys and numbers of a file, the latter by chance
 
 
@@ -131,6 +132,8 @@ def damages(step: Path, rng: random.Random) -> Iterator[tuple[str, str, Damage]]
         for name, damage in ANY_JSON.items():
             yield path.name, name, damage
         text = path.read_text()
+        if path.name == "manifest.json":
+            yield path.name, CURSOR, edit(r'"consumed_samples": (\d+)', 0, another_digit)
         for pattern, change in ((KEY, another_letter), (NUMBER, another_digit)):
             found = [match[1] for match in re.finditer(pattern, text)]
             # The first are those that decide how the rest is read.
@@ -144,7 +147,7 @@ def damages(step: Path, rng: random.Random) -> Iterator[tuple[str, str, Damage]]
 def starts_from_the_step_before(
     whole: Path, root: Path, settings: dict[str, str], about: tuple[str, str, Damage]
 ) -> str:
-    """One damage to the newest step of a copy of a finished run, then two starts."""
+    """One damage to the newest step of a copy of a finished run, then a start."""
     file, name, damage = about
     run = root / re.sub(r"\W+", "-", f"{file} {name}")
     shutil.copytree(whole, run)
@@ -162,8 +165,6 @@ def starts_from_the_step_before(
         assert committed(run) == committed(whole)
         assert tensor_digests(run, STEPS) == tensor_digests(whole, STEPS)
         assert steps(run) == list(range(1, STEPS + 1))
-        again = train(run, **settings)
-        assert again.status == 0 and "has done its 12 steps" in again.output, again.output
     finally:
         shutil.rmtree(run)
     return ""
@@ -185,13 +186,8 @@ def check(
 
 
 def test_some_damage(finished: Finished, data: str, tmp_path: Path) -> None:
-    few = {("manifest.json", "half"), ("manifest.json", "removed"), ("manifest.json", "a list")}
-    number = next(
-        (file, name)
-        for file, name, _ in damages(step_folder(finished("one"), STEPS), random.Random(8))
-        if file == "manifest.json" and name.startswith("another_digit")
-    )
-    wanted = {*few, number, ("rank-00000-of-00001.safetensors", "middle")}
+    few = {("manifest.json", name) for name in ("half", "removed", CURSOR)}
+    wanted = {*few, ("rank-00000-of-00001.safetensors", "middle")}
     assert check("one", finished, data, tmp_path, lambda *about: about in wanted) == len(wanted)
 
 
@@ -214,7 +210,9 @@ ALL: dict[str, tuple[str, Damage]] = {
 }
 
 
-@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize(
+    "kind", ["tensors", *(pytest.param(kind, marks=pytest.mark.long) for kind in list(ALL)[1:])]
+)
 def test_all_damaged_is_status_4(kind: str, finished: Finished, data: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished("one"), run)
@@ -238,6 +236,7 @@ def content(run: Path) -> list[str]:
     )
 
 
+@pytest.mark.long
 def test_latest_is_a_hint_only(finished: Finished, data: str, tmp_path: Path) -> None:
     """Nothing is read from `latest`, and a `latest` that cannot be written fails no save."""
     run = tmp_path / "run"
@@ -251,6 +250,7 @@ def test_latest_is_a_hint_only(finished: Finished, data: str, tmp_path: Path) ->
     assert "was not saved" not in ended.output
 
 
+@pytest.mark.long
 def test_a_manifest_of_another_step_is_damage(
     finished: Finished, data: str, tmp_path: Path
 ) -> None:

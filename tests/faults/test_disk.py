@@ -72,7 +72,7 @@ def test_a_full_disk_in_the_middle(layout: str, finished: Finished, disk: Path, 
     assert steps(folder) == list(range(1, STEPS + 1))
 
 
-@pytest.mark.parametrize("asynchronous", ["0", "1"])
+@pytest.mark.parametrize("asynchronous", ["0", pytest.param("1", marks=pytest.mark.long)])
 @pytest.mark.parametrize("layout", ["one", pytest.param("dp2", marks=pytest.mark.long)])
 def test_a_full_disk_at_the_last_save(
     layout: str, asynchronous: str, finished: Finished, disk: Path, data: str
@@ -80,12 +80,13 @@ def test_a_full_disk_at_the_last_save(
     folder = disk / "run"
     settings = {
         "DATA_FILE_LIST": data,
-        "FAULTS_STEP_S": "0.2",
+        "FAULTS_STEP_S": "0.3",
         "ASYNC_SAVE": asynchronous,
         **LAYOUTS[layout],
     }
     with started(folder, hooks=["moments"], **settings) as run:
-        until(run, 10)
+        until(run, 11)
+        assert committed(folder) == [4, 8], "a save behind the steps takes three of them"
         with full(disk):
             ended = run.wait()
     assert ended.status == NOT_ON_DISK, f"{ended.status}\n{ended.output}"
@@ -127,6 +128,7 @@ def test_files_of_a_rank_that_cannot_grow(data: str, tmp_path: Path) -> None:
     assert os.path.getsize(tmp_path / "run" / "output.log") > 0
 
 
+@pytest.mark.long
 def test_a_signal_on_a_full_disk_is_not_saved(disk: Path, data: str) -> None:
     """Asked to stop, and nothing to show for it: not 0."""
     import signal
