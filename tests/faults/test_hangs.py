@@ -109,7 +109,8 @@ def test_the_stacks_show_where_a_rank_stands(data: str, tmp_path: Path) -> None:
     assert re.search(r"rank 1\b.*\bstep", ended.output), ended.output
 
 
-@pytest.mark.parametrize("layout", ["dp2", pytest.param("tp2", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("layout", ["dp2", "tp2"])
 def test_a_retry_ends_the_run_whole(
     layout: str, finished: Finished, data: str, tmp_path: Path
 ) -> None:
@@ -128,6 +129,7 @@ def test_a_retry_ends_the_run_whole(
     assert tensor_digests(tmp_path / "run", 12) == tensor_digests(finished(layout), 12)
 
 
+@pytest.mark.long
 def test_retries_end_with_the_status_of_the_last(data: str, tmp_path: Path) -> None:
     """A failure that comes back each time; a wrong setting is not tried again."""
     ended = train(
@@ -207,6 +209,7 @@ def test_a_data_error_is_the_last_word_20_of_20(tmp_path: Path) -> None:
     each(lambda seed: cut_while_training(seed, tmp_path), range(20))
 
 
+@pytest.mark.long
 def test_nothing_is_left_of_a_killed_launcher(data: str, tmp_path: Path) -> None:
     with started(
         tmp_path / "run", hooks=["moments"], DATA_FILE_LIST=data, TRAIN_ITERS="1000000",

@@ -77,6 +77,7 @@ def test_twelve_pairs(data: str, tmp_path: Path) -> None:
     each(lambda pair: changed(*pair, tmp_path, data, whole), PAIRS)
 
 
+@pytest.mark.long
 def test_the_same_layout_gives_the_same_bits(finished: Finished, data: str, tmp_path: Path) -> None:
     """What the pairs are held against is itself what a resume repeats."""
     settings = {"DATA_FILE_LIST": data, **LAYOUTS["one"]}

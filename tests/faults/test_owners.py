@@ -52,7 +52,7 @@ def test_a_refused_start_changes_no_file(data: str, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     settings = {"DATA_FILE_LIST": data, **LAYOUTS["one"]}
     with started(
-        folder, hooks=["moments"], FAULTS_STEP_S="4", SAVE_INTERVAL="1", **settings
+        folder, hooks=["moments"], FAULTS_STEP_S="3", SAVE_INTERVAL="1", **settings
     ) as run:
         run.wait_for("step", 2)
         time.sleep(0.5)  # what belongs to step 1 is written
@@ -73,10 +73,12 @@ def test_a_refused_start_changes_no_file(data: str, tmp_path: Path) -> None:
     [
         pytest.param({}, 0, id="nothing to do"),
         pytest.param({"HIDDEN": "64"}, 2, id="another model"),
-        pytest.param({"OPT": "sgd"}, 2, id="another optimizer"),
+        pytest.param({"OPT": "sgd"}, 2, id="another optimizer", marks=pytest.mark.long),
         pytest.param({"DATA_FILE_LIST": "/nowhere/list.txt"}, 3, id="no data"),
-        pytest.param({"SEQ": "32"}, 3, id="other data"),
-        pytest.param({"TRAIN_RANGE_TO_SKIP": "3 4"}, 2, id="a range that has passed"),
+        pytest.param({"SEQ": "32"}, 3, id="other data", marks=pytest.mark.long),
+        pytest.param(
+            {"TRAIN_RANGE_TO_SKIP": "3 4"}, 2, id="a passed range", marks=pytest.mark.long
+        ),
     ],
 )
 def test_a_start_without_a_step_changes_no_file(
@@ -93,6 +95,7 @@ def test_a_start_without_a_step_changes_no_file(
     assert before == {path: os.stat(folder / path).st_mtime_ns for path in digests(folder)}
 
 
+@pytest.mark.long
 def test_every_start_is_kept(finished: Finished, data: str, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(finished("one"), folder)
@@ -104,7 +107,7 @@ def test_every_start_is_kept(finished: Finished, data: str, tmp_path: Path) -> N
     assert "14" in (folder / "run.json").read_text()
 
 
-@pytest.mark.parametrize("victim", ["launcher", "rank"])
+@pytest.mark.parametrize("victim", ["launcher", pytest.param("rank", marks=pytest.mark.long)])
 def test_a_dead_owner_is_taken_over(
     victim: str, finished: Finished, data: str, tmp_path: Path
 ) -> None:
@@ -144,7 +147,7 @@ def test_a_run_goes_on_by_its_own_configuration(
 ) -> None:
     """--resume RUN takes the run's settings, with the changes given beside it."""
     folder = tmp_path / "run"
-    shutil.copytree(finished("tp2"), folder)
+    shutil.copytree(finished("one"), folder)
     bare = {"RUN_DIR": "", "WANDB_MODE": "disabled"}
     ended = train(folder, "--resume", str(folder), tiny={}, TRAIN_ITERS="14", **bare)
     assert ended.status == 0, ended.output

@@ -185,6 +185,7 @@ def test_a_signal_while_the_ranks_import(number: int, data: str, tmp_path: Path)
     assert time.monotonic() - began < MARGIN_S * load()
 
 
+@pytest.mark.long
 def test_a_resumed_run_stopped_before_its_first_step_loses_nothing(
     data: str, tmp_path: Path
 ) -> None:
@@ -215,6 +216,7 @@ def test_a_file_named_stop_stops_the_run(data: str, tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "STOP").exists()
 
 
+@pytest.mark.long
 def test_minutes_and_interval_end_a_run_that_is_saved(data: str, tmp_path: Path) -> None:
     settings = {"DATA_FILE_LIST": data, "TRAIN_ITERS": "1000000", "SAVE_INTERVAL": "0"}
     interval = train(tmp_path / "interval", EXIT_INTERVAL="6", **settings, **LAYOUTS["one"])
