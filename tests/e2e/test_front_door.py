@@ -74,7 +74,7 @@ def test_only_an_accepted_start_changes_a_run_and_resume_needs_its_name_alone(
     done = train({**variables, "LR": "0.5"})
     assert (done.returncode, "has done its 2 steps" in done.stdout) == (0, True)
     refused = train({**variables, "NLAYERS": "2"})
-    assert (refused.returncode, "num_layers 4 -> 2" in refused.stdout) == (2, True)
+    assert (refused.returncode, "NLAYERS 4 -> 2" in refused.stdout) == (2, True)
     missing = train(
         {**variables, "LOAD": str(tmp_path / "nowhere")}, "--exit-on-missing-checkpoint"
     )
