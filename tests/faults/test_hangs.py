@@ -78,7 +78,8 @@ def stopped(layout: str, rank: int, moment: str, root: Path, data: str) -> str:
     assert LIMIT_S * 0.8 <= seconds <= limit, f"{seconds:.1f} s, allowed {limit:.1f}"
     assert f"rank {rank}" in ended.output, ended.output
     assert re.search(rf"rank {rank}\b.*\b{moment}", ended.output), ended.output
-    assert re.search(r'File ".+", line \d+ in ', ended.output), f"no stacks:\n{ended.output}"
+    if world > 1:  # a stopped process answers nothing: the stacks are those of its peers
+        assert re.search(r'File ".+", line \d+ in ', ended.output), f"no stacks:\n{ended.output}"
     assert not [pid for pid in pids if alive(pid)], "a rank is left"
     return ""
 
