@@ -105,7 +105,7 @@ class Table:
             known = self.ranks[beat.rank] = Rank(beat, now, now)
         known.heard_at = now
         known.doing, known.stacks = beat.doing or known.doing, beat.stacks or known.stacks
-        self.limits.stepped |= beat.phase == STEP
+        self.limits.stepped |= beat.step is not None
         if beat.number < known.beat.number:
             return
         old, known.beat = known.beat, beat
@@ -203,7 +203,9 @@ def suspects(table: Table, now: float, silent_s: float) -> list[int]:
     for number, rank in sorted(table.ranks.items()):
         if not rank.beat.closed:
             groups.setdefault((rank.beat.phase, rank.beat.step, rank.doing), []).append(number)
-    return min(groups.values(), key=len, default=[])
+    # Of equal groups the one behind: the others wait for it.
+    first = min(groups, key=lambda key: (len(groups[key]), key[1] or 0), default=None)
+    return groups[first] if first else []
 
 
 def place(beat: Beat) -> str:

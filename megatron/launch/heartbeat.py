@@ -93,7 +93,10 @@ class Heartbeat:
 
     def enter(self, phase: str, step: int | None = None) -> None:
         """The rank begins something that can hang: start, load, data, step, evaluate, save."""
+        changed = phase != self._place[0]
         self._place = (phase, step)
+        if changed and self._thread is not None:  # it may hang before the next beat is due
+            self._send()
 
     def tick(self) -> None:
         """The phase has made progress: a micro-batch, a batch of an evaluation, a file."""

@@ -230,3 +230,10 @@ def test_strays_are_no_beats() -> None:
     assert Beat.decode(beat.encode("guess"), "secret") is None
     for data in (b"", b"\xff", b"7", b"{}", b'{"token": "secret"}', b'{"token": "secret", "x": 1}'):
         assert Beat.decode(data, "secret") is None
+
+
+def test_of_two_ranks_the_one_behind_is_looked_at_first() -> None:
+    run = Run(2)
+    run.beat(0, phase="step", step=3)
+    run.beat(1, phase="step", step=2)
+    assert hang.suspects(run.table, run.now, 4.0) == [1]
