@@ -140,7 +140,7 @@ def die_at_file_event() -> None:
 
 
 def plant() -> None:
-    """Rank FAULTS_RANK goes wrong in step FAULTS_STEP; with FAULTS_ALWAYS in all after it, too.
+    """Rank FAULTS_RANK goes wrong in the steps FAULTS_STEP; with FAULTS_ALWAYS in all after, too.
 
     FAULTS_KIND: `nan` or `spike` in the gradient of one of its weights, or `misread`: its loss,
     as its spike detector alone is told. Each rank notes which updates were applied.
@@ -151,18 +151,20 @@ def plant() -> None:
     from megatron.training.trainer import Trainer
 
     rank, kind = os.environ["RANK"], os.environ["FAULTS_KIND"]
-    first, always = int(os.environ["FAULTS_STEP"]), "FAULTS_ALWAYS" in os.environ
+    spots = [int(number) for number in os.environ["FAULTS_STEP"].split(",")]
+    always = "FAULTS_ALWAYS" in os.environ
     note = Path(os.environ["FAULTS_PIDS"]) / f"applied-{rank}"
     here = rank == os.environ["FAULTS_RANK"]
     step, judge, wrong = Trainer.step, SpikeDetector.judge, [False]
 
     def noted_step(self: Trainer, *arguments: Any) -> Any:
         number = self.state.iteration + 1
-        wrong[0] = here and (number >= first if always else number == first)
-        result = step(self, *arguments)
-        with note.open("a") as file:
-            file.write(f"{number} {int(self.engine.step_applied)}\n")
-        return result
+        wrong[0] = here and (number in spots or (always and number > spots[0]))
+        try:
+            return step(self, *arguments)
+        finally:
+            with note.open("a") as file:
+                file.write(f"{number} {int(self.engine.step_applied)}\n")
 
     def planted(train_batch: Any) -> Any:
         def train(self: Any, micro_batches: Any) -> Any:
