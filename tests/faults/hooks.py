@@ -30,9 +30,20 @@ def moments() -> None:
 
     run_data.check_files = _noted("data", run_data.check_files)
     finish.generate = _noted("sample", finish.generate)
-    os.fsync = _noted("save", os.fsync)
+    os.fsync = _of_checkpoints(os.fsync, _noted("save", os.fsync))
     for moment in ("step", "skip", "evaluate"):
         setattr(Trainer, moment, _noted(moment, getattr(Trainer, moment), number))
+
+
+def _of_checkpoints(plain: Any, noted: Any) -> Any:
+    """Other files are flushed, too: those of an accepted start."""
+
+    def flush(file: Any) -> None:
+        number = file if isinstance(file, int) else file.fileno()
+        here = "/checkpoints/step-" in os.readlink(f"/proc/self/fd/{number}")
+        (noted if here else plain)(file)
+
+    return flush
 
 
 def _noted(moment: str, action: Any, number: Any = lambda arguments: 0) -> Any:
@@ -52,7 +63,11 @@ def _noted(moment: str, action: Any, number: Any = lambda arguments: 0) -> Any:
 
 def hang() -> None:
     """Rank FAULTS_RANK never comes back from its step FAULTS_STEP, in the first start only."""
-    _at_step(lambda: time.sleep(1e6))
+
+    def stand_still() -> None:
+        time.sleep(1e6)
+
+    _at_step(stand_still)
 
 
 def fail() -> None:
@@ -65,20 +80,32 @@ def fail() -> None:
 
 
 def _at_step(action: Callable[[], None]) -> None:
+    """Inside the step: in the engine, after the step has begun for all who watch it."""
+    from megatron.engine.pipeline import PipelineEngine
+    from megatron.engine.zero import ZeroEngine
     from megatron.training.trainer import Trainer
 
     if os.environ["RANK"] != os.environ["FAULTS_RANK"]:
         return
-    step, done = Trainer.step, Path(os.environ["FAULTS_PIDS"]) / "done"
+    step, number, done = Trainer.step, [0], Path(os.environ["FAULTS_PIDS"]) / "done"
 
-    def planted(self: Trainer, *arguments: Any) -> Any:
-        again = "FAULTS_ALWAYS" in os.environ or not done.exists()
-        if self.state.iteration + 1 == int(os.environ["FAULTS_STEP"]) and again:
-            done.touch()
-            action()
+    def numbered(self: Trainer, *arguments: Any) -> Any:
+        number[0] = self.state.iteration + 1
         return step(self, *arguments)
 
-    Trainer.step = planted  # type: ignore[method-assign]
+    def planted(train_batch: Any) -> Any:
+        def train(self: Any, micro_batches: Any) -> Any:
+            again = "FAULTS_ALWAYS" in os.environ or not done.exists()
+            if number[0] == int(os.environ["FAULTS_STEP"]) and again:
+                done.touch()
+                action()
+            return train_batch(self, micro_batches)
+
+        return train
+
+    Trainer.step = numbered  # type: ignore[method-assign]
+    for engine in (ZeroEngine, PipelineEngine):
+        engine.train_batch = planted(engine.train_batch)
 
 
 def die_at_file_event() -> None:
@@ -113,7 +140,7 @@ def die_at_file_event() -> None:
 
 
 def plant() -> None:
-    """Rank FAULTS_RANK goes wrong in step FAULTS_STEP; with FAULTS_ALWAYS in all after it, too.
+    """Rank FAULTS_RANK goes wrong in the steps FAULTS_STEP; with FAULTS_ALWAYS in all after, too.
 
     FAULTS_KIND: `nan` or `spike` in the gradient of one of its weights, or `misread`: its loss,
     as its spike detector alone is told. Each rank notes which updates were applied.
@@ -124,18 +151,20 @@ def plant() -> None:
     from megatron.training.trainer import Trainer
 
     rank, kind = os.environ["RANK"], os.environ["FAULTS_KIND"]
-    first, always = int(os.environ["FAULTS_STEP"]), "FAULTS_ALWAYS" in os.environ
+    spots = [int(number) for number in os.environ["FAULTS_STEP"].split(",")]
+    always = "FAULTS_ALWAYS" in os.environ
     note = Path(os.environ["FAULTS_PIDS"]) / f"applied-{rank}"
     here = rank == os.environ["FAULTS_RANK"]
     step, judge, wrong = Trainer.step, SpikeDetector.judge, [False]
 
     def noted_step(self: Trainer, *arguments: Any) -> Any:
         number = self.state.iteration + 1
-        wrong[0] = here and (number >= first if always else number == first)
-        result = step(self, *arguments)
-        with note.open("a") as file:
-            file.write(f"{number} {int(self.engine.step_applied)}\n")
-        return result
+        wrong[0] = here and (number in spots or (always and number > spots[0]))
+        try:
+            return step(self, *arguments)
+        finally:
+            with note.open("a") as file:
+                file.write(f"{number} {int(self.engine.step_applied)}\n")
 
     def planted(train_batch: Any) -> Any:
         def train(self: Any, micro_batches: Any) -> Any:

@@ -53,7 +53,8 @@ def until(run: Started, step: int) -> None:
     run.wait_for("step", step)
 
 
-@pytest.mark.parametrize("layout", ["one", pytest.param("tp2", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("layout", ["one", "tp2"])
 def test_a_full_disk_in_the_middle(layout: str, finished: Finished, disk: Path, data: str) -> None:
     """The save of step 4 fails and is said; those after it, with space again, are whole."""
     folder = disk / "run"
@@ -72,8 +73,9 @@ def test_a_full_disk_in_the_middle(layout: str, finished: Finished, disk: Path, 
     assert steps(folder) == list(range(1, STEPS + 1))
 
 
-@pytest.mark.parametrize("asynchronous", ["0", pytest.param("1", marks=pytest.mark.long)])
-@pytest.mark.parametrize("layout", ["one", pytest.param("dp2", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("asynchronous", ["0", "1"])
+@pytest.mark.parametrize("layout", ["one", "dp2"])
 def test_a_full_disk_at_the_last_save(
     layout: str, asynchronous: str, finished: Finished, disk: Path, data: str
 ) -> None:

@@ -131,9 +131,9 @@ def test_weights_that_overflow_are_never_committed(layout: str, data: str, tmp_p
 
 @pytest.mark.long
 def test_rollbacks_are_counted(data: str, tmp_path: Path) -> None:
-    """What comes back after every rollback ends the run with 5, here at the second."""
+    """Two spikes that one rollback cannot answer: the second ends the run with 5."""
     folder = tmp_path / "run"
-    more = {"FAULTS_ALWAYS": "1", "MAX_ROLLBACKS": "1", "MAX_BAD_STEPS": "0"}
+    more = {"FAULTS_STEP": "19,30", "MAX_ROLLBACKS": "1"}
     ended, applied = planted(folder, Case("dp2", "spike", "rollback"), data, **more)
     assert ended.status == 5, ended.output
     assert applied[0] == applied[1]

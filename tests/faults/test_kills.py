@@ -69,7 +69,7 @@ def killed_twice(folder: Path, data: str, layout: str, asynchronous: str, seed: 
     return ""
 
 
-QUICK = [("one", "0", 2), ("one", "1", 4), ("dp2", "1", 1)]
+QUICK = [("one", "0", 2), ("one", "1", 4)]
 LONG = [
     (layout, asynchronous, 100 * number + seed)
     for number, layout in enumerate(["one", "tp2", "pp2", "dp2", "tp2-pp2"])

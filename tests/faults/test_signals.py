@@ -202,6 +202,7 @@ def test_a_resumed_run_stopped_before_its_first_step_loses_nothing(
     assert steps(tmp_path) == list(range(1, 13))
 
 
+@pytest.mark.long
 def test_a_file_named_stop_stops_the_run(data: str, tmp_path: Path) -> None:
     settings = {"DATA_FILE_LIST": data, "TRAIN_ITERS": "1000000", "LOG_INTERVAL": "1000"}
     with started(
