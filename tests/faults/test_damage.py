@@ -192,11 +192,13 @@ def test_some_damage(finished: Finished, data: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_every_region_of_every_file(finished: Finished, data: str, tmp_path: Path) -> None:
     assert check("one", finished, data, tmp_path, lambda file, name: True) >= 40
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_each_file_of_four_ranks(finished: Finished, data: str, tmp_path: Path) -> None:
     kinds = {"header", "last byte", "half", "removed"}
     assert check("tp2-pp2", finished, data, tmp_path, lambda file, name: name in kinds) >= 20

@@ -91,6 +91,7 @@ def test_a_stopped_rank_is_a_hang(data: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_a_rank_stopped_at_any_moment(data: str, tmp_path: Path) -> None:
     each(lambda about: stopped(*about, tmp_path, data), STOPPED)
 
@@ -210,6 +211,7 @@ def test_a_data_error_is_the_last_word(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_a_data_error_is_the_last_word_20_of_20(tmp_path: Path) -> None:
     each(lambda seed: cut_while_training(seed, tmp_path), range(20))
 

@@ -91,6 +91,7 @@ def test_ranks_decide_alike(data: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_ranks_decide_alike_in_every_layout(data: str, tmp_path: Path) -> None:
     each(lambda case: decided_alike(case, tmp_path, data), CASES)
 

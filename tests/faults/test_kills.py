@@ -96,6 +96,7 @@ def test_some_kills(data: str, finished: Finished, tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_kills_in_every_layout(data: str, finished: Finished, tmp_path: Path) -> None:
     assert len(LONG) >= 30
     check(LONG, data, finished, tmp_path)

@@ -71,6 +71,7 @@ def test_a_layout_is_changed(data: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_twelve_pairs(data: str, tmp_path: Path) -> None:
     assert len(PAIRS) == 12
     whole = whole_run(tmp_path, data)

@@ -52,7 +52,7 @@ def test_a_refused_start_changes_no_file(data: str, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     settings = {"DATA_FILE_LIST": data, **LAYOUTS["one"]}
     with started(
-        folder, hooks=["moments"], FAULTS_STEP_S="2", SAVE_INTERVAL="1", **settings
+        folder, hooks=["moments"], FAULTS_STEP_S="3", SAVE_INTERVAL="1", **settings
     ) as run:
         run.wait_for("step", 2)
         time.sleep(0.5)  # what belongs to step 1 is written

@@ -27,12 +27,13 @@ from tests.faults.harness import (
 STEPS = 12
 
 
+@pytest.mark.long
 def test_a_save_behind_the_steps_holds_them_shortly_and_has_the_same_bytes(
     finished: Finished, data: str, tmp_path: Path
 ) -> None:
-    """Every file's flush takes 0.15 s; the steps go on meanwhile."""
+    """Every file's flush takes 0.15 s, a save a second; the steps go on meanwhile."""
     folder = tmp_path / "run"
-    slow = {"hooks": ["moments"], "FAULTS_SAVE_S": "0.15", "FAULTS_STEP_S": "0.1"}
+    slow = {"hooks": ["moments"], "FAULTS_SAVE_S": "0.15", "FAULTS_STEP_S": "0.4"}
     ended = train(folder, ASYNC_SAVE="1", DATA_FILE_LIST=data, **LAYOUTS["one"], **slow)
     assert ended.status == 0, ended.output
     for step in (4, 8, 12):

@@ -164,6 +164,7 @@ def test_some_signals(data: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_signals_at_every_moment(data: str, tmp_path: Path) -> None:
     assert len(CASES) >= 30
     each(lambda case: stopped(case, tmp_path, data), CASES)
