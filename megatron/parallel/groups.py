@@ -81,7 +81,8 @@ def new_group(ranks: Iterable[int], backend: str | None = None) -> dist.ProcessG
     # Without one, torch takes its backend's default, whatever the world's timeout is.
     world = dist.group.WORLD
     assert world is not None
-    options = world._get_backend(world._device_types[0]).options  # torch's fake backend has none
+    backend_of_world = world._get_backend(world._device_types[0])
+    options = getattr(backend_of_world, "options", None)  # oneCCL's and torch's fake one have none
     timeout = None if options is None else options._timeout
     group: dist.ProcessGroup = dist.new_group(
         list(ranks), timeout=timeout, backend=backend, use_local_synchronization=True
