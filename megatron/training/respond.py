@@ -5,26 +5,51 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 from megatron.checkpoint import store
+from megatron.checkpoint.state import RunState
+from megatron.config.schema import RunConfig
 from megatron.config.skip import merge, ranges_text
-from megatron.training.guard import Unstable
+from megatron.data.dataset import SampleSource
+from megatron.engine import Engine
+from megatron.launch.heartbeat import Heartbeat
+from megatron.parallel.control import Control
+from megatron.training.guard import Guard, Unstable
 from megatron.training.log import ALIKE
+from megatron.training.meter import Meter
 from megatron.training.resume import restore
 from megatron.training.rollback import rollback_target, suspect_steps
+from megatron.training.run_data import Data
+from megatron.training.saving import Saves
 from megatron.training.stability import Judgement
 from megatron.training.suspects import write_suspects
-
-if TYPE_CHECKING:
-    from megatron.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
 REPORTS_IN_A_ROW = 20  # a run that MAX_BAD_STEPS=0 lets go on writes no more files
 
 
-def respond(trainer: Trainer, spike: Judgement) -> bool:
+class Steps(Protocol):
+    """The Trainer as a response sees it: what it reads and, of a rollback, changes."""
+
+    run: RunConfig
+    state: RunState
+    engine: Engine
+    data: Data
+    samples: SampleSource
+    control: Control
+    heartbeat: Heartbeat
+    guard: Guard
+    meter: Meter
+    saves: Saves
+    began_after: int
+
+    def log_event(self, event: str, **values: Any) -> None:
+        """Logs a record that is not of a step."""
+
+
+def respond(trainer: Steps, spike: Judgement) -> bool:
     """Acts on a spike whose update was refused, the trainer's last step; a collective.
 
     Returns:
@@ -61,12 +86,12 @@ def respond(trainer: Trainer, spike: Judgement) -> bool:
     return target is not None
 
 
-def report(trainer: Trainer, step: int, spike: Judgement) -> None:
+def report(trainer: Steps, step: int, spike: Judgement) -> None:
     """Reports a spike that was found after its update."""
     trainer.log_event("spike", **spike_record(trainer, step, spike, "none (SPIKE_POLICY=warn)"))
 
 
-def spike_record(trainer: Trainer, step: int, spike: Judgement, action: str) -> dict[str, Any]:
+def spike_record(trainer: Steps, step: int, spike: Judgement, action: str) -> dict[str, Any]:
     """The values of a spike's record; rank 0 writes the report of its samples."""
     return {
         "iteration": step,
@@ -82,7 +107,7 @@ def spike_record(trainer: Trainer, step: int, spike: Judgement, action: str) -> 
     }
 
 
-def end_unstable(trainer: Trainer, reason: str) -> NoReturn:
+def end_unstable(trainer: Steps, reason: str) -> NoReturn:
     """Ends the run with status 5, naming where to go on from; a collective.
 
     Raises:
@@ -109,7 +134,7 @@ def end_unstable(trainer: Trainer, reason: str) -> NoReturn:
     )
 
 
-def require_finite(trainer: Trainer) -> None:
+def require_finite(trainer: Steps) -> None:
     """Ends the run where a weight or an optimizer state of any rank is not finite; a collective.
 
     Raises:
@@ -121,7 +146,7 @@ def require_finite(trainer: Trainer) -> None:
         end_unstable(trainer, f"weights or optimizer states are not finite after step {at}")
 
 
-def _reported(trainer: Trainer, step: int, spike: Judgement, action: str) -> str | None:
+def _reported(trainer: Steps, step: int, spike: Judgement, action: str) -> str | None:
     """The report's path, written by rank 0; no failure of it stops the run."""
     if trainer.control.rank != 0 or trainer.guard.bad_steps > REPORTS_IN_A_ROW:
         return None
@@ -144,7 +169,7 @@ def _reported(trainer: Trainer, step: int, spike: Judgement, action: str) -> str
     return str(path)
 
 
-def _found(trainer: Trainer, suspects: tuple[int, int], *, used_up: bool) -> store.Checkpoint | str:
+def _found(trainer: Steps, suspects: tuple[int, int], *, used_up: bool) -> store.Checkpoint | str:
     """The checkpoint to return to, with those after it set aside; or why there is none."""
     root, control = trainer.run.checkpoint_folder, trainer.control
     trainer.saves.finish()
@@ -161,7 +186,7 @@ def _found(trainer: Trainer, suspects: tuple[int, int], *, used_up: bool) -> sto
     return found
 
 
-def _roll_back(trainer: Trainer, target: store.Checkpoint, suspects: tuple[int, int]) -> None:
+def _roll_back(trainer: Steps, target: store.Checkpoint, suspects: tuple[int, int]) -> None:
     """Puts weights, optimizer and counters back, and the suspect steps into the ranges to skip."""
     before = trainer.state
     count = before.rollbacks + 1
