@@ -119,7 +119,7 @@ ANY_JSON: dict[str, Damage] = {
     "null": replace(b"null\n"),
 }
 CURSOR = "wrong data cursor"  # a number that is as good as the right one, but for the digest
-FIRST, CHOSEN = 4, 4  # keys and numbers of a file, the latter by chance
+FIRST, CHOSEN = 3, 3  # keys and numbers of a file, the latter by chance
 
 
 def damages(step: Path, rng: random.Random) -> Iterator[tuple[str, str, Damage]]:
@@ -194,14 +194,14 @@ def test_some_damage(finished: Finished, data: str, tmp_path: Path) -> None:
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_every_region_of_every_file(finished: Finished, data: str, tmp_path: Path) -> None:
-    assert check("one", finished, data, tmp_path, lambda file, name: True) >= 40
+    assert check("one", finished, data, tmp_path, lambda file, name: True) >= 60
 
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_each_file_of_four_ranks(finished: Finished, data: str, tmp_path: Path) -> None:
-    kinds = {"header", "last byte", "half", "removed"}
-    assert check("tp2-pp2", finished, data, tmp_path, lambda file, name: name in kinds) >= 20
+    kinds = {"last byte", "removed"}
+    assert check("tp2-pp2", finished, data, tmp_path, lambda file, name: name in kinds) >= 14
 
 
 ALL: dict[str, tuple[str, Damage]] = {
