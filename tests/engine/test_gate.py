@@ -45,7 +45,7 @@ SETTINGS = {
 
 LONG = {
     "zero2-bf16", "zero3-bf16", "tp2-zero3", "pp2-bf16", "dualpipev", "tp2-pp2-dp2",
-    "host-zero3-bf16", "adafactor", "sophiag",
+    "host-zero3-bf16", "adafactor", "sophiag", "zero2", "host", "mics", "sgd", "schedule-free",
 }  # fmt: skip
 ALL = [pytest.param(name, marks=[pytest.mark.long] * (name in LONG)) for name in SETTINGS]
 

@@ -198,6 +198,7 @@ def test_an_owner_elsewhere_lives_while_it_renews(
 @pytest.mark.parametrize(
     ("age_s", "least_s", "most_s"), [(3600, 0.7, 2.4), (0.5, 2.4, 6), (-3600, 3, 6)]
 )
+@pytest.mark.long
 def test_an_owner_elsewhere_is_dead_once_it_is_silent(
     tmp_path: Path, age_s: float, least_s: float, most_s: float
 ) -> None:
@@ -212,6 +213,7 @@ def test_an_owner_elsewhere_is_dead_once_it_is_silent(
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"pid": "x"}', b"\xff\xfe"])
+@pytest.mark.long
 def test_a_claim_that_cannot_be_read_is_watched_too(tmp_path: Path, content: bytes) -> None:
     (tmp_path / CLAIM_FILE).write_bytes(content)
     said: list[str] = []
@@ -429,6 +431,7 @@ print(*(ends.get(status, 0) for status in (0, -9, 2, 99)), sum(ends.values()))
 """
 
 
+@pytest.mark.long
 def test_never_two_owners_among_starts_that_end_and_are_killed(tmp_path: Path) -> None:
     """Each owner makes a file that must not be there, and half of them then kill themselves."""
     workers = [start(CHURN, tmp_path / "run", tmp_path / "witness", 4) for _ in range(6)]

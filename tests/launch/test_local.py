@@ -111,6 +111,7 @@ def test_lines_stay_whole(tmp_path: Path) -> None:
     assert set(out) == {"a" * 50 + "b" * 50, "the end without a newline"}
 
 
+@pytest.mark.long
 def test_a_failing_rank_takes_the_run_down_and_has_the_last_word(tmp_path: Path) -> None:
     """Rank 2 fails, then 3 because of it; 0 sleeps, 1 is deaf to SIGTERM and has a child."""
     script = f"""

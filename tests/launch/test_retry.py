@@ -101,6 +101,7 @@ def test_a_wrong_setting_is_not_tried_again(tmp_path: Path) -> None:
     assert (status, starts(tmp_path)) == (2, 1)
 
 
+@pytest.mark.long
 def test_a_checkpoint_makes_the_pause_short_again_but_gives_no_more_retries(
     tmp_path: Path,
 ) -> None:
