@@ -81,7 +81,24 @@ def warnings(run: RunConfig) -> list[str]:
             f"TRAIN_RANGE_TO_SKIP: {skip.ranges_text(tuple(late))} extends past the last step, "
             f"{run.train.train_iters}"
         )
-    return warnings
+    return warnings + _unused_stability(run.stability)
+
+
+def _unused_stability(chosen: schema.StabilityConfig) -> list[str]:
+    """Settings of a spike policy other than the one that is chosen."""
+    usual, policy = schema.StabilityConfig(), chosen.spike_policy
+    users = {
+        "spike_threshold": ("warn", "skip", "rollback"),
+        "spike_window": ("warn", "skip", "rollback"),
+        "rollback_steps": ("rollback",),
+        "max_rollbacks": ("rollback",),
+    }
+    return [
+        f"{schema.by_key()[f'stability.{field}'].name}={getattr(chosen, field):g} has no effect "
+        f"with SPIKE_POLICY={policy}: it is for {', '.join(policies)}"
+        for field, policies in users.items()
+        if policy not in policies and getattr(chosen, field) != getattr(usual, field)
+    ]
 
 
 def notes(run: RunConfig) -> list[str]:

@@ -49,3 +49,13 @@ def test_empty_slips_are_unset():
 def test_foreign_spellings_point_at_variables():
     assert set(FOREIGN_SPELLINGS.values()) <= set(by_variable())
     assert not set(FOREIGN_SPELLINGS) & set(by_variable())
+
+
+def test_settings_of_another_spike_policy_are_named():
+    with_warn = "\n".join(resolved(ROLLBACK_STEPS=7, MAX_ROLLBACKS=9).warnings)
+    assert "ROLLBACK_STEPS=7 has no effect with SPIKE_POLICY=warn" in with_warn
+    assert "MAX_ROLLBACKS=9 has no effect" in with_warn
+    off = "\n".join(resolved(SPIKE_POLICY="off", SPIKE_THRESHOLD=5).warnings)
+    assert "SPIKE_THRESHOLD=5 has no effect with SPIKE_POLICY=off" in off
+    used = resolved(SPIKE_POLICY="rollback", ROLLBACK_STEPS=7, SPIKE_THRESHOLD=5)
+    assert "has no effect" not in "\n".join(used.warnings)
