@@ -58,14 +58,11 @@ ONLY: dict[str, tuple[str, ...]] = {
 
 # Well-known flags that are refused, with what to do instead.
 REFUSED: dict[str, str] = {
-    "--lr-warmup-iters": "use --lr-warmup-fraction = warm-up steps / --lr-decay-iters",
     "--lr-warmup-samples": "use --lr-warmup-fraction",
     "--lr-decay-samples": "use --lr-decay-iters",
     "--lr-decay-tokens": "use --lr-decay-iters",
     "--lr_constant_plus_cooldown": "use --lr-decay-style warmup-stable-decay",
     "--lr_constant_plus_cooldown_frac": "use --lr-decay-fraction",
-    "--train-samples": "use --train-iters or --train-tokens",
-    "--rampup-batch-size": "the batch size is constant",
     "--train-iters-to-skip": "use --train-range-to-skip first last",
     "--data-path": "write `weight prefix corpus` lines into a file for --data-file-list",
     "--train-data-path": "use --data-file-list and TRAIN_SPLIT",
@@ -83,7 +80,6 @@ REFUSED: dict[str, str] = {
     "--num-experts": "models are dense",
     "--loss-scale": "fp16 scales its loss dynamically",
     "--initial-loss-scale": "fp16 scales its loss dynamically",
-    "--no-load-optim": "a resumed run loads its optimizer",
     "--no-save-optim": "a checkpoint holds the optimizer",
     "--override-opt_param-scheduler": "the options given now always hold",
     "--use-checkpoint-opt_param-scheduler": "the options given now always hold",
@@ -92,7 +88,8 @@ REFUSED: dict[str, str] = {
     "--model-parallel-size": "use --tensor-model-parallel-size",
 }
 
-MANY = ("--train-range-to-skip",)  # flags that take the values up to the next flag
+# Flags that take the values up to the next flag.
+MANY = ("--train-range-to-skip", "--rampup-batch-size")
 
 
 @dataclass

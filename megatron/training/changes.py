@@ -12,16 +12,21 @@ from megatron.config.schema import OptimizerConfig, RunConfig, by_key
 NUMBERS = (
     "model.seq_length",
     "train.global_batch_size", "train.train_iters", "train.seed", "train.dtype",
-    "train.grad_reduce_in_bf16",
+    "train.grad_reduce_in_bf16", "train.rampup_batch_size",
     "optimizer.learning_rate", "optimizer.min_learning_rate", "optimizer.lr_decay_style",
-    "optimizer.lr_warmup_fraction", "optimizer.lr_decay_iters", "optimizer.lr_cooldown_fraction",
+    "optimizer.lr_warmup_fraction", "optimizer.lr_warmup_iters", "optimizer.lr_warmup_tokens",
+    "optimizer.lr_finder", "optimizer.lr_decay_iters", "optimizer.lr_cooldown_fraction",
     "optimizer.lr_constant", "optimizer.lr_constant_fraction", "optimizer.lr_timescale",
     "optimizer.lr_decay_fraction", "optimizer.adam_beta1", "optimizer.adam_beta2",
-    "optimizer.adam_eps", "optimizer.sgd_momentum", "optimizer.sophia_rho",
-    "optimizer.sophia_hessian_interval", "optimizer.weight_decay", "optimizer.clip_grad",
+    "optimizer.adam_eps", "optimizer.sgd_momentum", "optimizer.muon_momentum",
+    "optimizer.sophia_rho", "optimizer.sophia_beta1", "optimizer.sophia_beta2",
+    "optimizer.sophia_hessian_interval", "optimizer.weight_decay_incr_style",
+    "optimizer.start_weight_decay", "optimizer.end_weight_decay",
+    "optimizer.weight_decay", "optimizer.clip_grad",
     "stability.spike_policy", "stability.spike_threshold", "stability.spike_window",
     "stability.rollback_steps",
     "log.eval_iters",
+    "data.eod_mask_loss", "data.reset_position_ids", "data.reset_attention_mask",
 )  # fmt: skip
 """Settings that change losses beyond rounding; a change is said."""
 
@@ -53,18 +58,22 @@ SAME_NUMBERS = (
     "train.activation_checkpointing", "train.checkpoint_num_layers", "train.compile",
     "train.no_flash_attention",
     "train.train_tokens",  # TRAIN_ITERS follows from it
-    "train.exit_duration_mins", "train.exit_interval",
+    "train.train_samples", "train.exit_duration_mins", "train.exit_interval",
     "data.cache_path", "data.allow_data_change",
     "checkpoint.run_name", "checkpoint.run_dir", "checkpoint.save", "checkpoint.load",
     "checkpoint.save_interval", "checkpoint.exit_on_missing_checkpoint", "checkpoint.async_save",
     "checkpoint.keep_last", "checkpoint.keep_every", "checkpoint.keep_best",
-    "checkpoint.export_hf", "checkpoint.resume",
+    "checkpoint.export_hf", "checkpoint.resume", "checkpoint.finetune", "checkpoint.no_load_optim",
+    "checkpoint.no_load_rng",
     "stability.max_rollbacks", "stability.max_bad_steps",
     "log.log_interval", "log.eval_interval", "log.wandb_project", "log.wandb_mode",
-    "log.wandb_disabled", "log.no_tensorboard", "log.log_corpus_loss", "log.dump_tokens",
+    "log.wandb_disabled", "log.no_tensorboard", "log.tensorboard_dir", "log.wandb_exp_name",
+    "log.log_params_norm", "log.log_num_zeros_in_grad", "log.log_optimizer_states",
+    "log.log_corpus_loss", "log.dump_tokens",
     "log.dump_skipped_iters", "log.log_level", "log.debug", "log.dry_run",
     "launch.hostfile", "launch.num_hosts", "launch.devices_per_host", "launch.cpu_bind",
-    "launch.retries", "launch.hang_timeout", "launch.launch_with",
+    "launch.retries", "launch.hang_timeout", "launch.launch_with", "launch.device",
+    "launch.distributed_timeout_minutes", "launch.ignore_variables",
 )  # fmt: skip
 """Settings that a resume may change without a word."""
 
