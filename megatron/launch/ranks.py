@@ -277,14 +277,10 @@ def _learn(family: Family, environ: Mapping[str, str]) -> Ranks:
             )
         most = hosts * per_host if hosts and per_host else None
         if (per_host and size < per_host) or (most is not None and size > most):
+            limit = f"; {source} has {hosts} hosts: {hosts} x {per_host} = {most}" if most else ""
             raise ConfigError(
-                f"WORLD_SIZE={size}, but {family.name} started {name}={per_host} ranks on this host"
-                + (
-                    f", and {source} has {hosts} hosts: {hosts} x {per_host} = {most}"
-                    if most
-                    else ""
-                )
-                + ". Set WORLD_SIZE to the number of ranks that were started"
+                f"WORLD_SIZE={size}, but {family.name} started {name}={per_host} ranks on this "
+                f"host{limit}. Set WORLD_SIZE to the number of ranks that were started"
             )
         return _ranks(family, environ, size, f"WORLD_SIZE={size}")
     if hosts and per_host:
@@ -316,8 +312,9 @@ def _families(environ: Mapping[str, str]) -> list[Family]:
     """
     if _in_step(environ):
         return list(FAMILIES)
-    shell = environ.get("SLURM_JOB_ID") and not environ.get(EXPECTED)
-    no_rank = {"Slurm"} | ({"PMIx"} if shell and environ.get("PMIX_RANK", "0") == "0" else set())
+    no_rank = {"Slurm"}
+    if environ.get("PMIX_NAMESPACE", "").startswith("slurm.") and environ.get("PMIX_RANK") == "0":
+        no_rank.add("PMIx")
     return [family for family in FAMILIES if family.name not in no_rank]
 
 
