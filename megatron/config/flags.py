@@ -1,4 +1,4 @@
-"""The command line: schema flags, Megatron's spellings, and why others are refused."""
+"""The command line: the schema's flags, and those of the reference that it has a class for."""
 
 from __future__ import annotations
 
@@ -9,87 +9,24 @@ from dataclasses import dataclass, field
 
 from megatron.config import schema
 from megatron.config.errors import ConfigError
-
-# Bare flags that set one option to a fixed value.
-SHORTHANDS: dict[str, tuple[str, str]] = {
-    "--bf16": ("train.dtype", "bf16"),
-    "--fp16": ("train.dtype", "fp16"),
-    "--fp32": ("train.dtype", "fp32"),
-    "--checkpoint-activations": ("train.activation_checkpointing", "1"),
-    "--deepspeed-activation-checkpointing": ("train.activation_checkpointing", "1"),
-    "--recompute-activations": ("train.activation_checkpointing", "selective"),
-    "--untie-embeddings-and-output-weights": ("model.tie_embeddings", "0"),
-    "--no-pipeline-parallel": ("parallel.pipeline_parallel", "1"),
-}
-
-# Bare flags whose effect is always on.
-ALWAYS: dict[str, str] = {
-    "--swiglu": "the MLP is SwiGLU",
-    "--use-rotary-position-embeddings": "positions are rotary",
-    "--no-position-embedding": "positions are rotary",
-    "--disable-bias-linear": "linear layers have no bias",
-    "--no-query-key-layer-scaling": "attention scores are not scaled by layer",
-    "--accumulate-allreduce-grads-in-fp32": "bf16 gradients are averaged in fp32",
-    "--attention-softmax-in-fp32": "the softmax is computed in fp32",
-    "--deepspeed": "DeepSpeed is the engine",
-    "--no-masked-softmax-fusion": "there is no such fusion",
-    "--no-bias-gelu-fusion": "there is no such fusion",
-    "--no-bias-dropout-fusion": "there is no such fusion",
-    "--no-gradient-accumulation-fusion": "there is no such fusion",
-    "--use-flash-attn": "torch picks the fastest attention kernel",
-    "--use-flash-attn-v1": "torch picks the fastest attention kernel",
-    "--use-flash-attn-v2": "torch picks the fastest attention kernel",
-    "--use-flash-attn-triton": "torch picks the fastest attention kernel",
-    "--use-flash-attn-builder": "torch picks the fastest attention kernel",
-    "--lazy-mpu-init": "groups are made when they are needed",
-}
-
-# Flags of which only one value is supported.
-ONLY: dict[str, tuple[str, ...]] = {
-    "--normalization": ("rmsnorm", "RMSNorm"),
-    "--hidden-dropout": ("0", "0.0"),
-    "--attention-dropout": ("0", "0.0"),
-    "--make-vocab-size-divisible-by": ("128",),
-    "--rotary-percent": ("1", "1.0"),
-    "--data-impl": ("mmap", "infer"),
-    "--dataloader-type": ("single",),
-    "--recompute-method": ("uniform",),
-}
-
-# Well-known flags that are refused, with what to do instead.
-REFUSED: dict[str, str] = {
-    "--lr-warmup-samples": "use --lr-warmup-fraction",
-    "--lr-decay-samples": "use --lr-decay-iters",
-    "--lr-decay-tokens": "use --lr-decay-iters",
-    "--lr_constant_plus_cooldown": "use --lr-decay-style warmup-stable-decay",
-    "--lr_constant_plus_cooldown_frac": "use --lr-decay-fraction",
-    "--train-iters-to-skip": "use --train-range-to-skip first last",
-    "--data-path": "write `weight prefix corpus` lines into a file for --data-file-list",
-    "--train-data-path": "use --data-file-list and TRAIN_SPLIT",
-    "--valid-data-path": "use --data-file-list and VAL_SPLIT",
-    "--test-data-path": "use --data-file-list and TEST_SPLIT",
-    "--vocab-file": "give the file to --tokenizer-model",
-    "--merge-file": "give its folder to --tokenizer-model",
-    "--distributed-backend": "the backend follows from the device",
-    "--deepspeed_config": "the DeepSpeed configuration is made from the other options",
-    "--use-mics": "use --mics-shard-size",
-    "--kv-channels": "it is --hidden-size / --num-attention-heads, or --head-dim",
-    "--max-position-embeddings": "rotary positions have no table; use --seq-length",
-    "--num-layers-per-virtual-pipeline-stage": "the pipeline schedule is 1F1B",
-    "--use-distributed-optimizer": "use --zero-stage 1",
-    "--num-experts": "models are dense",
-    "--loss-scale": "fp16 scales its loss dynamically",
-    "--initial-loss-scale": "fp16 scales its loss dynamically",
-    "--no-save-optim": "a checkpoint holds the optimizer",
-    "--override-opt_param-scheduler": "the options given now always hold",
-    "--use-checkpoint-opt_param-scheduler": "the options given now always hold",
-    "--batch-size": "use --micro-batch-size",
-    "--warmup": "use --lr-warmup-fraction",
-    "--model-parallel-size": "use --tensor-model-parallel-size",
-}
+from megatron.config.foreign_variables import FOREIGN_SPELLINGS
+from megatron.config.option import Option
+from megatron.config.reference_flags import (
+    ALWAYS,
+    ALWAYS_VALUED,
+    ONLY,
+    OUTSIDE,
+    REFUSED,
+    RENAMED,
+    SHORTHANDS,
+)
 
 # Flags that take the values up to the next flag.
 MANY = ("--train-range-to-skip", "--rampup-batch-size")
+
+SPLIT = "--split"  # three shares in one
+
+CLOSE = 0.85  # one letter added, removed or changed in a word of seven
 
 
 @dataclass
@@ -124,11 +61,12 @@ def _is_value(word: str) -> bool:
 def _most_values(flag: str) -> int | None:
     """Most words after a flag that are its values; None: all up to the next flag."""
     option = schema.by_flag().get(flag)
-    if flag in SHORTHANDS or flag in ALWAYS or not flag.startswith("--"):
-        return 0
     if option is not None and flag not in MANY:
         return int(option.kind != "bool")
-    return 1 if flag in ONLY or flag == "--split" else None
+    if flag in SHORTHANDS or flag in ALWAYS or not flag.startswith("--"):
+        return 0
+    valued = flag in ONLY or flag in RENAMED or flag in ALWAYS_VALUED or flag == SPLIT
+    return 1 if valued else None
 
 
 def _read_flag(line: CommandLine, flag: str, values: Sequence[str]) -> None:
@@ -136,44 +74,71 @@ def _read_flag(line: CommandLine, flag: str, values: Sequence[str]) -> None:
     option = schema.by_flag().get(flag)
     if flag in ("-h", "--help"):
         return  # start.py has printed it
-    if flag in REFUSED:
-        raise ConfigError(f"{flag} is not offered: {REFUSED[flag]}")
-    if flag in SHORTHANDS or flag in ALWAYS:
+    if option is not None:
+        line.settings.append((option.key, _value(flag, option, values), flag))
+    elif flag in SHORTHANDS or flag in ALWAYS:
         if values:
             raise ConfigError(f"{flag} takes no value")
         if flag in ALWAYS:
             line.notes.append(f"{flag} changes nothing: {ALWAYS[flag]}")
         else:
             line.settings.append((*SHORTHANDS[flag], flag))
-    elif option is not None and option.kind == "bool":
-        line.settings.append((option.key, values[0] if values else "1", flag))
-    elif option is None and flag not in ONLY and flag != "--split":
-        raise ConfigError(_unknown(flag))
-    elif not values or not values[0].strip():
-        if flag in MANY:
-            raise ConfigError(f"{flag} needs values, e.g. {flag} 10 20 25 30")
-        raise ConfigError(f"{flag} needs a value: {flag} VALUE or {flag}=VALUE")
-    elif option is not None:
-        line.settings.append((option.key, " ".join(values), flag))
-    elif flag == "--split":
-        line.settings += _split_shares(values[0])
-    elif values[0] in ONLY[flag]:
+    elif flag in ALWAYS_VALUED:
+        line.notes.append(f"{' '.join((flag, *values))} changes nothing: {ALWAYS_VALUED[flag]}")
+    elif flag in RENAMED:
+        key, note = RENAMED[flag]
+        line.settings.append((key, _required(flag, values), flag))
+        line.notes.append(f"{flag} is {schema.by_key()[key].flags[0]}: {note}")
+    elif flag == SPLIT:
+        line.settings += _split_shares(_required(flag, values))
+    elif flag in ONLY:
+        if _required(flag, values) not in ONLY[flag]:
+            raise ConfigError(
+                f"{flag} {values[0]} is not offered: only {flag} {ONLY[flag][0]} is supported"
+            )
         line.notes.append(f"{flag} {values[0]} changes nothing: it is the only value")
     else:
-        raise ConfigError(
-            f"{flag} {values[0]} is not offered: only {flag} {ONLY[flag][0]} is supported"
-        )
+        raise ConfigError(why_refused(flag))
 
 
-def _unknown(flag: str) -> str:
-    """The message for an unknown flag."""
+def _value(flag: str, option: Option, values: Sequence[str]) -> str:
+    """The text of an option's value."""
+    if option.kind == "bool":
+        return values[0] if values else "1"
+    return " ".join((_required(flag, values), *values[1:]))
+
+
+def _required(flag: str, values: Sequence[str]) -> str:
+    """The first value of a flag that needs one."""
+    if values and values[0].strip():
+        return values[0]
+    if flag in MANY:
+        raise ConfigError(f"{flag} needs values, e.g. {flag} 10 20 25 30")
+    raise ConfigError(f"{flag} needs a value: {flag} VALUE or {flag}=VALUE")
+
+
+def why_refused(flag: str) -> str:
+    """Why a flag is no option, with what to do instead where that is known."""
     if not flag.startswith("--"):
         return f"{flag!r} is not a flag: flags start with --, variables go before the command"
-    known = [*schema.by_flag(), *SHORTHANDS, *ALWAYS, *ONLY, *REFUSED, "--split"]
-    close = difflib.get_close_matches(flag, known, n=1)
+    if flag in REFUSED:
+        return f"{flag} is not offered: {REFUSED[flag]}"
+    if flag in OUTSIDE:
+        return f"{flag} is not for this program: {OUTSIDE[flag]}"
+    variable = flag[2:].replace("-", "_").upper()
+    meant = schema.by_variable().get(FOREIGN_SPELLINGS.get(variable, variable))
+    close = meant.flags[0] if meant else _closest(flag)
     return f"{flag} is not a flag of this command. " + (
-        f"Did you mean {close[0]}?" if close else "--help lists them."
+        f"Did you mean {close}?" if close else "--help lists them."
     )
+
+
+def _closest(flag: str) -> str | None:
+    """The flag that works and that `flag` probably misspells, if any: a slip, not a likeness."""
+    working = {*schema.by_flag(), *SHORTHANDS, *ALWAYS, *ALWAYS_VALUED, *ONLY, *RENAMED, SPLIT}
+    working -= {"--local-rank"}  # nobody types it: launchers give it
+    close = difflib.get_close_matches(flag.replace("_", "-"), sorted(working), n=1, cutoff=CLOSE)
+    return close[0] if close else None
 
 
 def _split_shares(text: str) -> list[tuple[str, str, str]]:
@@ -184,4 +149,4 @@ def _split_shares(text: str) -> list[tuple[str, str, str]]:
             f"--split {text}: needs three shares, train,valid,test, e.g. --split 990,10,0"
         )
     keys = ("data.train_split", "data.valid_split", "data.test_split")
-    return [(key, part, "--split") for key, part in zip(keys, parts, strict=True)]
+    return [(key, part, SPLIT) for key, part in zip(keys, parts, strict=True)]

@@ -3,61 +3,91 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from megatron.config import schema, skip
+from megatron.config.errors import ConfigError
+from megatron.config.foreign_variables import (
+    FOREIGN_SPELLINGS,
+    NOT_OURS,
+    NOT_OURS_PREFIXES,
+    WITHOUT_EFFECT,
+)
 from megatron.config.layout import crossing_warning
+from megatron.config.reference_flags import (
+    ALWAYS,
+    ALWAYS_VALUED,
+    ONLY,
+    OUTSIDE,
+    REFUSED,
+    RENAMED,
+    SHORTHANDS,
+)
 from megatron.config.schema import RunConfig
 
-# What other frameworks call our options.
-FOREIGN_SPELLINGS = {
-    "NUM_HEADS": "HEADS", "N_HEADS": "HEADS", "N_LAYERS": "NLAYERS", "N_LAYER": "NLAYERS",
-    "D_MODEL": "HIDDEN", "FFN_SIZE": "FFN_HIDDEN_SIZE", "NUM_KV_HEADS": "NUM_KV_HEAD",
-    "TP_SIZE": "TP", "PP_SIZE": "PP", "SP_SIZE": "SP",
-    "TENSOR_PARALLEL": "TP", "PIPELINE_PARALLEL": "PP",
-    "LEARNING_RATE": "LR", "MAX_LR": "LR", "WARMUP_FRAC": "LR_WARMUP_FRAC",
-    "BATCH_SIZE": "MICRO_BATCH", "GRAD_ACCUM_STEPS": "GRAD_ACC_STEPS", "ZERO": "ZERO_STAGE",
-    "TOKENIZER": "TOKENIZER_MODEL", "DATA_LIST": "DATA_FILE_LIST", "PRECISION": "DTYPE",
-    "CHECKPOINT_DIR": "CKPT_DIR", "NGPUS_PER_HOST": "NGPU_PER_HOST",
-}  # fmt: skip
-
-# Variables of the AuroraGPT launcher that are not needed here, and why.
-WITHOUT_EFFECT = {
-    "NO_LLAMA": "every model is Llama-shaped",
-    "OVERRIDE_CKPT_OPT_PARAM": "the options given now always hold",
-    "DATA_PARENT": "set DATA_FILE_LIST",
-    "TIMING_LOG_LEVEL": "steps are timed without it",
-    "TIMING_STR": "give flags on the command line",
-    "COMMS_LOGGER": "there is no communication log",
-    "EXEC": "the entry point is pretrain_gpt_alcf.py",
-}
-
-# Variables of shells, compilers and schedulers that happen to resemble ours.
-NOT_OURS = frozenset(("COMPILER", "HOSTNAME", "HOSTTYPE", "HOST", "HOSTS", "LOCAL_WORLD_SIZE"))
-NOT_OURS_PREFIXES = (
-    "PBS_", "SLURM_", "PMI_", "PMIX_", "PALS_", "OMPI_", "MPICH_", "NCCL_", "CCL_", "FI_", "ZE_",
-    "SYCL_", "CUDA_", "HIP_", "ROCR_", "TORCH_", "TORCHELASTIC_", "OMP_", "MKL_", "CONDA_", "XDG_",
-    "LC_", "SSH_", "HF_", "GITHUB_", "EZPZ_", "_",
-)  # fmt: skip
-
 CLOSE = 0.85  # one letter added, removed or changed in a word of seven
+SHORTEST = 5  # shorter names resemble too much
 
 
-def misspelt_variables(environ: Mapping[str, str]) -> list[str]:
-    """One warning for each variable that is set and resembles one of ours."""
-    known = schema.by_variable()
-    spelled = _flag_spellings()
-    warnings: list[str] = []
+class Stray(NamedTuple):
+    """A variable that looks like an option and is none.
+
+    Attributes:
+        text: what holds.
+        in_vain: the user meant an option by it: a job with it is refused.
+    """
+
+    name: str
+    text: str
+    in_vain: bool
+
+
+def strays(environ: Mapping[str, str], ignored: str | None = None) -> list[Stray]:
+    """Variables that are set, look like options and are none, by name.
+
+    Args:
+        environ: the environment's variables.
+        ignored: IGNORE_VARIABLES, names that are meant for something else.
+    """
+    meant_otherwise = {*(ignored or "").replace(",", " ").split()}
+    found = []
     for name in sorted(environ):
-        if name in known or not environ[name].strip() or name in NOT_OURS:
-            continue
-        if name in WITHOUT_EFFECT:
-            warnings.append(f"{name} has no effect here: {WITHOUT_EFFECT[name]}")
-            continue
-        meant = FOREIGN_SPELLINGS.get(name) or spelled.get(name) or _closest(name, known)
-        if meant:
-            warnings.append(f"{name}={environ[name]} has no effect: the variable is called {meant}")
-    return warnings
+        ours = name in schema.by_variable() or name in NOT_OURS or name in meant_otherwise
+        if not ours and environ[name].strip():
+            stray = _stray(name, environ[name])
+            found += [stray] if stray else []
+    return found
+
+
+def require_no_strays(found: Sequence[Stray]) -> None:
+    """Refuse variables that were meant as options: nobody reads a job's warnings in time.
+
+    Raises:
+        ConfigError: where there are any.
+    """
+    vain = [stray for stray in found if stray.in_vain]
+    if vain:
+        names = ",".join(stray.name for stray in vain)
+        lines = [stray.text for stray in vain]
+        lines.append(f"A job with them is refused: unset them, or set IGNORE_VARIABLES={names}")
+        raise ConfigError("\n".join(lines))
+
+
+def _stray(name: str, value: str) -> Stray | None:
+    """What holds for a variable that is none of ours; None for one that resembles none."""
+    if name in WITHOUT_EFFECT:
+        return Stray(name, f"{name} has no effect here: {WITHOUT_EFFECT[name]}", False)
+    meant = FOREIGN_SPELLINGS.get(name) or _flag_spellings().get(name)
+    reference = None if meant else _reference_spellings().get(name)
+    if reference:
+        return Stray(name, f"{name}={value} has no effect: {reference[0]}", reference[1])
+    meant = meant or _closest(name)
+    if not meant:
+        return None
+    kind = "flag" if meant.startswith("--") else "variable"
+    return Stray(name, f"{name}={value} has no effect: the {kind} is called {meant}", True)
 
 
 def warnings(run: RunConfig) -> list[str]:
@@ -80,6 +110,16 @@ def warnings(run: RunConfig) -> list[str]:
         warnings.append(
             f"TRAIN_RANGE_TO_SKIP: {skip.ranges_text(tuple(late))} extends past the last step, "
             f"{run.train.train_iters}"
+        )
+    data = run.data
+    if data.order == "stateless" and data.blend_sample_in_corpus:
+        warnings.append(
+            "BLEND_SAMPLE_IN_CORPUS=1 changes nothing with DATA_ORDER=stateless: it always blends"
+        )
+    if data.order == "stateless" and data.cache_path:
+        warnings.append(
+            f"DATA_CACHE_PATH={data.cache_path} has no effect with DATA_ORDER=stateless, "
+            "which needs no cache"
         )
     return warnings + _unused_stability(run.stability)
 
@@ -112,18 +152,39 @@ def notes(run: RunConfig) -> list[str]:
     return notes
 
 
+@functools.cache
 def _flag_spellings() -> dict[str, str]:
-    """Flags written as variables, e.g. HIDDEN_SIZE for --hidden-size."""
+    """Flags written as variables, e.g. HIDDEN_SIZE for --hidden-size, and what they are called."""
+    others = {**SHORTHANDS, **RENAMED}
+    shorthands = {flag: schema.by_key()[key] for flag, (key, _) in others.items()}
     return {
-        flag[2:].replace("-", "_").upper(): option.env[0]
-        for flag, option in schema.by_flag().items()
-        if option.env
+        _as_variable(flag): option.env[0] if option.env else flag
+        for flag, option in (shorthands | schema.by_flag()).items()
     }
 
 
-def _closest(name: str, known: Mapping[str, object]) -> str | None:
+@functools.cache
+def _reference_spellings() -> dict[str, tuple[str, bool]]:
+    """The reference's flags written as variables: what holds, and whether that matters."""
+    noted = {**ALWAYS, **ALWAYS_VALUED, **{flag: f"only {v[0]} works" for flag, v in ONLY.items()}}
+    refused = {flag: f"{flag} is not offered: {what}" for flag, what in REFUSED.items()}
+    outside = {flag: f"this is not for {flag}: {what}" for flag, what in OUTSIDE.items()}
+    classes = ((noted, False), (outside, False), (refused, True))
+    return {
+        _as_variable(flag): (text, matters)
+        for texts, matters in classes
+        for flag, text in texts.items()
+        if len(_as_variable(flag)) >= SHORTEST
+    }
+
+
+def _as_variable(flag: str) -> str:
+    return flag[2:].replace("-", "_").upper()
+
+
+def _closest(name: str) -> str | None:
     """The variable that `name` probably misspells, if any."""
-    if len(name) < 5 or not name.isupper() or name.startswith(NOT_OURS_PREFIXES):
+    if len(name) < SHORTEST or not name.isupper() or name.startswith(NOT_OURS_PREFIXES):
         return None
-    close = difflib.get_close_matches(name, known, n=1, cutoff=CLOSE)
+    close = difflib.get_close_matches(name, schema.by_variable(), n=1, cutoff=CLOSE)
     return close[0] if close else None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from megatron.config import update_rules
 from megatron.config.errors import ConfigError
 
 TRUE = ("1", "true", "yes", "on")
@@ -21,7 +23,22 @@ SPELLINGS = {
     },
     "train.compile": {"true": "1", "yes": "1", "on": "1", "false": "0", "no": "0", "off": "0"},
     "train.dtype": {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"},
+    "optimizer.optimizer": {
+        **{name: name for name in update_rules.accepted()},
+        **{name: rule for name, (rule, _) in update_rules.KERNELS.items()},
+    },
+    "optimizer.lr_decay_style": {"wsd": "warmup-stable-decay"},
+    "log.wandb_mode": {"off": "disabled", "on": "online", "online": "online"},
+    "log.log_level": {name.lower(): name for name in ("DEBUG", "INFO", "WARNING", "ERROR")},
+    "launch.launch_with": {"mpich": "mpiexec", "pals": "mpiexec", "openmpi": "mpirun"},
 }  # fmt: skip
+
+
+# Options that count tokens or samples, which are often written as 500B or 2T.
+COUNTED = frozenset((
+    "train.train_tokens", "train.train_samples", "optimizer.lr_warmup_tokens",
+))  # fmt: skip
+POWERS = {"K": "e3", "M": "e6", "B": "e9", "G": "e9", "T": "e12"}
 
 
 @dataclass(frozen=True)
@@ -65,7 +82,7 @@ class Option:
         if self.kind == "bool":
             return _boolean(text, name)
         if self.kind == "int":
-            value = _integer(text, name)
+            value = _integer(_expanded(text) if self.key in COUNTED else text, name)
         elif self.kind == "float":
             value = _number(text, name)
         else:
@@ -79,7 +96,9 @@ class Option:
             if rule:
                 raise ConfigError(f"{name}={value}: {self.help}; it must be {rule}")
         elif self.choices and value not in self.choices:
-            raise ConfigError(f"{name}={value} is not one of {', '.join(self.choices)}")
+            close = difflib.get_close_matches(str(value).lower(), self.choices, n=1, cutoff=0.5)
+            meant = f". Did you mean {close[0]}?" if close else ""
+            raise ConfigError(f"{name}={value} is not one of {', '.join(self.choices)}{meant}")
         return value
 
 
@@ -177,6 +196,11 @@ def _boolean(text: str, name: str) -> bool:
     if text.lower() in FALSE:
         return False
     raise ConfigError(f"{name}={text} is neither {'/'.join(TRUE)} nor {'/'.join(FALSE)}")
+
+
+def _expanded(text: str) -> str:
+    """`2T` -> `2e12`, `1.5B` -> `1.5e9`."""
+    return f"{text[:-1]}{POWERS[text[-1].upper()]}" if text[-1].upper() in POWERS else text
 
 
 def _integer(text: str, name: str) -> int:

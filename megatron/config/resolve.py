@@ -21,6 +21,7 @@ from megatron.config import (
     rope_scaling,
     schema,
     skip,
+    update_rules,
     validate,
 )
 from megatron.config.errors import ConfigError
@@ -45,6 +46,7 @@ class Site:
         num_hosts: hosts of the job.
         devices_per_host: accelerators per host; 0: none.
         defaults: variable -> value that this machine prefers.
+        in_job: a scheduler's job, whose warnings nobody reads in time.
     """
 
     machine: str = "generic"
@@ -52,6 +54,7 @@ class Site:
     num_hosts: int = 1
     devices_per_host: int = 0
     defaults: Mapping[str, str] = field(default_factory=dict)
+    in_job: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,12 +65,14 @@ class Resolved:
         sources: option key (`section.field`) -> where its value came from.
         warnings: what the user probably did not mean.
         notes: what the user should know.
+        in_vain: those warnings that say that a variable was meant and is not read.
     """
 
     run: RunConfig
     sources: dict[str, str]
     warnings: list[str]
     notes: list[str]
+    in_vain: tuple[str, ...] = ()
 
 
 def resolve(environ: Mapping[str, str], argv: Sequence[str], site: Site) -> Resolved:
@@ -96,10 +101,18 @@ def resolve(environ: Mapping[str, str], argv: Sequence[str], site: Site) -> Reso
     if before:
         changes = resumed.changes(before, run, draft.sources)
         notes.append(f"resumes {before.folder} with its own configuration; changed: {changes}")
+    strays = hints.strays(environ, run.launch.ignore_variables)
     if not run.log.dry_run:
+        if site.in_job:
+            hints.require_no_strays(strays)
         _require_ready(run, draft, site)
-    warnings = hints.misspelt_variables(environ) + hints.warnings(run)
-    return Resolved(run, draft.sources, warnings, notes + hints.notes(run))
+    return Resolved(
+        run,
+        draft.sources,
+        [stray.text for stray in strays] + hints.warnings(run),
+        notes + hints.notes(run),
+        tuple(stray.text for stray in strays if stray.in_vain),
+    )
 
 
 def _given(environ: Mapping[str, str], argv: Sequence[str]) -> tuple[Draft, list[str]]:
@@ -107,17 +120,19 @@ def _given(environ: Mapping[str, str], argv: Sequence[str]) -> tuple[Draft, list
     draft, problems = Draft(schema.by_key()), []
     line = flags.read_command_line(argv)
     problems += line.problems
-    problems += _give_all(draft, line.settings)
+    flagged = presets.with_labels(line.settings)
+    problems += _give_all(draft, flagged)
     variables = [
         (option.key, environ[name], name)
         for option in schema.options()
         for name in option.env
-        if environ.get(name, "").strip() and option.key not in draft.given
+        if environ.get(name, "").strip()
     ]
-    problems += _give_all(draft, variables)
+    given = [setting for setting in presets.with_labels(variables) if setting[0] not in draft.given]
+    problems += _give_all(draft, given)
     if problems:
         raise ConfigError("\n".join(problems))
-    return draft, line.notes
+    return draft, [*line.notes, *update_rules.notes([*flagged, *given])]
 
 
 def _give_all(draft: Draft, settings: Sequence[tuple[str, str, str]]) -> list[str]:

@@ -14,8 +14,9 @@ from typing import Any
 
 from megatron.config import batch, schema
 from megatron.config.errors import ConfigError
-from megatron.config.flags import SHORTHANDS
 from megatron.config.option import Draft, Option
+from megatron.config.presets import LABELLED
+from megatron.config.reference_flags import RENAMED, SHORTHANDS
 from megatron.config.schema import RUN_FILE, RunConfig
 from megatron.config.table import value_text
 
@@ -53,8 +54,10 @@ class ResumedRun:
     def was_set(self, key: str) -> bool:
         """Whether its user had set this option, by a variable or a flag."""
         option, source = schema.by_key()[key], self.sources.get(key, "")
-        own = (*option.env, *option.flags, *(f for f, (to, _) in SHORTHANDS.items() if to == key))
-        return source in own or (source == "--split" and key.endswith("_split"))
+        others = {**SHORTHANDS, **RENAMED}
+        own = (*option.env, *option.flags, *(f for f, (to, _) in others.items() if to == key))
+        split = source == "--split" and key.endswith("_split")
+        return source in own or split or (source == LABELLED and key == "model.num_layers")
 
     def was_derived(self, key: str) -> bool:
         """Whether it followed from other values, or from where the ranks ran."""

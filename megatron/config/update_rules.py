@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-_APEX = "apex is not a dependency; torch's own kernel does the same update"
+_APEX = "apex is not a dependency"
 _IPEX = "Intel's extension for PyTorch is no longer released; torch runs on Intel GPUs without it"
 _COMPRESSED = "its compressed communication needs DeepSpeed's own gradient path"
 _EIGHT_BIT = "needs bitsandbytes, which has CUDA kernels only"
@@ -44,15 +44,19 @@ RULES: dict[str, Rule] = {
     "sophiag": Rule(),
 }
 
+# Other libraries' kernels -> the rule that they compute, and why they are not used.
+KERNELS: dict[str, tuple[str, str]] = {
+    "apex.adam": ("adamw", _APEX),
+    "apex.sgd": ("sgd", _APEX),
+    "ds.adamw": ("adamw", "DeepSpeed would compile FusedAdam"),
+    "ds.fusedlamb": ("lamb", "DeepSpeed's FusedLamb is compiled for CUDA only"),
+    "ipex.lamb": ("lamb", _IPEX),
+    "ipex.fusedlamb": ("lamb", _IPEX),
+}
+
 # name -> (reason, nearest accepted name)
 REFUSED: dict[str, tuple[str, str]] = {
-    "apex.adam": (_APEX, "adamw"),
-    "apex.sgd": (_APEX, "sgd"),
-    "ds.adamw": ("DeepSpeed would compile FusedAdam; torch's fused AdamW does the same", "adamw"),
-    "ds.fusedlamb": ("DeepSpeed's FusedLamb is compiled for CUDA only", "lamb"),
     "ds.onebitlamb": (_COMPRESSED, "lamb"),
-    "ipex.lamb": (_IPEX, "lamb"),
-    "ipex.fusedlamb": (_IPEX, "lamb"),
     "adam8bit": (_EIGHT_BIT, "adamw"),
     "galoreadamw": (_GALORE, "adamw"),
     "galoreadamw8bit": (_GALORE, "adamw"),
@@ -72,6 +76,16 @@ REFUSED: dict[str, tuple[str, str]] = {
 def accepted() -> tuple[str, ...]:
     """Names that can be trained with."""
     return tuple(RULES)
+
+
+def notes(settings: Sequence[tuple[str, str, str]]) -> list[str]:
+    """One note for each (key, text, name) that names the kernel of another library."""
+    return [
+        f"{name}={text} is trained with {KERNELS[text.lower()][0]}, the same rule: "
+        f"{KERNELS[text.lower()][1]}"
+        for key, text, name in settings
+        if key == "optimizer.optimizer" and text.lower() in KERNELS
+    ]
 
 
 def problem(value: str, name: str = "OPT") -> str | None:

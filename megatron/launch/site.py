@@ -156,6 +156,7 @@ def site(
         num_hosts=hosts,
         devices_per_host=place.devices_per_host,
         defaults=place.machine.defaults(hosts),
+        in_job=place.job.scheduler != "none",
     )
 
 

@@ -2,8 +2,7 @@
 
 import pytest
 
-from megatron.config.flags import ALWAYS, REFUSED, SHORTHANDS, read_command_line
-from megatron.config.schema import options
+from megatron.config.reference_flags import ALWAYS
 from tests.config.helpers import configured, refusal, resolved
 
 
@@ -60,7 +59,7 @@ def test_what_is_always_so_is_noted(flag):
         (["--attention-dropout=0.1"], ["--attention-dropout 0.1", "--attention-dropout 0"]),
         (["--split", "1"], ["--split 1", "three"]),
         (["--lr", "1e-3", "--lr", "2e-3"], ["--lr=0.001", "--lr=2e-3"]),
-        (["--lr-warmup-iters", "5"], ["--lr-warmup-iters", "--lr-warmup-fraction"]),
+        (["--lr-warmup-samples", "5"], ["--lr-warmup-samples", "--lr-warmup-fraction"]),
         (["--fp16", "--bf16"], ["--fp16", "--bf16"]),
         (["--train-range-to-skip"], ["--train-range-to-skip needs values"]),
         (["--lr", "-1e-3"], ["--lr=-0.001", "above 0"]),
@@ -71,16 +70,3 @@ def test_wrong_command_lines(argv, words):
     message = refusal(*argv)
     missing = [word for word in words if word not in message]
     assert not missing, f"{missing} not in {message!r}"
-
-
-def test_refused_flags_swallow_their_values_and_say_why():
-    for flag, instead in REFUSED.items():
-        line = read_command_line([flag, "5", "--num-layers", "2"])
-        assert line.problems == [f"{flag} is not offered: {instead}"]
-        assert line.settings == [("model.num_layers", "2", "--num-layers")]
-
-
-def test_no_flag_is_named_twice():
-    flags = [flag for option in options() for flag in option.flags]
-    flags += [*SHORTHANDS, *ALWAYS, *REFUSED]
-    assert len(flags) == len(set(flags))

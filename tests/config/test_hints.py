@@ -2,9 +2,11 @@
 
 import pytest
 
-from megatron.config.hints import FOREIGN_SPELLINGS, misspelt_variables
+from megatron.config.foreign_variables import FOREIGN_SPELLINGS, NOT_OURS, WITHOUT_EFFECT
+from megatron.config.hints import strays
+from megatron.config.resolve import Site
 from megatron.config.schema import by_variable
-from tests.config.helpers import resolved
+from tests.config.helpers import refusal, resolved
 
 ORDINARY = (
     "PATH", "HOME", "SHELL", "SHLVL", "USER", "LOGNAME", "HOSTNAME", "LANG", "LC_ALL", "TERM",
@@ -12,15 +14,15 @@ ORDINARY = (
     "LD_LIBRARY_PATH", "CONDA_PREFIX", "CC", "CXX", "CFLAGS", "COMPILER", "LOADEDMODULES",
     "MODULEPATH", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR",
     "MASTER_PORT", "NODE_RANK", "OMP_NUM_THREADS", "PBS_JOBID", "PBS_NODEFILE", "SLURM_NTASKS",
-    "PMI_SIZE", "NCCL_DEBUG", "CCL_LOG_LEVEL", "WANDB_API_KEY", "WANDB_NAME", "WANDB_ENTITY",
-    "WANDB_DIR", "WANDB_DISABLE_GIT", "HF_HOME", "CUDA_VISIBLE_DEVICES", "TORCH_LOGS", "NO_COLOR",
+    "PMI_SIZE", "NCCL_DEBUG", "CCL_LOG_LEVEL", "WANDB_API_KEY", "WANDB_ENTITY",
+    "WANDB_DISABLE_GIT", "HF_HOME", "CUDA_VISIBLE_DEVICES", "TORCH_LOGS", "NO_COLOR",
     "CI", "GITHUB_TOKEN", "SSH_TTY", "HISTSIZE", "HOST", "HOSTTYPE", "MACHTYPE", "OSTYPE",
-    "COLUMNS", "LINES", "MAIL", "DEBUGINFOD_URLS", "EZPZ_LOG_LEVEL",
+    "COLUMNS", "LINES", "MAIL", "DEBUGINFOD_URLS", "CONFIG", "NGPUS",
 )  # fmt: skip
 
 
 def test_ordinary_variables_are_left_alone():
-    assert misspelt_variables(dict.fromkeys(ORDINARY, "1")) == []
+    assert strays(dict.fromkeys(ORDINARY, "1")) == []
 
 
 @pytest.mark.parametrize(
@@ -42,13 +44,37 @@ def test_variables_of_the_reference_that_are_not_needed():
     assert "NO_LLAMA" in resolved(NO_LLAMA=1).warnings[0]
 
 
+def test_slips_are_refused_in_a_job_and_named_in_its_dry_run():
+    job = Site(in_job=True)
+    message = refusal(site=job, NLAYER=4, LEARNING_RATE=1, TORCH_DEVICE="xpu")
+    assert "NLAYER=4 has no effect: the variable is called NLAYERS" in message
+    assert "IGNORE_VARIABLES=LEARNING_RATE,NLAYER" in message
+    assert "TORCH_DEVICE" not in message  # nothing was meant that is not so
+    named = resolved(site=job, NLAYER=4)
+    assert named.in_vain == tuple(named.warnings) != ()
+    ignored = {"IGNORE_VARIABLES": "LEARNING_RATE, NLAYER", "DRY_RUN": "0"}
+    run = resolved(site=job, NLAYER=4, LEARNING_RATE=1, **ignored)
+    assert run.warnings == [] and run.run.model.num_layers == 4  # the preset's
+    assert resolved(NLAYER=4, DRY_RUN=0).in_vain != ()  # a laptop trains and says so
+
+
+def test_what_another_order_of_data_ignores_is_named():
+    warnings = "\n".join(resolved(DATA_CACHE_PATH="x", BLEND_SAMPLE_IN_CORPUS=1).warnings)
+    assert "DATA_CACHE_PATH=x has no effect" in warnings
+    assert "BLEND_SAMPLE_IN_CORPUS=1 changes nothing" in warnings
+    megatron = {"DATA_ORDER": "megatron", "DATA_CACHE_PATH": "x", "BLEND_SAMPLE_IN_CORPUS": 1}
+    assert resolved(**megatron).warnings == []
+
+
 def test_empty_slips_are_unset():
-    assert misspelt_variables({"NLAYER": " "}) == []
+    assert strays({"NLAYER": " "}) == []
 
 
 def test_foreign_spellings_point_at_variables():
     assert set(FOREIGN_SPELLINGS.values()) <= set(by_variable())
-    assert not set(FOREIGN_SPELLINGS) & set(by_variable())
+    others = [*FOREIGN_SPELLINGS, *WITHOUT_EFFECT, *NOT_OURS]
+    assert len(others) == len(set(others))
+    assert not set(others) & set(by_variable())
 
 
 def test_settings_of_another_spike_policy_are_named():
