@@ -16,7 +16,7 @@ import numpy as np
 from megatron.config.errors import DataError
 from megatron.data.data_list import DataSource
 from megatron.data.indexed import IndexedDataset, TokenArray
-from megatron.data.indexed_header import IndexHeader
+from megatron.data.indexed_header import IndexHeader, left_out_path
 from megatron.data.prepare.fingerprint import data_digest, note_path, read_note
 from megatron.data.prepare.tokenizer import Tokenizer
 
@@ -45,14 +45,23 @@ class Report:
         )
 
     def warnings(self) -> list[str]:
-        """One line for all files whose tokenizer is not known."""
-        if not self.without_note:
-            return []
-        first = self.without_note[0]
-        return [
-            f"{len(self.without_note)} data file(s) do not name the tokenizer that made them (no "
-            f"{note_path(first)}); that the run's tokenizer is the same one cannot be checked"
-        ]
+        """What a run should know: files of unknown tokenizer, and tokens left out."""
+        lines = []
+        if self.without_note:
+            first = self.without_note[0]
+            lines.append(
+                f"{len(self.without_note)} data file(s) do not name the tokenizer that made them "
+                f"(no {note_path(first)}); that the run's tokenizer is the same one cannot be "
+                "checked"
+            )
+        left_out = {prefix: h.left_out for prefix, h in self.headers.items() if h.left_out}
+        if left_out:
+            lines.append(
+                f"{len(left_out)} data file(s) are read as Megatron-DeepSpeed read them: documents "
+                f"begin early and {sum(left_out.values()):,} tokens at the ends are left out "
+                f"({left_out_path(min(left_out))})"
+            )
+        return lines
 
     def raise_problems(self) -> None:
         """Raise a DataError with every problem, shortened; nothing where there is none."""
