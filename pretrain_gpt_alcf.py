@@ -33,11 +33,12 @@ from megatron.launch.ranks import Ranks, find_ranks, rendezvous
 from megatron.launch.start import configuration
 from megatron.launch.starts import accept
 from megatron.launch.walltime import job_end
+from megatron.model.documents import Documents
 from megatron.parallel.control import Control, make_control
 from megatron.parallel.groups import Groups, make_groups
 from megatron.plan.report import architecture_box
 from megatron.training import log
-from megatron.training.build import loss_function, model_layers
+from megatron.training.build import documents_followed, loss_function, model_layers
 from megatron.training.corpus_loss import CorpusLosses
 from megatron.training.device import Device, detect, prepare
 from megatron.training.guard import Unstable
@@ -84,7 +85,8 @@ def pretrain(run: RunConfig, ranks: Ranks, config: Path | None = None) -> int:
     )
     groups, control = make_groups(run.layout), make_control()
     data = build_data(run, control)
-    engine = build_engine(run, groups, device, data.corpus_losses)
+    documents = documents_followed(run, data.tokenizer.eod)
+    engine = build_engine(run, groups, device, data.corpus_losses, documents)
     # To the very end: what comes after the last save must not turn a saved run into a failed one.
     with stop_request(run, started, leads=leads) as stop:
         status = train(run, engine, data, device, stop, control, heartbeat, config)
@@ -151,13 +153,20 @@ def stop_request(run: RunConfig, started: float, *, leads: bool) -> StopRequest:
 
 
 def build_engine(
-    run: RunConfig, groups: Groups, device: Device, corpus_losses: CorpusLosses | None = None
+    run: RunConfig,
+    groups: Groups,
+    device: Device,
+    corpus_losses: CorpusLosses | None = None,
+    documents: Documents | None = None,
 ) -> Engine:
-    """Model, optimizer and DeepSpeed for this rank; its loss counts into `corpus_losses`."""
+    """Model, optimizer and DeepSpeed for this rank.
+
+    Its loss counts into `corpus_losses`; its masks and positions follow `documents`.
+    """
     kept = run.train.checkpoint_num_layers
     engine = make_engine(
         model_layers(run, groups.tp, groups.sp),
-        loss_function(run, groups.tp, corpus_losses),
+        loss_function(run, groups.tp, corpus_losses, documents),
         partial(make_optimizer, run.optimizer),
         groups,
         device.torch_device,
@@ -167,6 +176,7 @@ def build_engine(
         recompute_num_layers=kept if run.train.activation_checkpointing == "1" and kept > 1 else 0,
         mics_shard_size=run.parallel.mics_shard_size,
         pipeline_schedule=run.parallel.pipeline_schedule,
+        documents=documents,
     )
     if isinstance(engine.optimizer, WholeMatrixOptimizer):
         engine.optimizer.bind(

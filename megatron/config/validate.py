@@ -321,6 +321,16 @@ def check_data_order(draft: Draft) -> Iterator[str]:
             yield f"{setting} has no effect with {order}. Unset it, or set {order.name}=megatron"
 
 
+def check_documents(draft: Draft) -> Iterator[str]:
+    """The one optimizer that counts the tokens of a step itself counts all of them."""
+    masked, rule = draft["data.eod_mask_loss"], draft["optimizer.optimizer"]
+    if masked.value and rule.value == "sophiag":
+        yield (
+            f"{rule} estimates its Hessian from all tokens of a step, but {masked} leaves some "
+            f"out. Unset {masked.name}, or set {rule.name}=adamw"
+        )
+
+
 def check_retention(draft: Draft) -> Iterator[str]:
     """Exceptions to a removal need the removal."""
     last = draft["checkpoint.keep_last"]
@@ -372,6 +382,7 @@ FINAL_CHECKS: tuple[Check, ...] = (
     check_learning_rate,
     check_evaluation,
     check_data_order,
+    check_documents,
     check_retention,
     check_folders,
 )

@@ -141,13 +141,24 @@ def _lines(path: str | Path, name: str) -> list[tuple[int, list[str]]]:
         instead = f", or {name}={BUILTIN}" if name == "DATA_FILE_LIST" else ""
         raise DataError(
             f"{name}={path} does not exist (working folder {Path.cwd()}); "
-            f"give a file of `weight prefix corpus` lines{instead}"
+            f"give a file of `weight prefix corpus` lines{instead}{_import_hint(str(path))}"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{name}={path} cannot be read: {error}") from None
     return [
         (number, words) for number, line in enumerate(lines, start=1) if (words := _words(line))
     ]
+
+
+def _import_hint(path: str) -> str:
+    """Where the lists of the machines come from."""
+    if "data-lists/" not in path:
+        return ""
+    empty = " (is $(...) empty?)" if "data-lists//" in path else ""
+    return (
+        f"{empty}. `python3 tools/import_data_lists.py CHECKOUT` copies those of a checkout of "
+        "argonne-lcf/Megatron-DeepSpeed"
+    )
 
 
 def _limit(words: list[str], where: str, corpora: set[str]) -> tuple[str, float]:

@@ -5,6 +5,7 @@ Reads a few bytes per file, so that thousands of files are checked before a run 
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 import struct
@@ -32,13 +33,19 @@ REMAKE = "make it again with tools/preprocess_data.py"
 
 
 class IndexHeader(NamedTuple):
-    """What an index states about its token file."""
+    """What an index states about its token file.
+
+    Attributes:
+        tokens: that belong to its sequences.
+        left_out: tokens of `.bin` after them, left out on purpose (`left_out_path`).
+    """
 
     dtype: str
     item_bytes: int
     sequences: int
     document_boundaries: int
     tokens: int
+    left_out: int = 0
 
 
 def read_header(prefix: str, allow_empty: bool = False) -> IndexHeader:
@@ -77,9 +84,25 @@ def _size(path: str, prefix: str) -> int:
     return status.st_size
 
 
-def _checked(
-    stream: FileIO, index: str, index_bytes: int, tokens: str, token_bytes: int
-) -> IndexHeader:
+def left_out_path(prefix: str) -> Path:
+    """The note that accepts tokens of `.bin` after those that the index counts.
+
+    `tools/mend_index.py --as-reference` writes it: {"left_out": tokens}.
+    """
+    return Path(f"{prefix}.left-out.json")
+
+
+def stated(stream: FileIO, index: str, index_bytes: int) -> IndexHeader:
+    """What an index states by itself; no token file is looked at.
+
+    Args:
+        stream: the index, at its start.
+        index: its path, for messages.
+        index_bytes: its size.
+
+    Raises:
+        DataError: it is no Megatron index of tokens, or truncated.
+    """
     start = stream.read(HEADER.size)
     if start[: len(MAGIC)] != MAGIC:
         raise DataError(f"{index} is not a Megatron index (it starts with {start[:9]!r}); {REMAKE}")
@@ -100,17 +123,40 @@ def _checked(
             f"{sequences} + 8 x {boundaries} = {expected}; {REMAKE}"
         )
     length, offset = _last_sequence(stream, sequences) if sequences else (0, 0)
-    end = offset + length * item_bytes
-    if end != token_bytes:
-        documents = max(boundaries - 1, 0)
+    return IndexHeader(dtype, item_bytes, sequences, boundaries, offset // item_bytes + length)
+
+
+def _checked(
+    stream: FileIO, index: str, index_bytes: int, tokens: str, token_bytes: int
+) -> IndexHeader:
+    header = stated(stream, index, index_bytes)
+    end = header.tokens * header.item_bytes
+    if end == token_bytes:
+        return header
+    left_out, rest = divmod(token_bytes - end, header.item_bytes)
+    if rest == 0 and left_out > 0 and _accepted(tokens.removesuffix(".bin")) == left_out:
+        return header._replace(left_out=left_out)
+    documents = max(header.document_boundaries - 1, 0)
+    reason, fix = "", REMAKE
+    if rest == 0 and 0 < left_out <= documents:
         # Megatron-DeepSpeed's tool writes the token of --append-eod without counting it.
-        uncounted = token_bytes - end == documents * item_bytes
-        reason = f", one token less for each of {documents} documents (EOD?)" if uncounted else ""
-        raise DataError(
-            f"{tokens} has {token_bytes} bytes, its index ends at {offset} + {length} x "
-            f"{item_bytes} = {end}{reason}; {REMAKE}"
-        )
-    return IndexHeader(dtype, item_bytes, sequences, boundaries, token_bytes // item_bytes)
+        reason = f", {left_out} tokens less for {documents} documents (uncounted EOD?)"
+        fix = f"mend the index with `python3 tools/mend_index.py {tokens.removesuffix('.bin')}`"
+    raise DataError(
+        f"{tokens} has {token_bytes} bytes, its index ends at {header.tokens} x "
+        f"{header.item_bytes} = {end}{reason}; {fix}"
+    )
+
+
+def _accepted(prefix: str) -> int | None:
+    """Tokens that a note leaves out; None without one."""
+    path = left_out_path(prefix)
+    try:
+        return int(json.loads(path.read_text(encoding="ascii"))["left_out"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{path} cannot be read ({error!r}); remove it") from error
 
 
 def _last_sequence(stream: FileIO, sequences: int) -> tuple[int, int]:

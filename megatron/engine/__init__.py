@@ -22,6 +22,7 @@ from megatron.engine.distributed import (
     start_distributed,
     stop_distributed,
 )
+from megatron.engine.documents import DocumentPipelineEngine, DocumentZeroEngine
 from megatron.engine.interface import (
     Engine,
     Gate,
@@ -35,6 +36,7 @@ from megatron.engine.pipeline_module import pipeline_module
 from megatron.engine.shards import Shards, Span
 from megatron.engine.zero import ZeroEngine
 from megatron.engine.zero3 import make_secondary_group, mics_axes, partitioned_initialisation
+from megatron.model.documents import Documents, follow_documents
 from megatron.model.layer import Layer
 from megatron.model.stack import Stack
 from megatron.parallel.groups import SERIAL, Axis, Groups
@@ -67,6 +69,7 @@ def make_engine(
     recompute_num_layers: int = 0,
     mics_shard_size: int = 0,
     pipeline_schedule: str = "1f1b",
+    documents: Documents | None = None,
 ) -> Engine:
     """Builds this rank's part of the model and starts DeepSpeed; a collective of all ranks.
 
@@ -84,11 +87,14 @@ def make_engine(
         mics_shard_size: ZeRO-3 partitions inside groups of this many data-parallel ranks; 0: over
             all.
         pipeline_schedule: 1f1b or dualpipev.
+        documents: what masks and positions within documents follow; None: none are asked for.
     """
     check_version()
     # Exclude imported objects from garbage collection: rescanning them dominated DeepSpeed's table
     # construction.
     gc.freeze()
+    if documents is not None:
+        layers = [follow_documents(layer, documents) for layer in layers]
     if compile:
         layers = [_compiled(layer) if layer.recompute else layer for layer in layers]
     # For ZeRO and gradient averaging, sequence-parallel ranks are data-parallel ranks.
@@ -97,9 +103,16 @@ def make_engine(
         stages = pipeline_module(
             layers, loss, merged, stage_bounds, recompute_num_layers, pipeline_schedule
         )
-        return start_engine(
-            PipelineEngine, stages, loss, make_optimizer, groups, device, deepspeed_config
+        engine = start_engine(
+            PipelineEngine if documents is None else DocumentPipelineEngine,
+            stages,
+            loss,
+            make_optimizer,
+            groups,
+            device,
+            deepspeed_config,
         )
+        return _followed(engine, documents)
     shard, replica = mics_axes(merged.dp, mics_shard_size)
     make_secondary_group(
         deepspeed_config["zero_optimization"].get("zero_hpz_partition_size", 1), merged.dp
@@ -107,9 +120,25 @@ def make_engine(
     mpu = ModelParallelUnit(groups.tp, shard)
     with quiet(), partitioned_initialisation(deepspeed_config, mpu):
         module = Stack(layers, recompute_num_layers)
-    return start_engine(
-        ZeroEngine, module, loss, make_optimizer, groups, device, deepspeed_config, mpu, replica
+    engine = start_engine(
+        ZeroEngine if documents is None else DocumentZeroEngine,
+        module,
+        loss,
+        make_optimizer,
+        groups,
+        device,
+        deepspeed_config,
+        mpu,
+        replica,
     )
+    return _followed(engine, documents)
+
+
+def _followed(engine: ZeroEngine, documents: Documents | None) -> Engine:
+    if isinstance(engine, DocumentZeroEngine):
+        assert documents is not None
+        engine.follow(documents)
+    return engine
 
 
 def start_engine(

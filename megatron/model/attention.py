@@ -83,6 +83,7 @@ class Attention(nn.Module):
         self.rope = rope
         self.head_width = shape.head_width
         self.no_flash = context.no_flash_attention
+        self.tables_for, self.attend = tables_for, causal_attention  # `documents.py` sets its own
         self.recompute = context.recompute == "selective"
         q, kv, options = shape.query_size, shape.key_value_size, context.linear_options
 
@@ -117,9 +118,9 @@ class Attention(nn.Module):
         q, k, v = (y.transpose(1, 2) for y in (q, k, v))  # (B, heads/tp/sp, S, D)
         if self.rope is not None:
             # Every rank has all positions here, also with sequence parallelism.
-            tables = tables_for(self.rope, q)
+            tables = self.tables_for(self.rope, q)
             q, k = apply_rope(q, tables), apply_rope(k, tables)
-        y = causal_attention(q, k, v, self.no_flash).transpose(1, 2)
+        y = self.attend(q, k, v, self.no_flash).transpose(1, 2)
         if self.sp.size > 1:
             y = head_to_seq_all_to_all(y, self.sp)  # (B, p, N/tp, D)
         x: Tensor = self.o(y.flatten(2))  # (B, s, H)

@@ -6,6 +6,7 @@ from functools import partial
 
 from megatron.config.schema import RunConfig
 from megatron.engine import LossFunction
+from megatron.model.documents import Documents
 from megatron.model.layer import Layer, ModelContext
 from megatron.parallel.cross_entropy import (
     mean_vocab_parallel_cross_entropy,
@@ -35,8 +36,25 @@ def model_layers(run: RunConfig, tp: Axis = SERIAL, sp: Axis = SERIAL) -> list[L
     return run.architecture.layers(run.model, context)
 
 
+def documents_followed(run: RunConfig, eod: int) -> Documents | None:
+    """What the ends of documents decide in this run, None where nothing; `eod` ends a document."""
+    data = run.data
+    if not data.follows_documents:
+        return None
+    return Documents(
+        eod,
+        own_attention=data.reset_attention_mask,
+        own_positions=data.reset_position_ids,
+        mask_loss=data.eod_mask_loss,
+        no_flash=run.train.no_flash_attention,
+    )
+
+
 def loss_function(
-    run: RunConfig, tp: Axis = SERIAL, corpus_losses: CorpusLosses | None = None
+    run: RunConfig,
+    tp: Axis = SERIAL,
+    corpus_losses: CorpusLosses | None = None,
+    documents: Documents | None = None,
 ) -> LossFunction:
     """loss(logits (B, S, V/tp), labels (B, S)) -> mean over tokens, equal on all ranks of `tp`.
 
@@ -44,12 +62,16 @@ def loss_function(
         run: the configuration.
         tp: tensor-parallel axis.
         corpus_losses: counts the loss of each corpus.
+        documents: with EOD_MASK_LOSS, knows which tokens count.
     """
     vocab_size = run.model.vocab_size
     loss: LossFunction = partial(mean_vocab_parallel_cross_entropy, tp=tp, vocab_size=vocab_size)
+    masked = documents if documents is not None and documents.mask_loss else None
+    token_loss = partial(vocab_parallel_cross_entropy, tp=tp, vocab_size=vocab_size)
     if corpus_losses is not None:
-        token_loss = partial(vocab_parallel_cross_entropy, tp=tp, vocab_size=vocab_size)
-        loss = corpus_losses.counted(token_loss)
+        loss = corpus_losses.counted(token_loss, masked)
+    elif masked is not None:
+        loss = masked.counted(token_loss)
     if run.optimizer.optimizer == "sophiag":
         loss = with_sampled_labels(loss, tp, vocab_size)
     return loss

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron.model.documents import Documents
+
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 _SHIFT = 32  # token ids are below 2^31
@@ -40,14 +42,20 @@ class CorpusLosses:
         numbers = torch.tensor([self._numbers[name] + 1 for name in corpora])
         return labels + (numbers << _SHIFT).unsqueeze(1)
 
-    def counted(self, token_loss: Loss) -> Loss:
-        """The mean of `token_loss` (logits, labels) -> (B, S), which counts marked labels."""
+    def counted(self, token_loss: Loss, masked: Documents | None = None) -> Loss:
+        """The mean of `token_loss` (logits, labels) -> (B, S), which counts marked labels.
+
+        Args:
+            token_loss: of each token.
+            masked: leaves tokens out, here and in the mean.
+        """
 
         def loss(logits: Tensor, labels: Tensor) -> Tensor:
             numbers = labels[:, 0] >> _SHIFT  # (B,)
             losses = token_loss(logits, plain_labels(labels))
-            self._add(numbers, losses.detach())
-            return losses.mean()
+            weights = torch.ones_like(losses) if masked is None else masked.weights
+            self._add(numbers, losses.detach(), weights)
+            return losses.mean() if masked is None else masked.mean(losses)
 
         return loss
 
@@ -68,9 +76,9 @@ class CorpusLosses:
             if count
         }
 
-    def _add(self, numbers: Tensor, losses: Tensor) -> None:
-        sums = losses.sum(dim=1, dtype=torch.float64)
-        counts = torch.full_like(sums, losses.shape[1])
+    def _add(self, numbers: Tensor, losses: Tensor, weights: Tensor) -> None:
+        sums = (losses * weights).sum(dim=1, dtype=torch.float64)
+        counts = weights.sum(dim=1, dtype=torch.float64)
         self._totals = self._totals_on(losses.device)
         self._totals.index_add_(1, numbers, torch.stack([sums, counts]))
 

@@ -207,7 +207,14 @@ def _checked(
 ) -> Mapping[str, IndexHeader]:
     """Headers of all files; each is read and checked by one rank."""
     sources = [source for stage in stages for source in stage.sources]
-    own = check_files(sources, run.model.vocab_size, tokenizer, control.rank, control.size)
+    own = check_files(
+        sources,
+        run.model.vocab_size,
+        tokenizer,
+        control.rank,
+        control.size,
+        ends=run.data.follows_documents,
+    )
     whole = Report.joined(control.all_gather(own))
     whole.raise_problems()
     for warning in whole.warnings():

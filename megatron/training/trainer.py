@@ -97,7 +97,8 @@ class Trainer:
             dp.size,
         )
         self.samples = train_data(run, data, state)
-        self.reads_data = pp.rank in (0, pp.size - 1)  # stages between see no tokens
+        # Stages between see no tokens, but which document each belongs to follows from them.
+        self.reads_data = pp.rank in (0, pp.size - 1) or run.data.follows_documents
         self.meter = Meter(run, device, self._measured)
         self.tokens_per_step = run.tokens_per_step
         self.curvature: Curvature | None = None

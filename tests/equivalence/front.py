@@ -24,6 +24,7 @@ from megatron.config.schema import RunConfig
 from megatron.engine import Engine, start_distributed
 from megatron.parallel.control import Control, make_control
 from megatron.parallel.groups import Groups, make_groups
+from megatron.training.build import documents_followed
 from megatron.training.device import detect
 from megatron.training.optimizers.schedule_free import evaluation_weights
 from megatron.training.resume import resume
@@ -67,18 +68,20 @@ def world(variables: Mapping[str, str]) -> int:
     return run_config(variables).parallel.world_size
 
 
-def build(run: RunConfig, large: bool = False) -> Engine:
+def build(run: RunConfig, large: bool = False, eod: int = -1) -> Engine:
     """The engine of this rank.
 
     Args:
         run: the configuration.
         large: ZeRO-3 is at work as it is in a large model.
+        eod: id that ends a document, where the run follows documents.
     """
     if large and run.parallel.zero_stage == 3:
         _shard_everything()
     rank = dist.get_rank()
     start_distributed("gloo", rank, dist.get_world_size(), rank, "", 60)
-    return build_engine(run, make_groups(run.layout), detect(rank, run.train.dtype))
+    device, documents = detect(rank, run.train.dtype), documents_followed(run, eod)
+    return build_engine(run, make_groups(run.layout), device, documents=documents)
 
 
 def _shard_everything() -> None:

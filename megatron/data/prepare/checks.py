@@ -16,12 +16,13 @@ import numpy as np
 from megatron.config.errors import DataError
 from megatron.data.data_list import DataSource
 from megatron.data.indexed import IndexedDataset, TokenArray
-from megatron.data.indexed_header import IndexHeader
+from megatron.data.indexed_header import IndexHeader, left_out_path
 from megatron.data.prepare.fingerprint import data_digest, note_path, read_note
 from megatron.data.prepare.tokenizer import Tokenizer
 
 WINDOW = 4096  # tokens checked in one place
 RANDOM_WINDOWS = 6
+ENDS_WINDOW = 1 << 17  # tokens among which an end of a document is looked for
 INDEX_WINDOWS = 16  # windows of a large index that are read at start; a small one is read whole
 _SHOWN = 10
 
@@ -45,14 +46,23 @@ class Report:
         )
 
     def warnings(self) -> list[str]:
-        """One line for all files whose tokenizer is not known."""
-        if not self.without_note:
-            return []
-        first = self.without_note[0]
-        return [
-            f"{len(self.without_note)} data file(s) do not name the tokenizer that made them (no "
-            f"{note_path(first)}); that the run's tokenizer is the same one cannot be checked"
-        ]
+        """What a run should know: files of unknown tokenizer, and tokens left out."""
+        lines = []
+        if self.without_note:
+            first = self.without_note[0]
+            lines.append(
+                f"{len(self.without_note)} data file(s) do not name the tokenizer that made them "
+                f"(no {note_path(first)}); that the run's tokenizer is the same one cannot be "
+                "checked"
+            )
+        left_out = {prefix: h.left_out for prefix, h in self.headers.items() if h.left_out}
+        if left_out:
+            lines.append(
+                f"{len(left_out)} data file(s) are read as Megatron-DeepSpeed read them: documents "
+                f"begin early and {sum(left_out.values()):,} tokens at the ends are left out "
+                f"({left_out_path(min(left_out))})"
+            )
+        return lines
 
     def raise_problems(self) -> None:
         """Raise a DataError with every problem, shortened; nothing where there is none."""
@@ -69,6 +79,7 @@ def check_files(
     tokenizer: Tokenizer | None = None,
     rank: int = 0,
     world_size: int = 1,
+    ends: bool = False,
 ) -> Report:
     """Check this rank's files; the ranks' reports together cover the list.
 
@@ -78,6 +89,7 @@ def check_files(
         tokenizer: the run's; None where only `vocab_size` is known.
         rank: takes files rank, rank + world_size, ...
         world_size: ranks that divide the files.
+        ends: the tokenizer's end-of-document id must be in the data.
     """
     problems: list[str] = []
     without_note: list[str] = []
@@ -95,6 +107,8 @@ def check_files(
             headers[prefix] = dataset.header
             dataset.check_index(INDEX_WINDOWS)
             _check_ids(dataset, vocab_size)
+            if ends and tokenizer:
+                _check_ends(dataset, tokenizer.eod)
             if not check_note(prefix, fingerprint):
                 without_note.append(prefix)
         except DataError as error:
@@ -119,6 +133,20 @@ def _check_ids(dataset: IndexedDataset, vocab_size: int) -> None:
     if len(tokens) and (tokens.min() < 0 or tokens.max() >= vocab_size):
         for start, part in zip(starts, parts, strict=True):
             require_ids(dataset, np.frombuffer(part, dataset.dtype), start, vocab_size)
+
+
+def _check_ends(dataset: IndexedDataset, eod: int) -> None:
+    """Documents at the start of the file end with `eod`; one that is longer proves nothing."""
+    lengths = dataset.lengths[:ENDS_WINDOW].astype(np.int64).cumsum()
+    complete = int((lengths <= ENDS_WINDOW).sum())
+    if complete and not (dataset.tokens[: lengths[complete - 1]] == eod).any():
+        raise DataError(
+            f"{dataset.prefix}.bin: id {eod}, which ends documents by the tokenizer, is not among "
+            f"the {lengths[complete - 1]:,} tokens of its first {complete:,} sequences: there is "
+            "nothing for RESET_ATTENTION_MASK, RESET_POSITION_IDS and EOD_MASK_LOSS to go by. Make "
+            "the file again with --append-eod, set TOKENIZER_TYPE and TOKENIZER_MODEL to the ones "
+            "it was made with, or unset these options"
+        )
 
 
 def require_ids(dataset: IndexedDataset, tokens: TokenArray, start: int, vocab_size: int) -> None:

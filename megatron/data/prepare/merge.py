@@ -25,11 +25,16 @@ def merge_pairs(prefixes: Sequence[str], output: str) -> tuple[int, int]:
         Documents and tokens of the output.
 
     Raises:
-        DataError: an input is damaged, has another dtype or another tokenizer.
+        DataError: an input is damaged, leaves tokens out, has another dtype or another tokenizer.
     """
     datasets = [IndexedDataset(prefix) for prefix in prefixes]
     first = datasets[0]
-    for dataset in datasets[1:]:
+    for dataset in datasets:
+        if dataset.header.left_out:
+            raise DataError(
+                f"{dataset.prefix}.bin has {dataset.header.left_out} tokens that its index leaves "
+                "out; mend the index with tools/mend_index.py before merging"
+            )
         if dataset.dtype != first.dtype:
             raise DataError(
                 f"{dataset.prefix}.idx has {dataset.dtype.name} tokens, {first.prefix}.idx "

@@ -1,0 +1,240 @@
+"""Documents inside a sample: who attends to whom, positions, and tokens left out of the loss.
+
+One `Documents` is shared by the attention of all blocks, the loss and the engine, which says which
+micro-batch it computes. Every stage of a pipeline reads the tokens; nothing is sent.
+Legend: B batch, S sequence, s = S/sp, N query heads, K key/value heads, D head width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from megatron.model.attention import Attention
+from megatron.model.layer import Layer
+from megatron.model.rope import Rope, tables_for
+from megatron.parallel.groups import SERIAL, Groups
+from megatron.parallel.ulysses import own_positions
+
+MicroBatch = tuple[Tensor, Tensor]  # tokens and labels, each (B, S)
+
+
+def document_numbers(tokens: Tensor, eod: int) -> Tensor:
+    """(B, S) int64: how many documents of the sample end before each token.
+
+    An end-of-document token belongs to the document that it ends.
+    """
+    ends = (tokens == eod).long()
+    return ends.cumsum(dim=1) - ends
+
+
+def document_positions(tokens: Tensor, eod: int) -> Tensor:
+    """(B, S) int64: place of each token in its document, or in the part that the sample holds."""
+    places = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    begins = torch.zeros_like(tokens)
+    begins[:, 1:] = torch.where(tokens[:, :-1] == eod, places[:, 1:], 0)
+    return places - begins.cummax(dim=1).values
+
+
+class Documents:
+    """What follows from the ends of documents in the micro-batch that is being computed."""
+
+    def __init__(
+        self,
+        eod: int,
+        *,
+        own_attention: bool,
+        own_positions: bool,
+        mask_loss: bool,
+        no_flash: bool = False,
+    ) -> None:
+        """Nothing is computed yet.
+
+        Args:
+            eod: id that ends a document.
+            own_attention: a token attends to its own document only.
+            own_positions: positions count from the start of each document.
+            mask_loss: the losses at end-of-document tokens, which predict the next document, are
+                left out.
+            no_flash: attention by plain matrix products.
+        """
+        self.eod = eod
+        self.own_attention, self.own_positions = own_attention, own_positions
+        self.mask_loss, self.no_flash = mask_loss, no_flash
+        self._batches: list[Tensor] = []  # tokens of this step's micro-batches
+        self._current = -1  # the one below is of; -1: of none of them
+        self._mask: Any = None  # (B, 1, S, S) bool, or a BlockMask
+        self._positions: Tensor | None = None  # (B, S)
+        self._weights: Tensor | None = None  # (B, s)
+        self._scale = torch.ones(())
+        self._sp = SERIAL
+
+    def begin(
+        self, micro_batches: Iterable[MicroBatch], groups: Groups, device: torch.device
+    ) -> Iterator[MicroBatch]:
+        """Takes note of a step; yields its micro-batches, and is at each as it yields it.
+
+        With `mask_loss`, an all-reduce of one number over the data-parallel ranks, which must all
+        have micro-batches or none.
+
+        Args:
+            micro_batches: this rank's (tokens, labels), each (B, S) of all positions.
+            groups: of this rank.
+            device: of the model.
+        """
+        batches = list(micro_batches)
+        self._batches = [tokens.to(device) for tokens, _ in batches]
+        self._sp, self._current = groups.sp, -1
+        if self.mask_loss and batches:
+            counted = sum(((tokens != self.eod).sum() for tokens in self._batches), start=0)
+            total = torch.as_tensor(counted, dtype=torch.float64, device=device)
+            if groups.dp.group is not None:
+                dist.all_reduce(total, group=groups.dp.group)
+            # The engine averages over micro-batches, data-parallel and sequence-parallel ranks;
+            # times this, that is the mean over the counted tokens of the global batch.
+            shares = len(batches) * groups.dp.size * groups.sp.size
+            self._scale = (shares / total.clamp(min=1)).float()
+        return self._selecting(batches)
+
+    def _selecting(self, batches: list[MicroBatch]) -> Iterator[MicroBatch]:
+        for number, batch in enumerate(batches):
+            self.select(number)
+            yield batch
+
+    def select(self, number: int) -> None:
+        """What is computed from now on belongs to this micro-batch of the step."""
+        if number != self._current:
+            self.show(self._batches[number])
+            self._current = number
+
+    def show(self, tokens: Tensor) -> None:
+        """What is computed from now on belongs to these tokens (B, S), all positions of them."""
+        self._current = -1
+        if self.own_positions:
+            self._positions = document_positions(tokens, self.eod)
+        if self.own_attention:
+            kind = tokens.device.type if not self.no_flash else "cpu"
+            self._mask = MASKS.get(kind, dense_mask)(document_numbers(tokens, self.eod))
+        if self.mask_loss:
+            self._weights = own_positions((tokens != self.eod).float(), self._sp)
+
+    def tables_for(self, rope: Rope, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines for x (B, N, S, D): (S, D), or (B, 1, S, D) with own positions."""
+        tables = tables_for(rope, x)
+        if self._positions is None:
+            return tables
+        cos, sin = (table[self._positions].unsqueeze(1) for table in tables)
+        return cos, sin
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, no_flash: bool) -> Tensor:
+        """`causal_attention` over the tokens of each one's own document.
+
+        Args:
+            q: (B, N, S, D).
+            k: (B, K, S, D); query heads i*N/K .. (i+1)*N/K - 1 read head i.
+            v: (B, K, S, D).
+            no_flash: plain matrix products instead of a fused kernel.
+
+        Returns:
+            (B, N, S, D).
+        """
+        assert self._mask is not None, "the attention of no micro-batch"
+        grouped = q.shape[1] != k.shape[1]
+        if not isinstance(self._mask, Tensor):
+            return _flex_attention(q.device.type)(
+                q, k, v, block_mask=self._mask, enable_gqa=grouped
+            )
+        with sdpa_kernel(SDPBackend.MATH) if no_flash else nullcontext():
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=self._mask, enable_gqa=grouped)
+
+    @property
+    def weights(self) -> Tensor:
+        """(B, s) fp32, of this rank's positions: 1 where the loss counts, 0 where not."""
+        assert self._weights is not None, "the loss of no micro-batch"
+        return self._weights
+
+    def counted(
+        self, token_loss: Callable[[Tensor, Tensor], Tensor]
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """`mean` of `token_loss` (logits, labels) -> (B, s)."""
+        return lambda logits, labels: self.mean(token_loss(logits, labels))
+
+    def mean(self, losses: Tensor) -> Tensor:
+        """This micro-batch's part of the mean over all counted tokens of the global batch.
+
+        Args:
+            losses: (B, s) of this rank's positions.
+
+        Returns:
+            A scalar; its mean over micro-batches and data- and sequence-parallel ranks is the mean.
+        """
+        return (losses * self.weights).sum() * self._scale
+
+
+def dense_mask(numbers: Tensor) -> Tensor:
+    """(B, 1, S, S) bool from document numbers (B, S): same document and not after; S^2 memory."""
+    same = numbers.unsqueeze(2) == numbers.unsqueeze(1)
+    return same.tril().unsqueeze(1)
+
+
+def block_mask(numbers: Tensor) -> Any:
+    """The same for FlexAttention, which skips blocks of 128 tokens that see none of each other."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def visible(b: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (numbers[b, query] == numbers[b, key])
+
+    batch, length = numbers.shape
+    make = _compiled(create_block_mask, numbers.device.type)
+    return make(visible, batch, None, length, length, device=numbers.device)
+
+
+MASKS: dict[str, Callable[[Tensor], Any]] = {"cpu": dense_mask, "cuda": block_mask}
+"""Device -> the mask that its attention takes; others take the dense one."""
+
+
+def _flex_attention(device: str) -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return _compiled(flex_attention, device)
+
+
+@cache
+def _compiled(function: Callable[..., Any], device: str) -> Callable[..., Any]:
+    """The function as a kernel; inside a compiled block it is compiled with the block."""
+    return function if device == "cpu" else torch.compile(function)
+
+
+def follow_documents(layer: Layer, documents: Documents) -> Layer:
+    """The layer, its attention within documents.
+
+    Raises:
+        ValueError: when a block is built that has no `Attention` to change.
+    """
+
+    def build() -> nn.Module:
+        module = layer.build()
+        attentions = [part for part in module.modules() if isinstance(part, Attention)]
+        reset = documents.own_attention or documents.own_positions
+        if reset and layer.recompute and not attentions:  # blocks are what may be recomputed
+            raise ValueError(
+                f"{layer.module.__name__} has an attention of its own, to which "
+                "RESET_ATTENTION_MASK and RESET_POSITION_IDS do not apply: unset them"
+            )
+        for attention in attentions:
+            if documents.own_attention:
+                attention.attend = documents.attend
+            if documents.own_positions:
+                attention.tables_for = documents.tables_for
+        return module
+
+    return dataclasses.replace(layer, build=build)
