@@ -301,7 +301,8 @@ def _require_count(path: Path, content: Mapping[str, Any], files: int) -> None:
     partitions = max(partitions) if isinstance(partitions, list) else partitions
     if partitions != files:
         raise ValueError(
-            f"{path} was written by {partitions} data-parallel ranks, but {files} files are there"
+            f"{path} was written by {partitions} data-parallel ranks, but {files} files are there; "
+            f"{WEIGHTS_ONLY} imports the weights without them"
         )
 
 

@@ -41,7 +41,9 @@ def load(path: Path) -> Any:
         with safe_globals([(Record, name) for name in named]):
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (RuntimeError, ValueError, KeyError, EOFError, AttributeError, UnpicklingError) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        # torch's own text goes on to advise an unsafe way of reading.
+        own = str(error).strip().rpartition("WeightsUnpickler error: ")[2].partition("\n")
+        reason = own[0].strip() or type(error).__name__
         raise ValueError(f"{path} cannot be read: {reason}") from None
 
 
