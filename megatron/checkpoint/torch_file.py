@@ -41,9 +41,10 @@ def load(path: Path) -> Any:
         with safe_globals([(Record, name) for name in named]):
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (RuntimeError, ValueError, KeyError, EOFError, AttributeError, UnpicklingError) as error:
-        # torch's own text goes on to advise an unsafe way of reading.
-        own = str(error).strip().rpartition("WeightsUnpickler error: ")[2].partition("\n")
-        reason = own[0].strip() or type(error).__name__
+        # Around its reason torch advises an unsafe way of reading.
+        lines = str(error).replace("WeightsUnpickler error: ", "").splitlines()
+        reasons = [line for line in lines if line.strip() and "weights_only" not in line]
+        reason = reasons[0].strip() if reasons else type(error).__name__
         raise ValueError(f"{path} cannot be read: {reason}") from None
 
 
