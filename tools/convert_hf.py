@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""Our checkpoints to Hugging Face folders and back, from and for any layout.
+"""Our checkpoints to Hugging Face folders, and those of others into runs, for any layout.
 
     python3 tools/convert_hf.py export RUN OUT [--iteration N] [--dtype bfloat16]
-    python3 tools/convert_hf.py import HF_FOLDER RUN
+    python3 tools/convert_hf.py import FOLDER RUN [--weights-only] [--vocab-size N]
 
-RUN is a run's folder. An imported model is step 0 of a run that any layout can start from.
+RUN is a run's folder. FOLDER holds a Hugging Face model, which becomes step 0 of the run, or
+checkpoints of Megatron-DeepSpeed (model files, pipeline layers, ZeRO 0-3, Universal), of which the
+newest becomes the step that it was, with the optimizer's states. Any layout goes on from there.
 """
 
 from __future__ import annotations
@@ -12,17 +14,20 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from megatron.checkpoint import huggingface, imported, store
+from megatron.checkpoint import foreign, huggingface, imported, reference, store
+from megatron.checkpoint.reference_files import WEIGHTS_ONLY, open_reference
 from megatron.checkpoint.retention import KEEP_ALL
 from megatron.checkpoint.saver import Saver
 from megatron.checkpoint.state import RunState
 from megatron.config.shape import IDENTITY, ModelShape
 from megatron.parallel.control import ALONE
+from megatron.parallel.piece import Piece
 from megatron.training.hf_export import DTYPES, export_checkpoint
 
 LONGEST = 4096  # tokens in a sample that the printed command proposes at most
@@ -34,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         if arguments.command == "export":
             return export(arguments.run, arguments.out, arguments.iteration, arguments.dtype)
-        return import_model(arguments.folder, arguments.run)
+        return import_model(arguments)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -57,31 +62,32 @@ def export(run: Path, out: Path, iteration: int | None, dtype: str | None) -> in
     return 0
 
 
-def import_model(folder: Path, run: Path) -> int:
-    """Makes a Hugging Face model the first checkpoint of a run."""
-    shape = huggingface.read_shape(folder)
-    root = run / "checkpoints"
-    present = store.committed(root, _warn)
+def import_model(arguments: argparse.Namespace) -> int:
+    """Makes what others wrote the first checkpoint of a run."""
+    folder, run = arguments.folder, arguments.run
+    present = store.committed(run / "checkpoints", _warn)
     if present:
         raise ValueError(
             f"{run} holds checkpoints already, the newest of step {present[0].iteration}: import "
             "into a new folder"
         )
+    kind = foreign.kind_of(folder)
+    if kind is foreign.REFERENCE:
+        return import_reference(folder, run, arguments.weights_only, arguments.vocab_size)
+    if not (folder / huggingface.CONFIG).is_file():
+        raise ValueError(f"{folder} {foreign.contents(folder)}")
+    for name in ("weights_only", "vocab_size"):
+        if getattr(arguments, name):
+            raise ValueError(f"--{name.replace('_', '-')} is for Megatron-DeepSpeed's checkpoints")
+    return import_hugging_face(folder, run)
+
+
+def import_hugging_face(folder: Path, run: Path) -> int:
+    """A model as step 0."""
+    shape = huggingface.read_shape(folder)
     kept = imported.keep(folder, run)
-    state = RunState().to_dict()
-    data = state.pop("data")
-    about = {
-        "state": state,
-        "model": shape.identity(),
-        "optimizer": None,
-        "layout": f"Hugging Face, {folder}",
-        "run": {},
-    }
-    saver = Saver(root, ALONE, KEEP_ALL, asynchronous=False, warn=_warn)
-    saved = saver.save(0, huggingface.import_pieces(folder, shape), about, data)
-    assert saved is not None
-    if saved.path is None:
-        raise OSError(saved.error)
+    about = _about(shape, RunState(), None, f"Hugging Face, {folder}")
+    _save(run, 0, huggingface.import_pieces(folder, shape), about)
     dropout = huggingface.read_config(folder).get("attention_dropout")
     if dropout:
         _warn(f"attention_dropout={dropout} is not applied in training")
@@ -91,6 +97,51 @@ def import_model(folder: Path, run: Path) -> int:
         f"small model from\nits start. The model was made for {shape.seq_length} tokens (SEQ)."
     )
     return 0
+
+
+def import_reference(folder: Path, run: Path, weights_only: bool, vocab_size: int | None) -> int:
+    """A checkpoint of Megatron-DeepSpeed as the step that it was."""
+    found = open_reference(folder, weights_only=weights_only)
+    shape = reference.shape_of(found, vocab_size)
+    progress = reference.progress_of(found)
+    state = RunState(progress.iteration, progress.samples, progress.tokens)
+    optimizer = None if found.step is None else reference.optimizer_of(found)
+    about = _about(shape, state, optimizer, f"Megatron-DeepSpeed ({found.form}), {found.folder}")
+    _save(run, state.iteration, reference.pieces(found, shape, _warn), about)
+    states = f"the states of OPT={optimizer}" if optimizer else "no states of the optimizer"
+    print(
+        f"{found.folder} ({found.form}) is step {state.iteration} of {run}, with {states}, after "
+        f"{state.consumed_samples:,} samples\nand {state.consumed_tokens:,} tokens; go on with\n\n"
+        f"    {_command(shape, run, None, optimizer)}\n\n"
+        "and with TOKENIZER_TYPE, TOKENIZER_MODEL, DATA_FILE_LIST, the batch and the learning rates"
+        " of that run.\nDATA_ORDER=megatron goes on with its sample order; FINETUNE=1 "
+        f"LOAD={run}/checkpoints and another\nRUN_NAME begin a new run from the weights."
+    )
+    return 0
+
+
+def _about(
+    shape: ModelShape, state: RunState, optimizer: str | None, layout: str
+) -> dict[str, Any]:
+    """The entries of a manifest."""
+    counters = state.to_dict()
+    del counters["data"]
+    about: dict[str, Any] = {
+        "state": counters,
+        "model": shape.identity(),
+        "optimizer": optimizer,
+        "layout": layout,
+        "run": {},
+    }
+    return about if optimizer is None else about | {"counters": {}, "loss_scaler": {}}
+
+
+def _save(run: Path, step: int, pieces: Iterable[Piece], about: dict[str, Any]) -> None:
+    saver = Saver(run / "checkpoints", ALONE, KEEP_ALL, asynchronous=False, warn=_warn)
+    saved = saver.save(step, pieces, about, [])
+    assert saved is not None
+    if saved.path is None:
+        raise OSError(saved.error)
 
 
 def _warn(line: str) -> None:
@@ -105,15 +156,18 @@ def _find(run: Path, iteration: int | None) -> store.Checkpoint | None:
     return None
 
 
-def _command(shape: ModelShape, run: Path, kept: Path) -> str:
+def _command(shape: ModelShape, run: Path, kept: Path | None, optimizer: str | None = None) -> str:
     """The command that trains an imported model, with all settings that a resume must keep."""
-    values, flags = [f"RUN_DIR={run}", f"SEQ={min(shape.seq_length, LONGEST)}"], []
-    names = [path.name for path in imported.tokenizer_files(kept)]
+    length = shape.seq_length if kept is None else min(shape.seq_length, LONGEST)
+    values, flags = [f"RUN_DIR={run}", f"SEQ={length}"], []
+    names = [] if kept is None else [path.name for path in imported.tokenizer_files(kept)]
     if "tokenizer.json" in names:
         values += ["TOKENIZER_TYPE=HFTokenizer", f"TOKENIZER_MODEL={kept}"]
-    elif "tokenizer.model" in names:
+    elif kept is not None and "tokenizer.model" in names:
         model = kept / "tokenizer.model"
         values += ["TOKENIZER_TYPE=SentencePieceTokenizer", f"TOKENIZER_MODEL={model}"]
+    if optimizer is not None:
+        values.append(f"OPT={optimizer}")
     for field in dataclasses.fields(shape):
         value, option = getattr(shape, field.name), field.metadata
         if field.name not in IDENTITY or value is None or value is False:
@@ -140,9 +194,18 @@ def _parser() -> argparse.ArgumentParser:
         choices=sorted(DTYPES.values()),
         help="of the weights; default that of the imported model, else float32",
     )
-    into = commands.add_parser("import", help="Hugging Face folder -> step 0 of a run")
-    into.add_argument("folder", type=Path, help="with config.json and *.safetensors")
+    into = commands.add_parser("import", help="checkpoints of others -> first step of a run")
+    into.add_argument("folder", type=Path, help="a Hugging Face model, or global_step* folders")
     into.add_argument("run", type=Path, help="the run's folder; made where missing")
+    into.add_argument(
+        WEIGHTS_ONLY, action="store_true", help="leave out the optimizer's states and its files"
+    )
+    into.add_argument(
+        "--vocab-size",
+        type=int,
+        help="tokens of the tokenizer; rows beyond it are padding. Default: what the checkpoint "
+        "says, or all rows",
+    )
     return parser
 
 

@@ -159,12 +159,14 @@ def export_weights(
     return files
 
 
-def import_pieces(folder: Path, shape: ModelShape) -> Iterator[Piece]:
-    """The weights of a Hugging Face folder as whole, unsharded pieces, one at a time.
+def open_weights(folder: Path, shape: ModelShape) -> Callable[[str], Tensor]:
+    """Reads the weights of a Hugging Face folder: our name -> the whole parameter, in fp32.
+
+    The vocabulary has our padding. A weight is read, and checked, each time it is asked for.
 
     Raises:
-        ValueError: a weight is missing, unknown, not finite, or of another shape or type than
-            config.json gives.
+        ValueError: a weight is missing or unknown; when it is read: not finite, or of another
+            shape or type than config.json gives.
     """
     where = _weight_files(folder)
     architecture = ARCHITECTURES[shape.architecture]
@@ -183,20 +185,36 @@ def import_pieces(folder: Path, shape: ModelShape) -> Iterator[Piece]:
             f"{folder} holds weights that ARCHITECTURE={shape.architecture} does not have, and "
             f"that would be lost: {_listed(unknown)}"
         )
-    for ours, theirs in names.items():
+
+    def read(ours: str) -> Tensor:
+        theirs = names[ours]
         stored = _read(where[theirs], theirs)
         if stored.dtype not in CODES:
             raise ValueError(f"{where[theirs]}: {theirs} is {stored.dtype}, not a plain weight")
         if not torch.isfinite(stored).all():
             raise ValueError(f"{where[theirs]}: {theirs} is not finite")
         value = stored.float()
-        if architecture.is_vocabulary(theirs):
-            if value.shape[0] != shape.vocab_size:
-                raise ValueError(
-                    f"{theirs} has {value.shape[0]} rows, config.json gives {shape.vocab_size}"
-                )
-            padding = shape.padded_vocab_size() - shape.vocab_size
-            value = torch.cat([value, value.new_zeros(padding, value.shape[1])])
+        if not architecture.is_vocabulary(theirs):
+            return value
+        if value.shape[0] != shape.vocab_size:
+            raise ValueError(
+                f"{theirs} has {value.shape[0]} rows, config.json gives {shape.vocab_size}"
+            )
+        padding = shape.padded_vocab_size() - shape.vocab_size
+        return torch.cat([value, value.new_zeros(padding, value.shape[1])])
+
+    return read
+
+
+def import_pieces(folder: Path, shape: ModelShape) -> Iterator[Piece]:
+    """The weights of a Hugging Face folder as whole, unsharded pieces, one at a time.
+
+    Raises:
+        ValueError: as of `open_weights`.
+    """
+    read = open_weights(folder, shape)
+    for ours in ARCHITECTURES[shape.architecture].hugging_face_names(shape):
+        value = read(ours)
         yield Piece(ours, tuple(value.shape), None, 0, 1, 0, {WEIGHT: value.reshape(-1)})
 
 

@@ -52,15 +52,16 @@ def keep(folder: Path, run: Path) -> Path:
 
 
 def find(folders: Iterable[Path], model: Mapping[str, Any]) -> Path | None:
-    """The copy that `keep` left of the model that a checkpoint began with; None without one.
+    """What came with the model that a checkpoint began with, as a rule the copy that `keep` left.
+
+    None where there is nothing.
 
     Args:
-        folders: runs' folders to look into, in this order.
+        folders: runs' folders to look into, or folders of Hugging Face models, in this order.
         model: the identity of the checkpoint's model.
     """
     wanted = ModelShape(**model).identity()
-    for folder in folders:
-        kept = folder / FOLDER
+    for kept in (path for folder in folders for path in (folder / FOLDER, folder)):
         if (kept / CONFIG).is_file() and read_shape(kept).identity() == wanted:
             return kept
     return None

@@ -157,8 +157,7 @@ class TensorReader:
             if partition == (piece.shape, piece.partition_dim, piece.shards):
                 tensors[state] = self._run(piece.name, state, piece.shard, piece.start, length)
             else:
-                shard = _shard_of(_fit_rows(self.whole(piece.name, state), piece.shape), piece)
-                tensors[state] = shard.reshape(-1)[piece.start : piece.start + length]
+                tensors[state] = part_of(self.whole(piece.name, state), piece)
         return tensors, self._scalars[piece.name]
 
     def _run(self, name: str, state: str, shard: int, start: int, length: int) -> Tensor:
@@ -185,6 +184,12 @@ class TensorReader:
                 f" {start}..{start + length}; a rank's file is missing from the checkpoint"
             )
         return result
+
+
+def part_of(whole: Tensor, piece: Piece) -> Tensor:
+    """The run of a whole parameter that `piece` is, 1-D; rows that it lacks are zero."""
+    shard = _shard_of(_fit_rows(whole, piece.shape), piece).reshape(-1)
+    return shard[piece.start : piece.start + piece.tensors[WEIGHT].numel()]
 
 
 def _index_of(paths: Sequence[Path]) -> PieceIndex:

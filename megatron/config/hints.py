@@ -105,6 +105,8 @@ def warnings(run: RunConfig) -> list[str]:
             f"USE_ACTIVATION_CHECKPOINTING={recompute}: it groups whole layers, "
             "which only 1 recomputes"
         )
+    if run.checkpoint.finetune and run.checkpoint.no_load_optim:
+        warnings.append("NO_LOAD_OPTIM has no effect with FINETUNE: a new run's optimizer is new")
     late = [pair for pair in run.skip_ranges if pair[1] > run.train.train_iters]
     if late:
         warnings.append(
@@ -148,6 +150,11 @@ def notes(run: RunConfig) -> list[str]:
         notes.append(
             "ZERO_STAGE=0 is given to DeepSpeed as stage 1 with fp32 gradient accumulation: the "
             "same update, with correct clipping under PP and less memory"
+        )
+    if run.checkpoint.no_load_rng:
+        notes.append(
+            "NO_LOAD_RNG leaves nothing out: a checkpoint holds no random state, since samples and "
+            "weights follow from SEED and their number"
         )
     return notes
 

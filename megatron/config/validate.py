@@ -355,6 +355,31 @@ def check_folders(draft: Draft) -> Iterator[str]:
             yield from _unwritable(Path(folder.value), folder.name)
 
 
+def check_beginning(draft: Draft) -> Iterator[str]:
+    """A run that begins with the weights of another one has them, and saves elsewhere."""
+    finetune, load = draft["checkpoint.finetune"], draft["checkpoint.load"]
+    if not finetune.value:
+        return
+    if not load.value:
+        yield (
+            f"{finetune} begins with the weights of {load.name}, which is not set. Set "
+            f"{load.name} to a folder of checkpoints (runs/NAME/checkpoints) or of a Hugging Face "
+            "model"
+        )
+        return
+    run_dir, run_name, save = (
+        draft[f"checkpoint.{key}"] for key in ("run_dir", "run_name", "save")
+    )
+    run = Path(run_dir.value or Path("runs") / run_name.value)
+    own = Path(save.value) if save.value else run / "checkpoints"
+    if Path(load.value).resolve() == own.resolve():
+        chosen = next((one.name for one in (save, run_dir) if one.value), run_name.name)
+        yield (
+            f"{finetune} begins a new run, but {load} is the folder that this run saves to. Set "
+            f"another {chosen}"
+        )
+
+
 def _unwritable(folder: Path, name: str) -> Iterator[str]:
     """Why `folder` cannot be made or written to."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -385,6 +410,7 @@ FINAL_CHECKS: tuple[Check, ...] = (
     check_documents,
     check_retention,
     check_folders,
+    check_beginning,
 )
 
 

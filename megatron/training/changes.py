@@ -107,6 +107,12 @@ _USED_WHERE: dict[str, Callable[[Mapping[str, Any]], bool]] = {
 """Setting -> whether it acts in a configuration; the others always do."""
 
 
+def model_changes(run: RunConfig, stored: Mapping[str, Any]) -> dict[str, str]:
+    """Field -> `NAME before -> now` of each difference from the model of a checkpoint."""
+    rows = [line.split(" ", 1) for line in run.model.changes_since(stored)]
+    return {field: f"{by_key()[f'model.{field}'].name} {values}" for field, values in rows}
+
+
 def changes_text(run: RunConfig, stored: Mapping[str, Any], done: int) -> str:
     """Every setting that changes numbers, before and now, and the learning rate of the next step.
 

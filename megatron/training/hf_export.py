@@ -199,7 +199,7 @@ def _run_folders(checkpoint: store.Checkpoint, run_folder: Path) -> list[Path]:
     """Where what came with the imported model may lie: this run, or the one it was LOADed from."""
     folders = [run_folder, checkpoint.folder.parent.parent]
     load = checkpoint.manifest.get("run", {}).get("checkpoint", {}).get("load")
-    return [*folders, Path(load).parent] if load else folders
+    return [*folders, Path(load).parent, Path(load)] if load else folders
 
 
 def _weights(reader: TensorReader, manifest: Mapping[str, Any]) -> Callable[[str], Tensor]:

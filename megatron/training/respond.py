@@ -18,7 +18,7 @@ from megatron.parallel.control import Control
 from megatron.training.guard import Guard, Unstable
 from megatron.training.log import ALIKE
 from megatron.training.meter import Meter
-from megatron.training.resume import restore
+from megatron.training.resume import restore, takes_optimizer
 from megatron.training.rollback import rollback_target, suspect_steps
 from megatron.training.run_data import Data
 from megatron.training.saving import Saves
@@ -177,6 +177,8 @@ def _found(trainer: Steps, suspects: tuple[int, int], *, used_up: bool) -> store
     found = rollback_target(root, trainer.began_after, suspects, trainer.state.skip_ranges, control)
     if isinstance(found, str) or used_up:
         return found
+    if not takes_optimizer(trainer.run, found.manifest):
+        return f"{found.folder}, before it, has no states of this optimizer to return to"
     try:
         moved = control.first(lambda: store.set_aside_after(root, found.iteration))
     except OSError as error:
@@ -190,7 +192,7 @@ def _roll_back(trainer: Steps, target: store.Checkpoint, suspects: tuple[int, in
     """Puts weights, optimizer and counters back, and the suspect steps into the ranges to skip."""
     before = trainer.state
     count = before.rollbacks + 1
-    restore(trainer.engine, target)
+    restore(trainer.run, trainer.engine, target)
     trainer.state = replace(
         target.state(),
         data=before.data,

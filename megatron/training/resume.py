@@ -8,15 +8,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron.checkpoint import store
+from megatron.checkpoint import foreign, store
 from megatron.checkpoint.state import RunState
 from megatron.config.errors import ConfigError
-from megatron.config.schema import RunConfig, by_key
+from megatron.config.schema import RunConfig
 from megatron.config.skip import merge, ranges_text
 from megatron.data.data_record import DataRecord
 from megatron.engine import Engine
 from megatron.parallel.control import ALONE, Control
-from megatron.training.changes import changes_text
+from megatron.training.changes import changes_text, model_changes
+from megatron.training.first_weights import load_first_weights, model_weights
 from megatron.training.log import ALIKE
 from megatron.training.optimizers.whole_matrix import WholeMatrixOptimizer
 from megatron.training.run_data import continue_data
@@ -35,6 +36,8 @@ def resume(
 ) -> RunState:
     """Loads the newest sound checkpoint, written in any layout; called by all ranks.
 
+    With FINETUNE, a run that has no checkpoint yet begins with the weights in LOAD.
+
     Args:
         run: the configuration.
         engine: to load into.
@@ -45,26 +48,32 @@ def resume(
         The run's state; that of a run's start where there is no checkpoint.
 
     Raises:
-        MissingCheckpoint: there is none and --exit-on-missing-checkpoint was given, or all are
-            damaged.
+        MissingCheckpoint: there is none where LOAD or --exit-on-missing-checkpoint wants one, the
+            folder holds checkpoints of others, or all are damaged.
         ConfigError: its model or optimizer differs, or a range to skip has passed.
         DataError: it was trained on other data.
     """
-    root = run.load_folder
+    root = run.checkpoint_folder if run.checkpoint.finetune else run.load_folder
     # Another run's folder is read only.
-    own = root == run.checkpoint_folder
-    found = store.newest_sound(root, control, partial(log.error, extra=ALIKE), set_aside=own)
+    own = root.resolve() == run.checkpoint_folder.resolve()
+    found = _newest(root, control, own)
     checkpoint = found.checkpoint
     if checkpoint is None:
-        _refuse_where_required(run, root, found)
+        _begin(run, engine, root, found, control)
         return _with_data(run, RunState(skip_ranges=run.skip_ranges), data, root)
     manifest = checkpoint.manifest
+    _check_beginning(run, manifest, checkpoint)
     _check_model(run, manifest["model"], checkpoint.folder)
     state = _with_data(run, checkpoint.state(), data, checkpoint.folder)
-    # A checkpoint imported from Hugging Face has weights only.
-    if manifest["optimizer"] is not None:
+    if takes_optimizer(run, manifest):
         _check_optimizer(run, manifest, checkpoint.folder)
-    restore(engine, checkpoint)
+    elif run.checkpoint.no_load_optim:
+        log.warning(
+            f"NO_LOAD_OPTIM=1: the optimizer begins anew after step {state.iteration}; the "
+            "checkpoints of this start hold its states, and later starts take them",
+            extra=ALIKE,
+        )
+    restore(run, engine, checkpoint)
     log.info(f"resumed from {checkpoint.folder} (written as {manifest['layout']})")
     changes = changes_text(run, manifest.get("run", {}), state.iteration)
     if changes:
@@ -72,17 +81,91 @@ def resume(
     return _with_ranges(run, state)
 
 
-def restore(engine: Engine, checkpoint: store.Checkpoint) -> None:
-    """Loads a checkpoint's weights and, where it has them, its optimizer states; a collective."""
+def restore(run: RunConfig, engine: Engine, checkpoint: store.Checkpoint) -> None:
+    """Loads a checkpoint's weights and, where they are taken, its optimizer's states.
+
+    A collective.
+    """
     manifest, reader = checkpoint.manifest, checkpoint.reader()
-    with_optimizer = manifest["optimizer"] is not None
     shards = engine.shards()
-    shards.load(reader.for_piece, load_optimizer=with_optimizer)
-    if with_optimizer:
-        shards.load_counters(manifest["counters"])
-        shards.load_scaler_state(manifest["loss_scaler"])
-        if isinstance(engine.optimizer, WholeMatrixOptimizer):
-            engine.optimizer.load_pieces(reader)
+    if not takes_optimizer(run, manifest):
+        shards.load(model_weights(reader, manifest), load_optimizer=False)
+        return
+    shards.load(reader.for_piece)
+    shards.load_counters(manifest["counters"])
+    shards.load_scaler_state(manifest["loss_scaler"])
+    if isinstance(engine.optimizer, WholeMatrixOptimizer):
+        engine.optimizer.load_pieces(reader)
+
+
+def takes_optimizer(run: RunConfig, manifest: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint's optimizer states are loaded.
+
+    Imported weights have none. NO_LOAD_OPTIM acts once: a checkpoint that was saved under it has
+    the states of the optimizer that began anew.
+    """
+    if manifest["optimizer"] is None or not run.checkpoint.no_load_optim:
+        return manifest["optimizer"] is not None
+    began = bool(manifest.get("run", {}).get("checkpoint", {}).get("no_load_optim"))
+    return began and bool(manifest["optimizer"] == run.optimizer.optimizer)
+
+
+def _newest(root: Path, control: Control, own: bool) -> store.Found:
+    return store.newest_sound(root, control, partial(log.error, extra=ALIKE), set_aside=own)
+
+
+def _begin(
+    run: RunConfig, engine: Engine, root: Path, found: store.Found, control: Control
+) -> None:
+    """A run without a checkpoint: new weights, or those of LOAD; or a refusal."""
+    keep, own = run.checkpoint, root.resolve() == run.checkpoint_folder.resolve()
+    _refuse_damaged(root, found)
+    if own and control.first(lambda: foreign.kind_of(root) is not None):
+        raise MissingCheckpoint(f"{root}, where checkpoints are saved, {foreign.contents(root)}")
+    if keep.finetune:
+        source = _newest(run.load_folder, control, False)
+        _refuse_damaged(run.load_folder, source)
+        if not load_first_weights(run, engine, source):
+            raise MissingCheckpoint(
+                f"FINETUNE=1: LOAD={keep.load} {foreign.contents(run.load_folder)}"
+            )
+        return
+    if keep.exit_on_missing_checkpoint:
+        raise MissingCheckpoint(f"--exit-on-missing-checkpoint: {root} {foreign.contents(root)}")
+    if keep.load and not own:
+        raise MissingCheckpoint(
+            f"LOAD={keep.load} {foreign.contents(root)}. To begin with new weights unset LOAD"
+        )
+    if keep.load:
+        log.warning(
+            f"LOAD={root} holds no checkpoint: training starts from new weights", extra=ALIKE
+        )
+
+
+def _refuse_damaged(root: Path, found: store.Found) -> None:
+    if found.damaged:
+        raise MissingCheckpoint(
+            f"every checkpoint in {root} is damaged (see above); repair or move them, or start a"
+            " new run with another RUN_NAME"
+        )
+
+
+def _check_beginning(
+    run: RunConfig, manifest: Mapping[str, Any], checkpoint: store.Checkpoint
+) -> None:
+    """With FINETUNE: the run's own checkpoints began with the weights of the same LOAD."""
+    if not run.checkpoint.finetune:
+        return
+    before = manifest.get("run", {}).get("checkpoint", {})
+    load = before.get("load") if before.get("finetune") else None
+    if load is None or Path(load).resolve() != run.load_folder.resolve():
+        began = f"with the weights of {load}" if load else "without FINETUNE"
+        raise ConfigError(
+            f"FINETUNE=1 LOAD={run.checkpoint.load}, but {checkpoint.folder} is of a run that "
+            f"began {began}: set another RUN_NAME to begin a new run, or unset FINETUNE and LOAD to"
+            " go on with that one"
+        )
+    log.info(f"FINETUNE: the run began with the weights of {load} and goes on")
 
 
 def _with_data(run: RunConfig, state: RunState, data: DataRecord | None, where: Path) -> RunState:
@@ -91,28 +174,12 @@ def _with_data(run: RunConfig, state: RunState, data: DataRecord | None, where: 
     return continue_data(state, data, run.data.allow_data_change, str(where))
 
 
-def _refuse_where_required(run: RunConfig, root: Path, found: store.Found) -> None:
-    if found.damaged:
-        raise MissingCheckpoint(
-            f"every checkpoint in {root} is damaged (see above); repair or move them, or start a"
-            " new run with another RUN_NAME"
-        )
-    if run.checkpoint.exit_on_missing_checkpoint:
-        raise MissingCheckpoint(f"--exit-on-missing-checkpoint: {root} holds no checkpoint")
-    if run.checkpoint.load:
-        log.warning(
-            f"LOAD={root} holds no checkpoint: training starts from new weights", extra=ALIKE
-        )
-
-
 def _check_model(run: RunConfig, stored: Mapping[str, Any], folder: Path) -> None:
-    changed = run.model.changes_since(stored)
+    changed = model_changes(run, stored)
     if changed:
-        rows = [line.split(" ", 1) for line in changed]
-        named = [f"{by_key()[f'model.{field}'].name} {values}" for field, values in rows]
         raise ConfigError(
-            f"{folder} is of another model: {', '.join(named)}; set these as they were, or start"
-            " a new run with another RUN_NAME"
+            f"{folder} is of another model: {', '.join(changed.values())}; set these as they were,"
+            " or start a new run with another RUN_NAME"
         )
 
 
@@ -121,7 +188,8 @@ def _check_optimizer(run: RunConfig, manifest: Mapping[str, Any], folder: Path) 
     if stored != optimizer.optimizer:
         raise ConfigError(
             f"OPT={optimizer.optimizer}, but {folder} holds the states of {stored}, which it"
-            f" cannot use; set OPT={stored}, or start a new run with another RUN_NAME"
+            f" cannot use; set OPT={stored}, begin the optimizer anew with NO_LOAD_OPTIM=1,"
+            " or start a new run with another RUN_NAME"
         )
     before = manifest.get("run", {}).get("optimizer", {}).get("adam_beta1", optimizer.adam_beta1)
     if stored == "adamwschedulefree" and before != optimizer.adam_beta1:

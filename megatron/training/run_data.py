@@ -164,8 +164,8 @@ def continue_data(state: RunState, record: DataRecord, allow_change: bool, where
         DataError: the data is not what the checkpoint was trained on; shows what changed.
     """
     stage = DataStage(state.iteration, state.consumed_samples, state.consumed_tokens, record, {})
-    if not state.data:
-        return dataclasses.replace(state, data=(stage,))
+    if not state.data:  # a new run, or one imported at this step: its samples count as drawn
+        return dataclasses.replace(state, data=(DataStage(0, 0, 0, record, {}),))
     last = state.data[-1]
     changes = differences(last.record, record)
     if not changes:  # folders may have changed: keep the current ones
