@@ -29,7 +29,7 @@ from megatron.engine.interface import (
     MakeOptimizer,
     MicroBatches,
 )
-from megatron.engine.patches import check_version, patch_new_group, patch_partition_tables
+from megatron.engine.patches import patch_new_group, patch_partition_tables, require_accelerator
 from megatron.engine.pipeline import PipelineEngine
 from megatron.engine.pipeline_module import pipeline_module
 from megatron.engine.shards import Shards, Span
@@ -84,8 +84,11 @@ def make_engine(
         mics_shard_size: ZeRO-3 partitions inside groups of this many data-parallel ranks; 0: over
             all.
         pipeline_schedule: 1f1b or dualpipev.
+
+    Raises:
+        ConfigError: DeepSpeed has chosen another kind of device, or lacks the schedule.
     """
-    check_version()
+    require_accelerator(device)
     # Exclude imported objects from garbage collection: rescanning them dominated DeepSpeed's table
     # construction.
     gc.freeze()

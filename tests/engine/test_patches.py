@@ -70,7 +70,7 @@ def test_a_new_version_of_deepspeed_is_warned_of(caplog: pytest.LogCaptureFixtur
 
 def groups_made() -> tuple[bool, bool, bool]:
     """Inside the patch a rank asks for a group that another rank is in, and for one of all."""
-    front.start_distributed("gloo", dist.get_rank(), 2, dist.get_rank(), "", 60)
+    front.start_distributed("gloo", dist.get_rank(), 2, 0, "", 60)
     theirs = deepspeed.comm.new_group
     with patch_new_group():
         other = deepspeed.comm.new_group([1 - dist.get_rank()])

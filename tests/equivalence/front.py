@@ -77,7 +77,7 @@ def build(run: RunConfig, large: bool = False) -> Engine:
     if large and run.parallel.zero_stage == 3:
         _shard_everything()
     rank = dist.get_rank()
-    start_distributed("gloo", rank, dist.get_world_size(), rank, "", 60)
+    start_distributed("gloo", rank, dist.get_world_size(), 0, "", 60)
     return build_engine(run, make_groups(run.layout), detect(rank, run.train.dtype))
 
 
