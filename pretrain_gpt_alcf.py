@@ -41,6 +41,7 @@ from megatron.parallel.control import Control, make_control
 from megatron.parallel.groups import Groups, make_groups
 from megatron.plan.report import architecture_box
 from megatron.training import log
+from megatron.training.attention_kernel import expands_kv
 from megatron.training.build import loss_function, model_layers
 from megatron.training.corpus_loss import CorpusLosses
 from megatron.training.device import Device, detect, prepare
@@ -160,7 +161,7 @@ def build_engine(
     """Model, optimizer and DeepSpeed for this rank; its loss counts into `corpus_losses`."""
     kept = run.train.checkpoint_num_layers
     engine = make_engine(
-        model_layers(run, groups.tp, groups.sp),
+        model_layers(run, groups.tp, groups.sp, expands_kv(run, device.torch_device)),
         loss_function(run, groups.tp, corpus_losses),
         partial(make_optimizer, run.optimizer),
         groups,

@@ -27,7 +27,7 @@ class Range(NamedTuple):
 
 
 TESTED = {
-    "torch": Range("2.11", "2.13", "torch.distributed and attention kernels as they are used here"),
+    "torch": Range("2.11", "2.15", "torch.distributed and attention kernels as they are used here"),
     "deepspeed": Range(
         "0.19.3", "0.19.8", "before it, gradients under pipeline parallelism have a wrong scale"
     ),
@@ -48,7 +48,7 @@ def lacking(feature: str, found: Mapping[str, str | None]) -> str:
 
 
 def requirement(name: str) -> str:
-    """The tested versions as pip wants them: `torch>=2.11,<2.14`."""
+    """The tested versions as pip wants them: `torch>=2.11,<2.16`."""
     *first, last = numbers(TESTED[name].newest)
     return f"{name}>={TESTED[name].oldest},<{'.'.join(map(str, [*first, last + 1]))}"
 

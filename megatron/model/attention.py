@@ -26,7 +26,9 @@ from megatron.parallel.layers import (
 from megatron.parallel.ulysses import head_to_seq_all_to_all, seq_to_head_all_to_all
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, no_flash: bool) -> Tensor:
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, no_flash: bool, expand_kv: bool = False
+) -> Tensor:
     """softmax(q k^T / sqrt(D)) v over the tokens up to and including each one's own.
 
     Args:
@@ -34,11 +36,15 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, no_flash: bool) -> Tensor:
         k: (B, K, S, D); query heads i*N/K .. (i+1)*N/K - 1 read head i.
         v: (B, K, S, D).
         no_flash: plain matrix products instead of a fused kernel.
+        expand_kv: copy k and v for each query head, where no fused kernel takes grouped heads.
 
     Returns:
         (B, N, S, D).
     """
     grouped = q.shape[1] != k.shape[1]
+    if grouped and expand_kv:
+        k, v = (y.repeat_interleave(q.shape[1] // y.shape[1], dim=1) for y in (k, v))
+        grouped = False
     if no_flash:
         with sdpa_kernel(SDPBackend.MATH):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
@@ -82,7 +88,7 @@ class Attention(nn.Module):
         self.sp = sp
         self.rope = rope
         self.head_width = shape.head_width
-        self.no_flash = context.no_flash_attention
+        self.no_flash, self.expand_kv = context.no_flash_attention, context.expand_kv
         self.recompute = context.recompute == "selective"
         q, kv, options = shape.query_size, shape.key_value_size, context.linear_options
 
@@ -119,7 +125,7 @@ class Attention(nn.Module):
             # Every rank has all positions here, also with sequence parallelism.
             tables = tables_for(self.rope, q)
             q, k = apply_rope(q, tables), apply_rope(k, tables)
-        y = causal_attention(q, k, v, self.no_flash).transpose(1, 2)
+        y = causal_attention(q, k, v, self.no_flash, self.expand_kv).transpose(1, 2)
         if self.sp.size > 1:
             y = head_to_seq_all_to_all(y, self.sp)  # (B, p, N/tp, D)
         x: Tensor = self.o(y.flatten(2))  # (B, s, H)
