@@ -107,7 +107,7 @@ def start_mpi() -> None:
 def stop_mpi() -> None:
     """Ends an MPI that `start_mpi` has initialised: all ranks have come to their end."""
     mpi4py, mpi = sys.modules.get("mpi4py"), sys.modules.get("mpi4py.MPI")
-    if mpi4py is not None and mpi is not None and not mpi4py.rc.finalize:
+    if mpi4py is not None and mpi is not None and mpi4py.rc.finalize is False:
         mpi.Finalize()
 
 
