@@ -11,6 +11,9 @@ import signal
 
 if __name__ == "__main__":  # until training listens, Ctrl-C ends a rank without a traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from megatron.launch.versions import exit_unless_fit
+
+    exit_unless_fit()
 
 import faulthandler
 import io
@@ -28,6 +31,7 @@ from megatron.config.errors import ConfigError, DataError
 from megatron.config.pipeline_stages import stage_bounds
 from megatron.config.schema import RunConfig
 from megatron.engine import Engine, make_engine, start_distributed, stop_distributed
+from megatron.launch.accelerators import promise
 from megatron.launch.heartbeat import HEARTBEAT, Heartbeat
 from megatron.launch.ranks import Ranks, find_ranks, rendezvous
 from megatron.launch.start import configuration
@@ -38,6 +42,7 @@ from megatron.parallel.control import Control, make_control
 from megatron.parallel.groups import Groups, make_groups
 from megatron.plan.report import architecture_box
 from megatron.training import log
+from megatron.training.attention_kernel import expands_kv
 from megatron.training.build import documents_followed, loss_function, model_layers
 from megatron.training.corpus_loss import CorpusLosses
 from megatron.training.device import Device, detect, prepare
@@ -73,13 +78,13 @@ def pretrain(run: RunConfig, ranks: Ranks, config: Path | None = None) -> int:
         print(architecture_box(run))
     heartbeat = Heartbeat(os.environ.get(HEARTBEAT, ""), ranks.rank)
     heartbeat.enter("start")
-    device = detect(ranks.local_rank, run.train.dtype)
+    device = detect(ranks.local_rank, run.train.dtype, run.launch.device, promise(os.environ))
     prepare(device, run.train.dtype)
     start_distributed(
         device.backend,
         ranks.rank,
         ranks.world_size,
-        ranks.local_rank,
+        device.index,
         rendezvous(os.environ),
         COLLECTIVE_TIMEOUT_S,
     )
@@ -165,7 +170,7 @@ def build_engine(
     """
     kept = run.train.checkpoint_num_layers
     engine = make_engine(
-        model_layers(run, groups.tp, groups.sp),
+        model_layers(run, groups.tp, groups.sp, expands_kv(run, device.torch_device)),
         loss_function(run, groups.tp, corpus_losses, documents),
         partial(make_optimizer, run.optimizer),
         groups,

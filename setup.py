@@ -1,6 +1,7 @@
 """Packaging; the environment of a run comes from requirements.txt."""
 
 import re
+import runpy
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -8,6 +9,8 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 FOUND = re.search(r'__version__ = "(.+)"', (ROOT / "megatron" / "__init__.py").read_text("utf-8"))
 assert FOUND is not None, "megatron/__init__.py has no __version__"
+# The one home of the versions that a run was tested with; requirements.txt pins the newest.
+VERSIONS = runpy.run_path(str(ROOT / "megatron" / "launch" / "versions.py"))
 
 setup(
     name="megatron-alcf",
@@ -18,8 +21,7 @@ setup(
     packages=find_packages(include=["megatron", "megatron.*"]),
     py_modules=["pretrain_gpt_alcf"],
     install_requires=[
-        "torch>=2.11",
-        "deepspeed==0.19.8",
+        *map(VERSIONS["requirement"], VERSIONS["TESTED"]),
         "transformers",
         "sentencepiece",
         "numpy",

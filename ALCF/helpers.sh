@@ -52,15 +52,20 @@ load_modules() {
   set -u
 }
 
-# NCCL over Polaris' network. Should a run hang, set NCCL_NET= (empty): NCCL then uses TCP.
+# NCCL over Polaris' network, only where NCCL_NET="AWS Libfabric" asks for it: it is faster, but runs
+# of this kind have hung with it. Variables that are set stay, and nothing else is ever set.
 aws_plugin() {
-  local plugin=/soft/libraries/aws-ofi-nccl/v1.9.1-aws/lib
-  if [[ -d "$plugin" && -n "${NCCL_NET-AWS Libfabric}" ]]; then
-    export NCCL_NET="${NCCL_NET-AWS Libfabric}"
-    export NCCL_CROSS_NIC="${NCCL_CROSS_NIC-1}" NCCL_COLLNET_ENABLE="${NCCL_COLLNET_ENABLE-1}"
-    export LD_LIBRARY_PATH="$plugin:/soft/libraries/hwloc/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
-    echo "NCCL uses $plugin (NCCL_NET= leaves it out)"
+  local plugin=${1:-/soft/libraries/aws-ofi-nccl/v1.9.1-aws/lib}
+  [[ "${NCCL_NET:-}" == "AWS Libfabric" ]] || return 0
+  if [[ ! -d "$plugin" ]]; then
+    echo "warning: NCCL_NET=$NCCL_NET, but there is no $plugin" >&2
+    return 0
   fi
+  export NCCL_NET
+  export NCCL_CROSS_NIC="${NCCL_CROSS_NIC-1}" NCCL_COLLNET_ENABLE="${NCCL_COLLNET_ENABLE-1}"
+  export NCCL_NET_GDR_LEVEL="${NCCL_NET_GDR_LEVEL-PHB}"
+  export LD_LIBRARY_PATH="$plugin:/soft/libraries/hwloc/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
+  echo "NCCL uses $plugin, as NCCL_NET asks (unset NCCL_NET: without it)"
 }
 
 # Interpreters to try, one per line, the user's own first.

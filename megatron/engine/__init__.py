@@ -30,7 +30,7 @@ from megatron.engine.interface import (
     MakeOptimizer,
     MicroBatches,
 )
-from megatron.engine.patches import check_version, patch_new_group, patch_partition_tables
+from megatron.engine.patches import patch_new_group, patch_partition_tables, require_accelerator
 from megatron.engine.pipeline import PipelineEngine
 from megatron.engine.pipeline_module import pipeline_module
 from megatron.engine.shards import Shards, Span
@@ -88,8 +88,11 @@ def make_engine(
             all.
         pipeline_schedule: 1f1b or dualpipev.
         documents: what masks and positions within documents follow; None: none are asked for.
+
+    Raises:
+        ConfigError: DeepSpeed has chosen another kind of device, or lacks the schedule.
     """
-    check_version()
+    require_accelerator(device)
     # Exclude imported objects from garbage collection: rescanning them dominated DeepSpeed's table
     # construction.
     gc.freeze()

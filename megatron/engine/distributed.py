@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import datetime
 import gc
+import importlib
 import io
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -20,28 +22,45 @@ import deepspeed
 import torch.distributed as dist
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
+from megatron.config.errors import ConfigError
 from megatron.engine.patches import members_group, patch_cpu_accelerator
 from megatron.parallel.groups import Axis
 
+log = logging.getLogger(__name__)
+
+ONECCL = ("xccl", "ccl")
+OPEN_MPI_LOCAL_RANK = "OMPI_COMM_WORLD_LOCAL_RANK"
+
 
 def start_distributed(
-    backend: str, rank: int, world_size: int, local_rank: int, init_method: str, timeout_s: float
+    backend: str, rank: int, world_size: int, device_index: int, init_method: str, timeout_s: float
 ) -> None:
     """Joins the process group and passes it to DeepSpeed.
+
+    The group is not bound to the device: torch would split its communicator for every new group,
+    which takes all ranks, and our groups are made by their members only.
 
     Args:
         backend: torch.distributed backend (gloo, nccl, xccl, ccl).
         rank: this process, 0 .. world_size - 1.
         world_size: total number of processes.
-        local_rank: this process on its host; DeepSpeed reads it from LOCAL_RANK.
+        device_index: among the devices this process sees. DeepSpeed reads it from LOCAL_RANK, which
+            is another number where the launcher shows each rank one device.
         init_method: `tcp://host:port` or `file:///path`.
         timeout_s: seconds a collective may take before the run is taken down.
+
+    Raises:
+        ConfigError: oneCCL is to meet over MPI, and mpi4py cannot be imported.
     """
-    os.environ["LOCAL_RANK"] = str(local_rank)
+    os.environ["LOCAL_RANK"] = str(device_index)
+    if OPEN_MPI_LOCAL_RANK in os.environ:  # DeepSpeed requires that the two are equal
+        os.environ[OPEN_MPI_LOCAL_RANK] = str(device_index)
     patch_cpu_accelerator()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # FutureWarnings from DeepSpeed's deprecated calls; users cannot act on them.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    if backend in ONECCL:
+        start_mpi()
     if not dist.is_initialized():
         # A single process needs no port, which another run might hold.
         alone = {"store": HashStore()} if world_size == 1 else {"init_method": init_method}
@@ -61,6 +80,35 @@ def stop_distributed() -> None:
     dist.barrier()  # a rank that leaves early closes connections that others still read from
     deepspeed.comm.destroy_process_group()  # torch's groups, and DeepSpeed's references to them
     gc.collect()
+    stop_mpi()
+
+
+def start_mpi() -> None:
+    """Initialises MPI where oneCCL's ranks meet over it (CCL_KVS_MODE=mpi); else MPI is not used.
+
+    Raises:
+        ConfigError: mpi4py or its MPI library cannot be loaded.
+    """
+    if os.environ.get("CCL_KVS_MODE") != "mpi":
+        log.info("oneCCL's ranks meet over its own store, without MPI (CCL_KVS_MODE is not mpi)")
+        return
+    try:
+        mpi4py = importlib.import_module("mpi4py")
+        mpi4py.rc.finalize = False  # a rank that fails must end, not wait in MPI_Finalize
+        version = importlib.import_module("mpi4py.MPI").Get_library_version()
+    except (ImportError, RuntimeError) as error:
+        raise ConfigError(
+            f"CCL_KVS_MODE=mpi needs MPI in every rank, and mpi4py cannot be imported ({error}): "
+            f"install mpi4py for the machine's MPI, or leave the variable out (CCL_KVS_MODE=)"
+        ) from None
+    log.info(f"oneCCL's ranks meet over MPI (CCL_KVS_MODE=mpi): {version.strip()}")
+
+
+def stop_mpi() -> None:
+    """Ends an MPI that `start_mpi` has initialised: all ranks have come to their end."""
+    mpi4py, mpi = sys.modules.get("mpi4py"), sys.modules.get("mpi4py.MPI")
+    if mpi4py is not None and mpi is not None and mpi4py.rc.finalize is False:
+        mpi.Finalize()
 
 
 @contextlib.contextmanager

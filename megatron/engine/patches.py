@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import contextlib
-import logging
+import os
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -16,12 +16,9 @@ import torch.distributed as dist
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
+from megatron.config.errors import ConfigError
+from megatron.launch.versions import numbers
 from megatron.parallel.groups import new_group
-
-log = logging.getLogger(__name__)
-
-OLDEST, NEWEST = (0, 19, 3), (0, 19, 8)
-"""Versions of DeepSpeed whose internals these patches were written for."""
 
 
 class Patch(NamedTuple):
@@ -134,17 +131,6 @@ PATCHES = (
 )
 
 
-def check_version(version: str = deepspeed.__version__) -> None:
-    """Warns of a DeepSpeed that the patches have not been tested with."""
-    numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdecimal())
-    if not OLDEST <= numbers <= NEWEST:
-        oldest, newest = (".".join(map(str, known)) for known in (OLDEST, NEWEST))
-        log.warning(
-            f"DeepSpeed {version} is not one that megatron/engine/patches.py was written for"
-            f" ({oldest} to {newest}): compare losses with a run of a known version"
-        )
-
-
 @contextlib.contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
     """Inside, a name of a DeepSpeed module or class has another value."""
@@ -162,6 +148,21 @@ def patch_cpu_accelerator() -> None:
     accelerator = deepspeed.get_accelerator()
     if accelerator.device_name() == "cpu":
         accelerator.is_fp16_supported = lambda: True
+
+
+def require_accelerator(device: torch.device) -> None:
+    """DeepSpeed chooses a kind of device when it is imported: it must be this rank's.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    chosen = deepspeed.get_accelerator().device_name()
+    if chosen != device.type:
+        raise ConfigError(
+            f"this rank computes on {device.type}, but DeepSpeed has chosen {chosen} "
+            f"(DS_ACCELERATOR={os.environ.get('DS_ACCELERATOR', '')}): set DEVICE={device.type}, "
+            f"and where another launcher starts the ranks DS_ACCELERATOR={device.type} too"
+        )
 
 
 def patch_new_group() -> contextlib.AbstractContextManager[None]:
@@ -232,14 +233,14 @@ def fill_tables(zero: Any) -> None:
     """
     for group, parameters in enumerate(zero.round_robin_bit16_groups):
         ranks = range(dist.get_world_size(group=zero.real_dp_process_group[group]))
-        size = zero.partition_size[group]
+        size = int(zero.partition_size[group])  # a float before 0.19.7
         ids: dict[int, list[int]] = {}
         count = dict.fromkeys(ranks, 0)
         first: dict[int, int | None] = dict.fromkeys(ranks)
         into: dict[int, dict[int, int]] = {rank: {} for rank in ranks}
         source: dict[int, dict[int, int]] = {rank: {} for rank in ranks}
         begin = 0
-        padding = zero.round_robin_bit16_padding[group]
+        padding = _padding_behind(zero, group)
         for index, (parameter, padded) in enumerate(zip(parameters, padding, strict=True)):
             key, end = zero.get_param_id(parameter), begin + parameter.numel()
             ids[key] = list(range(begin // size, (end - 1) // size + 1))
@@ -258,3 +259,11 @@ def fill_tables(zero: Any) -> None:
         zero.grad_partition_insertion_offset[group] = into
         zero.grad_start_offset[group] = source
         zero.first_param_index_in_partition[group] = first
+
+
+def _padding_behind(zero: Any, group: int) -> list[int]:
+    """Elements between each parameter of a group and the next; DeepSpeed aligns since 0.19.7."""
+    if numbers(deepspeed.__version__) < (0, 19, 7):
+        return [0] * len(zero.round_robin_bit16_groups[group])
+    padding: list[int] = zero.round_robin_bit16_padding[group]
+    return padding

@@ -9,15 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from deepspeed.pipe import DualPipeVModule, LayerSpec, PipelineModule, TiedLayerSpec
+import deepspeed
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe import module as deepspeed_module
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
 from torch import Tensor, nn
 
+from megatron.config.errors import ConfigError
 from megatron.config.layout import Layout
 from megatron.engine.distributed import groups_of, quiet
 from megatron.engine.interface import LossFunction
 from megatron.engine.patches import members_group, patch_new_group, replaced
+from megatron.launch.versions import lacking
 from megatron.model.layer import Layer
 from megatron.model.stack import recompute_runs
 from megatron.parallel.groups import Groups
@@ -41,7 +44,7 @@ def pipeline_module(
         recompute_num_layers: keep the input of every n-th block only; 0: leave it to the blocks.
         schedule: 1f1b or dualpipev.
     """
-    layout, kind = groups.layout, SCHEDULES[schedule]
+    layout, kind = groups.layout, SCHEDULES[schedule]()
     stages = layout.pp * kind.num_stages_per_rank
     assert len(bounds) == stages + 1 and bounds[-1] == len(layers), f"{bounds=} {layout=}"
     with quiet(), patch_new_group():
@@ -114,22 +117,24 @@ class Stages(PipelineModule):  # type: ignore[misc]
         return result
 
 
-class _DualPipeV(DualPipeVModule, Stages):  # type: ignore[misc]
-    """Two stages per rank: rank r has stages r and 2p - 1 - r of 2p, the first rank the loss."""
+def _dualpipev() -> type[Stages]:
+    """Imported where it is used: not all versions of DeepSpeed have it.
 
-    num_stages_per_rank = 2
+    Raises:
+        ConfigError: this one has not.
+    """
+    problem = lacking("dualpipev", {"deepspeed": deepspeed.__version__})
+    if problem:
+        raise ConfigError(f"PIPELINE_SCHEDULE=dualpipev {problem}; set PIPELINE_SCHEDULE=1f1b")
+    from megatron.engine.dualpipev import DualPipeV
 
-    def activate_stage(self, stage: int) -> None:
-        self.activate_phase(stage)
-
-    def _recompute(self, layers: Sequence[Layer], length: int) -> None:
-        for phase in (1, 0):
-            self.activate_phase(phase)
-            super()._recompute(layers, length)
-            self.phase_funcs[phase] = self.forward_funcs
+    return DualPipeV
 
 
-SCHEDULES: dict[str, type[Stages]] = {"1f1b": Stages, "dualpipev": _DualPipeV}
+SCHEDULES: dict[str, Callable[[], type[Stages]]] = {
+    "1f1b": lambda: Stages,
+    "dualpipev": _dualpipev,
+}
 
 
 class _Spec(LayerSpec):  # type: ignore[misc]

@@ -1,12 +1,18 @@
-"""Accelerators of this host, counted without torch: the kernel's files, then nvidia-smi."""
+"""Accelerators of this host, without torch: how many there are, who promises them, who hides them.
+
+They are counted by the kernel's files, then by nvidia-smi.
+"""
 
 from __future__ import annotations
 
 import re
 import shutil
+import socket
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
+
+from megatron.launch.machines import find_machine
 
 DISPLAY_CONTROLLER = (
     "0x0380"  # PCI class of Intel's data center GPUs; graphics of a laptop are 0x0300
@@ -19,6 +25,36 @@ VISIBLE = {
     "amd": ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"),
     "intel": ("ZE_AFFINITY_MASK",),
 }
+
+# What DEVICE sets in the ranks: DeepSpeed chooses by a variable of its own, when it is imported.
+RANK_ENVIRONMENT: dict[str, dict[str, str]] = {
+    "auto": {},
+    "cpu": {
+        "DS_ACCELERATOR": "cpu",
+        "CUDA_VISIBLE_DEVICES": "-1",
+        "HIP_VISIBLE_DEVICES": "-1",
+        "ONEAPI_DEVICE_SELECTOR": "*:cpu",  # an empty ZE_AFFINITY_MASK would show all tiles
+    },
+    "cuda": {"DS_ACCELERATOR": "cuda"},
+    "xpu": {"DS_ACCELERATOR": "xpu"},
+}
+
+
+def promise(environ: Mapping[str, str], hostname: str = "", root: Path = Path("/")) -> str:
+    """Why a process on this host should see an accelerator; empty where nothing says so.
+
+    Args:
+        environ: the environment's variables; devices that they hide are not promised.
+        hostname: this host's name, if not the operating system's.
+        root: of the file system; another one in tests.
+    """
+    machine = find_machine(hostname or socket.gethostname(), environ)
+    if machine.devices_per_host:
+        if not narrowed(machine.devices_per_host, machine.vendor, environ):
+            return ""
+        return f"a host of {machine.name} has {machine.devices_per_host} accelerators"
+    count = count_accelerators(environ, root)
+    return f"the kernel of this host shows {count} accelerators" if count else ""
 
 
 def count_accelerators(environ: Mapping[str, str], root: Path = Path("/")) -> int:

@@ -7,11 +7,14 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 from megatron.config.errors import ConfigError
 from megatron.launch import command, hostlist, ranks
 from megatron.launch.dialect import Ask
+from megatron.launch import command, ranks
+from megatron.launch.accelerators import RANK_ENVIRONMENT
 from megatron.launch.heartbeat import HEARTBEAT
 from megatron.launch.machines import Machine
 from megatron.launch.site import Job, Location
@@ -44,6 +47,7 @@ class LaunchRequest:
         launcher: a name of command.LAUNCHERS or ALIASES or "local"; None: the machine's.
         cpu_bind: None: the machine's.
         folder: where a host file is written if one is needed.
+        device: of the ranks: auto, cpu, cuda or xpu.
     """
 
     world_size: int
@@ -52,6 +56,7 @@ class LaunchRequest:
     launcher: str | None = None
     cpu_bind: str | None = None
     folder: Path = Path(".")
+    device: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -134,6 +139,7 @@ def make_plan(
         cores = machine.cores_per_rank if launcher == "srun" else 1
         problem = _too_few_cores(request, job, environ, cores)
     child, added = _environment(machine, environ, launcher, location.devices_per_host)
+    child |= RANK_ENVIRONMENT[request.device]
     child[ranks.EXPECTED] = str(request.world_size)
     planned = partial(
         LaunchPlan,
@@ -261,6 +267,8 @@ def _environment(
     wanted = dict(machine.environment)
     if launcher == "mpiexec":
         wanted |= machine.mpi_environment
+        if find_spec("mpi4py") is not None:
+            wanted |= machine.mpi4py_environment
     added = {name: value for name, value in wanted.items() if name not in environ}
     vetoed = {name for name in wanted if environ.get(name) == ""}
     child = {k: v for k, v in environ.items() if k not in STALE and k not in vetoed}

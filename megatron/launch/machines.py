@@ -32,12 +32,15 @@ class Machine:
         devices_per_host: accelerators, and so ranks, per compute host; 0: detect them.
         dialect: which MPI's mpiexec or mpirun the machine has, a name of command.DIALECTS; what is
             installed is asked before a start.
+        vendor: of the accelerators: nvidia, amd or intel; None where they are detected.
         cpu_bind: as mpiexec or srun spells it; None: the launcher's own.
         cores_per_rank: where cores are bound by depth (mpiexec) or by task (srun); 0: not given.
         srun_options: further options of srun.
         domain: appended to the short name of the first host to reach it over the fast network.
         environment: set unless the user has set it.
         mpi_environment: likewise, only where mpiexec starts the ranks.
+        mpi4py_environment: likewise, and only where mpi4py is there: each rank then initialises MPI
+            with it before torch.distributed.
         is_hpc: its runs are production runs by default.
         defaults: number of hosts -> variables that the machine prefers.
     """
@@ -49,12 +52,14 @@ class Machine:
     site: Mapping[str, str] = field(default_factory=dict)
     devices_per_host: int = 0
     dialect: str = HYDRA
+    vendor: str | None = None
     cpu_bind: str | None = None
     cores_per_rank: int = 0
     srun_options: tuple[str, ...] = ()
     domain: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
     mpi_environment: Mapping[str, str] = field(default_factory=dict)
+    mpi4py_environment: Mapping[str, str] = field(default_factory=dict)
     is_hpc: bool = True
     defaults: Defaults = _no_defaults
 
@@ -94,11 +99,9 @@ AURORA_ENVIRONMENT = {
 }
 
 # oneCCL then asks the MPI launcher for its peers, so these need one.
-AURORA_MPI_ENVIRONMENT = {
-    "CCL_PROCESS_LAUNCHER": "pmix",
-    "CCL_ATL_TRANSPORT": "mpi",
-    "CCL_KVS_MODE": "mpi",
-}
+AURORA_MPI_ENVIRONMENT = {"CCL_PROCESS_LAUNCHER": "pmix", "CCL_ATL_TRANSPORT": "mpi"}
+# oneCCL's ranks meet over an MPI that is initialised already; for more than a thousand hosts.
+AURORA_MPI4PY_ENVIRONMENT = {"CCL_KVS_MODE": "mpi"}
 
 SLINGSHOT_NVIDIA_ENVIRONMENT = {
     "FI_CXI_DISABLE_HOST_REGISTER": "1",
@@ -129,10 +132,12 @@ AURORA = Machine(
     hosts=(r"aurora.*", rf"x4\d{{3}}{XNAME}", r".*\.aurora\.alcf\.anl\.gov"),
     devices_per_host=12,
     dialect=PALS,
+    vendor="intel",
     cpu_bind=AURORA_CORES,
     domain=".hsn.cm.aurora.alcf.anl.gov",
     environment=AURORA_ENVIRONMENT,
     mpi_environment=AURORA_MPI_ENVIRONMENT,
+    mpi4py_environment=AURORA_MPI4PY_ENVIRONMENT,
     defaults=_aurora_defaults,
 )
 POLARIS = Machine(
@@ -142,6 +147,7 @@ POLARIS = Machine(
     hosts=(r"polaris.*", rf"x3\d{{3}}{XNAME}", r".*\.polaris\.alcf\.anl\.gov"),
     devices_per_host=4,
     dialect=PALS,
+    vendor="nvidia",
     cpu_bind="depth",
     cores_per_rank=8,
     domain=".hsn.cm.polaris.alcf.anl.gov",
@@ -168,6 +174,7 @@ MACHINES: list[Machine] = [
         hosts=(r"sophia.*",),
         devices_per_host=8,
         dialect=OPEN_MPI,
+        vendor="nvidia",
         domain=".lab.alcf.anl.gov",
         defaults=_always(DTYPE="bf16", TP="1", MICRO_BATCH="1", GRAD_ACC_STEPS="8"),
     ),
@@ -178,6 +185,7 @@ MACHINES: list[Machine] = [
         hosts=(r"perlmutter.*", r".*\.perlmutter\.nersc\.gov"),
         site={"NERSC_HOST": "perlmutter"},
         devices_per_host=4,
+        vendor="nvidia",
         cpu_bind="cores",
         cores_per_rank=32,
         srun_options=("--gpus-per-node={devices}",),
@@ -190,6 +198,7 @@ MACHINES: list[Machine] = [
         hosts=(r"frontier.*",),
         site={"LMOD_SYSTEM_NAME": "frontier"},
         devices_per_host=8,
+        vendor="amd",
         cores_per_rank=7,  # the first core of each L3 is the operating system's
         srun_options=("--gpus-per-task=1", "--gpu-bind=closest", "--network=disable_rdzv_get"),
         environment=FRONTIER_ENVIRONMENT,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron.config import flags, resumed
@@ -14,7 +14,7 @@ from megatron.launch import hostlist
 from megatron.launch.accelerators import count_accelerators, narrowed
 from megatron.launch.machines import Machine, find_machine
 
-HOSTFILE, HOSTS = "launch.hostfile", "launch.num_hosts"
+HOSTFILE, HOSTS, DEVICE = "launch.hostfile", "launch.num_hosts", "launch.device"
 PBS_NODE_FILES = Path("/var/spool/pbs/aux")
 
 
@@ -121,7 +121,7 @@ def locate(
     job = find_job(environ, hostname, hostfile, name)
     machine = find_machine(hostname, environ, job.scheduler)
     if machine.devices_per_host:
-        devices = narrowed(machine.devices_per_host, None, environ)
+        devices = narrowed(machine.devices_per_host, machine.vendor, environ)
     elif environ.get("SLURM_GPUS_ON_NODE", "").isdecimal():
         devices = int(environ["SLURM_GPUS_ON_NODE"])
     else:
@@ -132,8 +132,10 @@ def locate(
 def find_location(
     environ: Mapping[str, str], argv: Sequence[str] = (), hostname: str | None = None
 ) -> Location:
-    """The same, with the host file that a flag or the variable names."""
-    return locate(environ, *_setting(environ, argv, HOSTFILE, "HOSTFILE"), hostname)
+    """The same, with the host file that is set, and no devices where DEVICE=cpu is."""
+    found = locate(environ, *_setting(environ, argv, HOSTFILE, "HOSTFILE"), hostname)
+    on_cpu = _setting(environ, argv, DEVICE, "DEVICE")[0] == "cpu"
+    return replace(found, devices_per_host=0) if on_cpu else found
 
 
 def site(

@@ -22,7 +22,7 @@ from megatron.config.errors import ConfigError, DataError
 from megatron.config.resolve import Resolved, resolve
 from megatron.config.schema import RunConfig, read_run
 from megatron.config.validate import WORLD
-from megatron.launch import launch_plan, starts
+from megatron.launch import launch_plan, starts, versions
 from megatron.launch.claim import Say, claimed
 from megatron.launch.dialect import asker
 from megatron.launch.launch_plan import LaunchPlan, LaunchRequest
@@ -56,6 +56,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         if only_check:
             return 0
         launch_plan.require_launcher(planned, shutil.which)
+        resolved.warnings.extend(require_versions(versions.installed(), resolved.run))
         return start(resolved, environ, argv, location)
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -128,6 +129,7 @@ def plan_of(run: RunConfig, environ: Mapping[str, str], location: Location) -> L
         launcher=run.launch.launch_with,
         cpu_bind=run.launch.cpu_bind,
         folder=run.run_folder / starts.STARTS,
+        device=run.launch.device,
     )
     config = starts.next_start(run.run_folder)
     program = (sys.executable, str(PROGRAM), "--config", str(config))
@@ -202,6 +204,25 @@ def require_writable(folder: Path) -> None:
             f"{folder} cannot be written ({error.strerror}: {existing}). "
             f"Set RUN_DIR or CKPT_DIR to a folder that can be"
         ) from None
+
+
+def require_versions(found: Mapping[str, str | None], run: RunConfig) -> list[str]:
+    """Warnings of versions that are newer than the tested ones.
+
+    Args:
+        found: package -> version, as `versions.installed` has them.
+        run: what is to be run with them.
+
+    Raises:
+        ConfigError: a package is missing, too old, or lacks what the run uses.
+    """
+    errors, warnings = versions.compare(found)
+    schedule = run.parallel.pipeline_schedule
+    if schedule in versions.SINCE and (problem := versions.lacking(schedule, found)):
+        errors.append(f"PIPELINE_SCHEDULE={schedule} {problem}; set PIPELINE_SCHEDULE=1f1b")
+    if errors:
+        raise ConfigError("\n".join(errors))
+    return warnings
 
 
 def _launch_text(planned: LaunchPlan) -> str:

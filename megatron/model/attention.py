@@ -9,6 +9,7 @@ key/value heads, D head width.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,7 +27,9 @@ from megatron.parallel.layers import (
 from megatron.parallel.ulysses import head_to_seq_all_to_all, seq_to_head_all_to_all
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, no_flash: bool) -> Tensor:
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, no_flash: bool, expand_kv: bool = False
+) -> Tensor:
     """softmax(q k^T / sqrt(D)) v over the tokens up to and including each one's own.
 
     Args:
@@ -34,11 +37,15 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, no_flash: bool) -> Tensor:
         k: (B, K, S, D); query heads i*N/K .. (i+1)*N/K - 1 read head i.
         v: (B, K, S, D).
         no_flash: plain matrix products instead of a fused kernel.
+        expand_kv: copy k and v for each query head, where no fused kernel takes grouped heads.
 
     Returns:
         (B, N, S, D).
     """
     grouped = q.shape[1] != k.shape[1]
+    if grouped and expand_kv:
+        k, v = (y.repeat_interleave(q.shape[1] // y.shape[1], dim=1) for y in (k, v))
+        grouped = False
     if no_flash:
         with sdpa_kernel(SDPBackend.MATH):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
@@ -82,8 +89,11 @@ class Attention(nn.Module):
         self.sp = sp
         self.rope = rope
         self.head_width = shape.head_width
-        self.no_flash = context.no_flash_attention
-        self.tables_for, self.attend = tables_for, causal_attention  # `documents.py` sets its own
+        # `documents.py` sets its own.
+        self.tables_for = tables_for
+        self.attend = partial(
+            causal_attention, no_flash=context.no_flash_attention, expand_kv=context.expand_kv
+        )
         self.recompute = context.recompute == "selective"
         q, kv, options = shape.query_size, shape.key_value_size, context.linear_options
 
@@ -120,7 +130,7 @@ class Attention(nn.Module):
             # Every rank has all positions here, also with sequence parallelism.
             tables = self.tables_for(self.rope, q)
             q, k = apply_rope(q, tables), apply_rope(k, tables)
-        y = self.attend(q, k, v, self.no_flash).transpose(1, 2)
+        y = self.attend(q, k, v).transpose(1, 2)
         if self.sp.size > 1:
             y = head_to_seq_all_to_all(y, self.sp)  # (B, p, N/tp, D)
         x: Tensor = self.o(y.flatten(2))  # (B, s, H)

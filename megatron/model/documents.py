@@ -135,14 +135,13 @@ class Documents:
         cos, sin = (table[self._positions].unsqueeze(1) for table in tables)
         return cos, sin
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, no_flash: bool) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """`causal_attention` over the tokens of each one's own document.
 
         Args:
             q: (B, N, S, D).
             k: (B, K, S, D); query heads i*N/K .. (i+1)*N/K - 1 read head i.
             v: (B, K, S, D).
-            no_flash: plain matrix products instead of a fused kernel.
 
         Returns:
             (B, N, S, D).
@@ -153,7 +152,7 @@ class Documents:
             return _flex_attention(q.device.type)(
                 q, k, v, block_mask=self._mask, enable_gqa=grouped
             )
-        with sdpa_kernel(SDPBackend.MATH) if no_flash else nullcontext():
+        with sdpa_kernel(SDPBackend.MATH) if self.no_flash else nullcontext():
             return F.scaled_dot_product_attention(q, k, v, attn_mask=self._mask, enable_gqa=grouped)
 
     @property

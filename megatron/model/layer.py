@@ -51,6 +51,7 @@ class ModelContext:
             or "full" (blocks).
         sequence_parallel: Megatron's: shards the residual stream along the sequence over `tp`.
         no_flash_attention: attention by plain matrix products.
+        expand_kv: keys and values are copied for each query head before the attention's kernel.
     """
 
     tp: Axis = SERIAL
@@ -59,6 +60,7 @@ class ModelContext:
     recompute: str = "none"
     sequence_parallel: bool = False
     no_flash_attention: bool = False
+    expand_kv: bool = False
 
     def __post_init__(self) -> None:
         if self.recompute not in RECOMPUTE:

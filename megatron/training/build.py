@@ -19,8 +19,16 @@ from megatron.training.optimizers.sophia import with_sampled_labels
 RECOMPUTE = {"0": "none", "1": "full", "selective": "selective"}
 
 
-def model_layers(run: RunConfig, tp: Axis = SERIAL, sp: Axis = SERIAL) -> list[Layer]:
-    """The run's model on these axes: tokens (B, S) in, this rank's logits (B, S, V/tp) out."""
+def model_layers(
+    run: RunConfig, tp: Axis = SERIAL, sp: Axis = SERIAL, expand_kv: bool = False
+) -> list[Layer]:
+    """The run's model on these axes: tokens (B, S) in, this rank's logits (B, S, V/tp) out.
+
+    Args:
+        run: the configuration.
+        tp, sp: this rank's axes.
+        expand_kv: the answer of `attention_kernel.expands_kv` for this rank's device.
+    """
     recompute = RECOMPUTE[run.train.activation_checkpointing]
     # The engine recomputes groups of blocks; a single block recomputes itself.
     if recompute == "full" and run.train.checkpoint_num_layers > 1:
@@ -32,6 +40,7 @@ def model_layers(run: RunConfig, tp: Axis = SERIAL, sp: Axis = SERIAL) -> list[L
         recompute=recompute,
         sequence_parallel=run.parallel.megatron_sequence_parallel and tp.size > 1,
         no_flash_attention=run.train.no_flash_attention,
+        expand_kv=expand_kv,
     )
     return run.architecture.layers(run.model, context)
 

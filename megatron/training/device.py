@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import platform
 import resource
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pathlib import Path
 import torch
 
 from megatron.config.errors import ConfigError
+from megatron.launch.accelerators import VISIBLE
 
 log = logging.getLogger(__name__)
 
@@ -85,24 +87,29 @@ class Device:
         return _resident_peak() / 2**30
 
 
-def detect(local_rank: int, dtype: str) -> Device:
+def detect(local_rank: int, dtype: str, wanted: str = "auto", promise: str = "") -> Device:
     """The device of the process that is number `local_rank` on its host.
 
     Args:
-        local_rank: 0-based.
+        local_rank: 0-based; it is no device's index: a launcher may show each rank one device.
         dtype: bf16, fp16 or fp32; decides which peak applies.
+        wanted: DEVICE: auto, cpu, cuda or xpu.
+        promise: why this host should have an accelerator; empty where nothing says so.
 
     Raises:
-        ConfigError: an Intel GPU without a backend for its collectives.
+        ConfigError: DEVICE, or what the host is known to have, is not there; or an Intel GPU has no
+            backend for its collectives.
     """
-    if torch.cuda.is_available():
+    if wanted in ("auto", "cuda") and torch.cuda.is_available():
         index = _index(local_rank, torch.cuda.device_count())
         name = torch.cuda.get_device_name(index)
         return Device("cuda", index, name, "nccl", peak_tflops(name, dtype))
-    if torch.xpu.is_available():
+    if wanted in ("auto", "xpu") and torch.xpu.is_available():
         index = _index(local_rank, torch.xpu.device_count())
         name = torch.xpu.get_device_name(index)
         return Device("xpu", index, name, _xpu_backend(), peak_tflops(name, dtype))
+    if wanted in ("cuda", "xpu") or (wanted == "auto" and promise):
+        raise ConfigError(_nothing_seen(promise if wanted == "auto" else f"DEVICE={wanted} is set"))
     return Device("cpu", 0, platform.processor() or platform.machine(), "gloo", None)
 
 
@@ -147,6 +154,22 @@ def _index(local_rank: int, visible: int) -> int:
             f"set NGPU_PER_HOST={visible}"
         )
     return local_rank % visible
+
+
+def _nothing_seen(reason: str) -> str:
+    """What torch was asked, why it may see nothing, and what to do."""
+    version = torch.version
+    variables = sorted({name for names in VISIBLE.values() for name in names} & os.environ.keys())
+    hidden = (
+        ", ".join(f"{name}={os.environ[name]}" for name in variables) or "no variable hides one"
+    )
+    return (
+        f"{reason}, but torch sees no such device: torch {torch.__version__} is built for CUDA "
+        f"{version.cuda}, ROCm {version.hip}, XPU {version.xpu}; torch.cuda has "
+        f"{torch.cuda.device_count()} devices, torch.xpu {torch.xpu.device_count()}; {hidden}. "
+        f"Use the machine's own Python (its module) or a torch for its accelerator and driver; "
+        f"DEVICE=cpu trains on the CPU"
+    )
 
 
 def _xpu_backend() -> str:

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import copy
 import importlib
-import logging
 import re
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import pytest
+import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
+from megatron.config.errors import ConfigError
 from megatron.engine import pipeline, zero
 from megatron.engine.patches import (
     PATCHES,
     Patch,
-    check_version,
     fill_tables,
     members_group,
     patch_cpu_accelerator,
     patch_new_group,
+    require_accelerator,
 )
 from tests.equivalence import front
 from tests.equivalence.case import Case
@@ -54,15 +55,10 @@ def test_the_names_of_a_patch_exist(patch: Patch) -> None:
         assert (ROOT / path).exists(), path
 
 
-def test_a_new_version_of_deepspeed_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, logger="megatron.engine.patches"):
-        for known in ("0.19.8", "0.19.3", "0.19.5+cu128", deepspeed.__version__):
-            check_version(known)
-        assert not caplog.records
-        for other in ("0.19.9", "0.20.0", "0.18.9", "1.0.0rc1"):
-            check_version(other)
-            assert other in caplog.text and "0.19.3 to 0.19.8" in caplog.text
-    assert len(caplog.records) == 4
+def test_another_kind_of_device_than_deepspeeds_is_refused() -> None:
+    require_accelerator(torch.device("cpu"))
+    with pytest.raises(ConfigError, match=r"DeepSpeed has chosen cpu .*set DEVICE=cuda"):
+        require_accelerator(torch.device("cuda", 0))
 
 
 # --- new_group ------------------------------------------------------------------------------------
@@ -70,7 +66,7 @@ def test_a_new_version_of_deepspeed_is_warned_of(caplog: pytest.LogCaptureFixtur
 
 def groups_made() -> tuple[bool, bool, bool]:
     """Inside the patch a rank asks for a group that another rank is in, and for one of all."""
-    front.start_distributed("gloo", dist.get_rank(), 2, dist.get_rank(), "", 60)
+    front.start_distributed("gloo", dist.get_rank(), 2, 0, "", 60)
     theirs = deepspeed.comm.new_group
     with patch_new_group():
         other = deepspeed.comm.new_group([1 - dist.get_rank()])

@@ -79,7 +79,7 @@ def build(run: RunConfig, large: bool = False, eod: int = -1) -> Engine:
     if large and run.parallel.zero_stage == 3:
         _shard_everything()
     rank = dist.get_rank()
-    start_distributed("gloo", rank, dist.get_world_size(), rank, "", 60)
+    start_distributed("gloo", rank, dist.get_world_size(), 0, "", 60)
     device, documents = detect(rank, run.train.dtype), documents_followed(run, eod)
     return build_engine(run, make_groups(run.layout), device, documents=documents)
 

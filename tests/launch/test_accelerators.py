@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron.launch.accelerators import count_accelerators
+from megatron.launch.accelerators import VISIBLE, count_accelerators, promise
+from megatron.launch.machines import MACHINES
 
 
 def _write(path: Path, text: str = "") -> None:
@@ -66,3 +67,35 @@ def test_intel_counts_tiles_and_no_graphics(tmp_path: Path) -> None:
         _intel_card(tmp_path, number, "0x038000", 2)
     assert count_accelerators({}, tmp_path) == 4
     assert count_accelerators({"ZE_FLAT_DEVICE_HIERARCHY": "COMPOSITE"}, tmp_path) == 2
+
+
+# --- Who promises accelerators --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("hostname", "environ", "promised"),
+    [
+        ("x4217c2s6b0n0", {}, "a host of aurora has 12 accelerators"),
+        ("x4217c2s6b0n0", {"CUDA_VISIBLE_DEVICES": ""}, "a host of aurora has 12 accelerators"),
+        ("x4217c2s6b0n0", {"ZE_AFFINITY_MASK": "3"}, "a host of aurora has 12 accelerators"),
+        ("x4217c2s6b0n0", {"ZE_AFFINITY_MASK": "-1"}, ""),
+        ("x3006c0s13b1n0", {"CUDA_VISIBLE_DEVICES": ""}, ""),
+        ("frontier00001", {"ROCR_VISIBLE_DEVICES": "0"}, "a host of frontier has 8 accelerators"),
+        ("laptop", {}, ""),
+    ],
+)
+def test_a_machine_promises_its_accelerators(
+    tmp_path: Path, hostname: str, environ: dict[str, str], promised: str
+) -> None:
+    assert promise(environ, hostname, tmp_path) == promised
+
+
+def test_a_drivers_files_promise_accelerators(tmp_path: Path) -> None:
+    _nvidia(tmp_path, 2, 2)
+    assert promise({}, "laptop", tmp_path) == "the kernel of this host shows 2 accelerators"
+    assert promise({"CUDA_VISIBLE_DEVICES": "-1"}, "laptop", tmp_path) == ""
+
+
+def test_a_machine_with_devices_has_their_vendor() -> None:
+    for machine in MACHINES:
+        assert (machine.vendor in VISIBLE) == bool(machine.devices_per_host)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron.config.errors import ConfigError
+from megatron.launch import launch_plan
 from megatron.launch.launch_plan import (
     LaunchPlan,
     LaunchRequest,
@@ -16,6 +17,7 @@ from megatron.launch.launch_plan import (
     require_startable,
 )
 from megatron.launch.machines import AURORA_CORES
+from megatron.launch.site import find_location
 from tests.launch.places import at, pbs_job, slurm_job
 
 PROGRAM = ("/env/bin/python3", "pretrain_gpt_alcf.py", "--config", "run.json")
@@ -300,3 +302,38 @@ def test_the_flight_recorder_is_on_unless_it_is_set(
     environ = slurm_job("nid1") | {"NERSC_HOST": "perlmutter"} | own
     plan = _plan("nid1", environ, LaunchRequest(4, 1, 4, folder=tmp_path))
     assert plan.environ.get("TORCH_FR_BUFFER_SIZE") == fr
+
+
+# --- What the ranks get of devices and of MPI -----------------------------------------------------
+
+
+def test_device_cpu_hides_every_accelerator(tmp_path: Path) -> None:
+    """From torch and from DeepSpeed, of each vendor, whatever the user's shell has."""
+    environ = pbs_job(tmp_path, "x3001c0s1b0n0") | {"DEVICE": "cpu", "CUDA_VISIBLE_DEVICES": "0,1"}
+    location = at("x3001c0s1b0n0", environ)
+    assert location.devices_per_host == 0
+    request = LaunchRequest(2, 1, 2, device="cpu", folder=tmp_path)
+    child = make_plan(request, PROGRAM, environ, location).environ
+    assert child["DS_ACCELERATOR"] == "cpu"
+    assert child["CUDA_VISIBLE_DEVICES"] == child["HIP_VISIBLE_DEVICES"] == "-1"
+    assert child["ONEAPI_DEVICE_SELECTOR"] == "*:cpu"
+    assert find_location(environ, ("--device", "auto"), "x3001c0s1b0n0").devices_per_host == 2
+
+
+def test_a_chosen_accelerator_is_deepspeeds_too() -> None:
+    location = at("laptop", {"CUDA_VISIBLE_DEVICES": ""})
+    for device in ("cuda", "xpu"):
+        child = make_plan(LaunchRequest(1, 1, 1, device=device), PROGRAM, {}, location).environ
+        assert child["DS_ACCELERATOR"] == device
+
+
+@pytest.mark.parametrize("mpi4py", [True, False])
+def test_mpi_is_asked_for_only_where_it_is_imported(
+    tmp_path: Path, mpi4py: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = object() if mpi4py else None
+    monkeypatch.setattr(launch_plan, "find_spec", lambda name: spec)
+    environ = pbs_job(tmp_path, "x4217c2s6b0n0")
+    plan = _plan("x4217c2s6b0n0", environ, LaunchRequest(12, 1, 12, folder=tmp_path))
+    assert (plan.environ.get("CCL_KVS_MODE") == "mpi") is mpi4py
+    assert ("CCL_KVS_MODE" in plan.added) is mpi4py

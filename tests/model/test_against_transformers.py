@@ -122,10 +122,10 @@ def compare(config: Tiny) -> None:
         assert float(want.abs().max()) > 1e-3, f"{name}: a gradient of nearly zero shows nothing"
 
 
-@pytest.mark.parametrize("no_flash_attention", [False, True])
+@pytest.mark.parametrize("setting", [{}, {"no_flash_attention": True}, {"expand_kv": True}])
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_loss_and_gradients(kind: str, no_flash_attention: bool) -> None:
-    compare(tiny(kind, no_flash_attention=no_flash_attention))
+def test_logits_loss_and_gradients(kind: str, setting: dict[str, bool]) -> None:
+    compare(tiny(kind, **setting))
 
 
 @settings(deadline=None, max_examples=12, derandomize=True)

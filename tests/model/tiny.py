@@ -25,12 +25,12 @@ class Tiny(ModelShape):
     recompute: str = "none"
     sequence_parallel: bool = False
     no_flash_attention: bool = False
+    expand_kv: bool = False
 
     def context(self, tp: Axis = SERIAL, sp: Axis = SERIAL) -> ModelContext:
         """The context on a rank."""
-        return ModelContext(
-            tp, sp, self.seed, self.recompute, self.sequence_parallel, self.no_flash_attention
-        )
+        added = ("seed", "recompute", "sequence_parallel", "no_flash_attention", "expand_kv")
+        return ModelContext(tp, sp, **{name: getattr(self, name) for name in added})
 
 
 TINY = Tiny(

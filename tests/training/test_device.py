@@ -146,3 +146,35 @@ def test_waiting_for_an_accelerator_names_its_index(monkeypatch: pytest.MonkeyPa
     gpu.synchronize()
     assert waited == [2]
     assert gpu.memory_max_gib() == 3.0
+
+
+# --- What is promised and what is there -----------------------------------------------------------
+
+PROMISE = "a host of aurora has 12 accelerators"
+
+
+@pytest.mark.parametrize("there", ["cuda", "xpu", "none"])
+@pytest.mark.parametrize("wanted", ["auto", "cpu", "cuda", "xpu"])
+@pytest.mark.parametrize("promise", ["", PROMISE])
+def test_a_device_is_what_was_asked_for_or_refused(
+    there: str, wanted: str, promise: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    visible(monkeypatch, there, 0 if there == "none" else 12, "Some Accelerator")
+    monkeypatch.setattr(torch.distributed, "is_xccl_available", lambda: True)
+    if wanted == "cpu" or (wanted == "auto" and there == "none" and not promise):
+        assert detect(3, "bf16", wanted, promise).kind == "cpu"
+    elif there == wanted or (wanted == "auto" and there != "none"):
+        assert detect(3, "bf16", wanted, promise).torch_device == torch.device(there, 3)
+    else:
+        with pytest.raises(ConfigError, match="DEVICE=cpu trains on the CPU") as refused:
+            detect(3, "bf16", wanted, promise)
+        text = str(refused.value)
+        assert (PROMISE if wanted == "auto" else f"DEVICE={wanted} is set") in text
+        assert f"torch {torch.__version__} is built for CUDA" in text
+
+
+def test_a_refusal_names_what_may_hide_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    visible(monkeypatch, "none", 0, "")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES=7"):
+        detect(0, "bf16", "cuda")

@@ -216,7 +216,7 @@ def trained(
     """
     gc.freeze()  # DeepSpeed's bf16 optimizer collects garbage a dozen times in its constructor
     rank = dist.get_rank()
-    start_distributed("gloo", rank, dist.get_world_size(), rank, "", 60)
+    start_distributed("gloo", rank, dist.get_world_size(), 0, "", 60)
     groups = make_groups(Layout(tp=cases[0].tp, pp=1, dp=cases[0].dp))
     mpu = ModelParallelUnit(groups.tp, groups.dp)
     start = _Start(weights, states, None if pieces is None else pieces[groups.rank], numbers)
