@@ -58,9 +58,6 @@ ONLY: dict[str, tuple[str, ...]] = {
 
 # Well-known flags that are refused, with what to do instead.
 REFUSED: dict[str, str] = {
-    "--lr-warmup-samples": "use --lr-warmup-fraction",
-    "--lr-decay-samples": "use --lr-decay-iters",
-    "--lr-decay-tokens": "use --lr-decay-iters",
     "--lr_constant_plus_cooldown": "use --lr-decay-style warmup-stable-decay",
     "--lr_constant_plus_cooldown_frac": "use --lr-decay-fraction",
     "--train-iters-to-skip": "use --train-range-to-skip first last",

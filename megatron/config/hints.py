@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from megatron.config import schema, skip
 from megatron.config.layout import crossing_warning
 from megatron.config.schema import RunConfig
+from megatron.config.unused import unused
 
 # What other frameworks call our options.
 FOREIGN_SPELLINGS = {
@@ -81,7 +82,7 @@ def warnings(run: RunConfig) -> list[str]:
             f"TRAIN_RANGE_TO_SKIP: {skip.ranges_text(tuple(late))} extends past the last step, "
             f"{run.train.train_iters}"
         )
-    return warnings + _unused_stability(run.stability)
+    return warnings + _unused_stability(run.stability) + unused(run)
 
 
 def _unused_stability(chosen: schema.StabilityConfig) -> list[str]:
