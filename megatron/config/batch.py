@@ -161,7 +161,7 @@ def _steps(draft: Draft, key: str) -> int:
     if steps < 1:
         raise ConfigError(
             f"{length} is less than one step ({_arithmetic(draft, key)}). Set "
-            f"{length.name}={sizes(draft).at(0) * unit} or more"
+            f"{length.name}={sizes(draft).of(1) * unit} or more"
         )
     return steps
 

@@ -1,7 +1,7 @@
 """Samples per step: GLOBAL_BATCH, or growing to it (RAMPUP_BATCH_SIZE).
 
-The batch of a step follows from the samples consumed before it, so steps, samples and tokens of a
-run are functions of one another: `consumed` and `steps` convert them exactly.
+The batch of step i follows from its number, so steps, samples and tokens of a run are functions of
+one another: `consumed` and `steps` convert them exactly.
 """
 
 from __future__ import annotations
@@ -37,6 +37,10 @@ class BatchSizes:
         if consumed >= self.samples:
             return self.full
         return self.start + consumed * self.phases // self.samples * self.increment
+
+    def of(self, step: int) -> int:
+        """Samples of step `step` (1-based)."""
+        return self.consumed(step) - self.consumed(step - 1) if self.samples else self.full
 
     def consumed(self, steps: int) -> int:
         """Samples of a run's first `steps` steps."""

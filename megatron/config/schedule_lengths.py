@@ -30,7 +30,7 @@ def resolve_schedule(draft: Draft) -> None:
         if steps < 1:
             raise ConfigError(
                 f"{draft[decay]} is less than one step ({source} < "
-                f"{batch.sizes(draft).at(0)} samples). Set a larger {draft[decay].name}"
+                f"{batch.sizes(draft).of(1)} samples). Set a larger {draft[decay].name}"
             )
         draft.replace(DECAY, steps, f"{draft.options[decay].name}: whole steps")
     _resolve_warmup(draft)

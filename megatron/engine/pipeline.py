@@ -25,6 +25,7 @@ class PipelineEngine(ZeroEngine):
     def __init__(self, module: Stages, *args: Any) -> None:
         """Args: those of `ZeroEngine`."""
         super().__init__(module, *args)
+        self._full_steps = self._accumulation_steps
         self._clock = StageClock(self.device, self.groups.pp)
         patch_global_grad_norm(self._zero, self.device)
         table = self._deepspeed._INSTRUCTION_MAP
@@ -43,7 +44,8 @@ class PipelineEngine(ZeroEngine):
 
     @torch.no_grad()
     def eval_batch(self, micro_batches: MicroBatches) -> Tensor:
-        loss: Tensor = self._deepspeed.eval_batch(iter(self._to_device(micro_batches)))
+        batches = iter(self._to_device(micro_batches))
+        loss: Tensor = self._deepspeed.eval_batch(batches, num_micro_batches=self._full_steps)
         self.module.train()
         return loss.detach().float()
 
