@@ -39,6 +39,7 @@ FINDER_DEFAULTS = {
     "optimizer.learning_rate": 1.0,
     "optimizer.min_learning_rate": 0.0,
     "stability.spike_policy": "off",
+    "stability.max_bad_steps": 0,
     "log.eval_interval": 0,
 }
 KIND, TOKENIZER = "data.tokenizer_type", "data.tokenizer_model"
