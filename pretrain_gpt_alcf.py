@@ -26,6 +26,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron.analysis import finish
+from megatron.analysis.lr_finder import LrFinder, require_start
 from megatron.config.deepspeed import deepspeed_config
 from megatron.config.errors import ConfigError, DataError
 from megatron.config.pipeline_stages import stage_bounds
@@ -118,6 +119,7 @@ def train(
     leads = control.rank == 0
     heartbeat.enter("load")
     state = resume(run, engine, data.record, control)
+    require_start(run, state)
     if state.iteration >= run.train.train_iters:
         finish.log_finished(run, state)
         return 0
@@ -125,6 +127,8 @@ def train(
     if leads and config:
         accept(config, run.run_folder)
     tracker = make_tracker(run, logs=leads, iteration=state.iteration)
+    finder = LrFinder(tracker, stop) if run.optimizer.lr_finder else None
+    tracker = finder or tracker
     trainer = Trainer(run, engine, data, device, tracker, stop, state, control, heartbeat)
     try:
         outcome = trainer.train()
@@ -136,6 +140,10 @@ def train(
         tracker.close()
     if outcome.cause == STOP_FILE:
         stop.remove_file()
+    if finder:
+        if leads:
+            finder.report(run)
+        return 0
     heartbeat.enter("sample")
     status = finish.NOT_SAVED if outcome.error else 0
     if not outcome.cause:

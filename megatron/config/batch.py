@@ -1,11 +1,15 @@
 """Batch and length arithmetic.
 
-GLOBAL_BATCH = MICRO_BATCH x GRAD_ACC_STEPS x DP; tokens = steps x GLOBAL_BATCH x SEQ.
-What the user set must agree; the rest is derived from it.
+GLOBAL_BATCH = MICRO_BATCH x GRAD_ACC_STEPS x DP; tokens = steps x GLOBAL_BATCH x SEQ, less while
+the batch grows. What the user set must agree; the rest is derived from it.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+
+from megatron.config.batch_sizes import BatchSizes, parse
 from megatron.config.errors import ConfigError
 from megatron.config.option import Draft, Setting
 
@@ -14,6 +18,15 @@ ACCUMULATION = "train.gradient_accumulation_steps"
 GLOBAL = "train.global_batch_size"
 ITERS = "train.train_iters"
 TOKENS = "train.train_tokens"
+SAMPLES = "train.train_samples"
+RAMPUP = "train.rampup_batch_size"
+
+# What a run's length is given by -> the steps that follow from it.
+LENGTHS = {
+    ITERS: "",
+    SAMPLES: "TRAIN_SAMPLES / GLOBAL_BATCH",
+    TOKENS: "TRAIN_TOKENS / (GLOBAL_BATCH x SEQ)",
+}
 
 PRODUCTION_TOKENS = 4_673_780_159_710  # the AuroraGPT production run's first stage
 
@@ -76,30 +89,90 @@ def _nearest_multiple(number: int, step: int) -> int:
     return max(1, round(number / step)) * step
 
 
+def sizes(draft: Draft) -> BatchSizes:
+    """Samples of each step, as GLOBAL_BATCH and RAMPUP_BATCH_SIZE have them."""
+    ramp = draft[RAMPUP]
+    return parse(ramp.value, draft.get(GLOBAL), ramp.name)
+
+
+def check_rampup(draft: Draft) -> Iterator[str]:
+    """Each size of the ramp is made of whole micro-batches."""
+    ramp, micro, total = draft[RAMPUP], draft[MICRO], draft[GLOBAL]
+    if not ramp.value:
+        return
+    found, accumulation = sizes(draft), draft.get(ACCUMULATION)
+    least = total.value // accumulation  # MICRO_BATCH x DP
+    for name, size in (("START", found.start), ("INCREMENT", found.increment)):
+        if size % least:
+            ranks = least // micro.value
+            common = math.gcd(found.start, found.increment, total.value)
+            own = f"{micro.name}={common // ranks}, or " if common % ranks == 0 else ""
+            yield (
+                f"{ramp}: {name} {size} is not a multiple of {micro} x DP={ranks} = {least}: "
+                f"{size} / {least} leaves {size % least}. Set {own}{name} "
+                f"{_nearest_multiple(size, least)}"
+            )
+            return
+    if draft.get("parallel.pipeline_schedule") == "dualpipev":
+        stages, steps = draft["parallel.pipeline_parallel"], found.start // least
+        if steps < 2 * stages.value:
+            yield (
+                f"{ramp}: START {found.start} is {steps} micro-batches per step, but dualpipev "
+                f"needs 2 x {stages} = {2 * stages.value}. Set START "
+                f"{2 * stages.value * least} or more"
+            )
+
+
 def resolve_train_iters(draft: Draft) -> None:
-    """Make steps and tokens of the run agree; tokens that make no whole step are dropped.
+    """Make steps, samples and tokens of the run agree; what makes no whole step is dropped.
 
     Raises:
-        ConfigError: where the user set both and they differ, or the tokens make no step.
+        ConfigError: where the user set two that differ, or what makes no step.
     """
-    batch, length, iters = draft.get(GLOBAL), draft.get("model.seq_length"), draft[ITERS]
-    per_step = batch * length
-    arithmetic = f"GLOBAL_BATCH {batch} x SEQ {length} = {per_step} tokens per step"
-    if TOKENS not in draft.given and iters.value is not None:
-        draft.replace(TOKENS, iters.value * per_step, "TRAIN_ITERS x GLOBAL_BATCH x SEQ")
-        return
-    draft.fill(TOKENS, PRODUCTION_TOKENS, "default")
-    tokens = draft[TOKENS]
-    steps = tokens.value // per_step
-    if ITERS in draft.given:
-        if steps != iters.value:
+    lengths = [key for key in LENGTHS if key in draft.given]
+    if not lengths and draft.get(ITERS) is None:
+        draft.fill(TOKENS, PRODUCTION_TOKENS, "default")
+        lengths = [TOKENS]
+    first, *others = lengths or [ITERS]
+    steps, found = _steps(draft, first), sizes(draft)
+    for key in others:
+        other = draft[key]
+        if _steps(draft, key) != steps:
+            own = "" if first == ITERS else f" is {steps} steps"
+            fitting = found.consumed(steps) * _unit(draft, key)
             raise ConfigError(
-                f"{iters}, but {tokens} is {steps} steps ({arithmetic}). Unset one of them, or "
-                f"set {tokens.name}={iters.value * per_step}"
+                f"{draft[first]}{own}, but {other} is {_steps(draft, key)} steps "
+                f"({_arithmetic(draft, key)}). Unset one of them, or set {other.name}={fitting}"
             )
-        return
+    ramp = ", RAMPUP_BATCH_SIZE" if found.samples else ""
+    if first != ITERS:
+        draft.replace(ITERS, steps, LENGTHS[first] + ramp)
+    if TOKENS not in lengths:
+        total = found.consumed(steps) * _unit(draft, TOKENS)
+        draft.replace(TOKENS, total, "TRAIN_ITERS x GLOBAL_BATCH x SEQ" + ramp)
+
+
+def _steps(draft: Draft, key: str) -> int:
+    """Whole steps of a run's length, which is given by one of LENGTHS."""
+    length: Setting = draft[key]
+    if key == ITERS:
+        return int(length.value)
+    steps, unit = sizes(draft).steps(length.value // _unit(draft, key)), _unit(draft, key)
     if steps < 1:
         raise ConfigError(
-            f"{tokens} is less than one step ({arithmetic}). Set {tokens.name}={per_step} or more"
+            f"{length} is less than one step ({_arithmetic(draft, key)}). Set "
+            f"{length.name}={sizes(draft).of(1) * unit} or more"
         )
-    draft.replace(ITERS, steps, "TRAIN_TOKENS / (GLOBAL_BATCH x SEQ)")
+    return steps
+
+
+def _unit(draft: Draft, key: str) -> int:
+    """What TRAIN_SAMPLES or TRAIN_TOKENS counts of a sample."""
+    return int(draft.get("model.seq_length")) if key == TOKENS else 1
+
+
+def _arithmetic(draft: Draft, key: str) -> str:
+    found, unit = sizes(draft), _unit(draft, key)
+    sample = f" x SEQ {unit} = {found.full * unit} tokens" if key == TOKENS else " samples"
+    ramp = f", after RAMPUP_BATCH_SIZE {found}" if found.samples else ""
+    return f"GLOBAL_BATCH {found.full}{sample} per step{ramp}"

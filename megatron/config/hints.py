@@ -26,6 +26,7 @@ from megatron.config.reference_flags import (
     SHORTHANDS,
 )
 from megatron.config.schema import RunConfig
+from megatron.config.unused import unused
 
 CLOSE = 0.85  # one letter added, removed or changed in a word of seven
 SHORTEST = 5  # shorter names resemble too much
@@ -123,7 +124,7 @@ def warnings(run: RunConfig) -> list[str]:
             f"DATA_CACHE_PATH={data.cache_path} has no effect with DATA_ORDER=stateless, "
             "which needs no cache"
         )
-    return warnings + _unused_stability(run.stability)
+    return warnings + _unused_stability(run.stability) + unused(run)
 
 
 def _unused_stability(chosen: schema.StabilityConfig) -> list[str]:

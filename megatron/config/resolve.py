@@ -19,6 +19,7 @@ from megatron.config import (
     presets,
     resumed,
     rope_scaling,
+    schedule_lengths,
     schema,
     skip,
     update_rules,
@@ -32,6 +33,16 @@ from megatron.data import survey as data_survey
 from megatron.data.vocabulary_size import vocabulary_size
 
 ARCH = "model.model_arch"
+FINDER = "optimizer.lr_finder"
+# A search is short and raises the rate until the loss breaks away, which is no fault.
+FINDER_DEFAULTS = {
+    batch.ITERS: 200,
+    "optimizer.learning_rate": 1.0,
+    "optimizer.min_learning_rate": 0.0,
+    "stability.spike_policy": "off",
+    "stability.max_bad_steps": 0,
+    "log.eval_interval": 0,
+}
 KIND, TOKENIZER = "data.tokenizer_type", "data.tokenizer_model"
 DEFAULT_TOKENIZER = ("HFTokenizer", "google/gemma-7b")
 
@@ -89,12 +100,17 @@ def resolve(environ: Mapping[str, str], argv: Sequence[str], site: Site) -> Reso
     """
     draft, notes = _given(environ, argv)
     before = _fill_resumed(draft)
+    if draft.get(FINDER):
+        for key, value in FINDER_DEFAULTS.items():
+            draft.fill(key, value, "LR_FINDER")
     _fill_defaults(draft, site)
     _fill_world(draft, site)
     _fill_tokenizer(draft, environ)
     validate.require(draft, validate.LAYOUT_CHECKS)
     batch.resolve_batch(draft, draft.get(validate.WORLD) // validate.model_parallel_size(draft))
+    validate.require(draft, (batch.check_rampup,))
     batch.resolve_train_iters(draft)
+    schedule_lengths.resolve_schedule(draft)
     _fill_derived(draft)
     validate.require(draft, validate.FINAL_CHECKS)
     run = _build(draft, site)
@@ -227,7 +243,6 @@ def _fill_derived(draft: Draft) -> None:
     """Fill values that follow from others."""
     hidden, seq = draft.get("model.hidden_size"), draft.get("model.seq_length")
     draft.fill("model.init_method_std", math.sqrt(2 / (5 * hidden)), "sqrt(2 / (5 HIDDEN))")
-    draft.fill("optimizer.lr_decay_iters", draft.get(batch.ITERS), "TRAIN_ITERS")
     scaling, ranges = "model.rope_scaling", "data.train_range_to_skip"
     if draft.get(scaling):
         draft.values[scaling] = rope_scaling.canonical(draft.get(scaling), draft[scaling].name)
@@ -236,6 +251,7 @@ def _fill_derived(draft: Draft) -> None:
         draft.values[ranges] = skip.ranges_text(merged) or None
     label = presets.label(draft.get(ARCH), draft.get("model.num_layers"))
     stem = Path(draft.get("data.data_file_list")).stem
+    stem += "-lr-finder" if draft.get(FINDER) else ""  # a later run must not take it for its own
     draft.fill("checkpoint.run_name", f"{label}-seq{seq}-{stem}", "<label>-seq<SEQ>-<data list>")
 
 

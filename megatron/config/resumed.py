@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.config import batch, schema
+from megatron.config import batch, schedule_lengths, schema
 from megatron.config.errors import ConfigError
 from megatron.config.option import Draft, Option
 from megatron.config.presets import LABELLED
@@ -26,12 +26,12 @@ ARCH = "model.model_arch"
 # Not of a run but of one start of it.
 _OF_A_START = (RESUME, FOLDER, "log.dry_run")
 
-# What the user sets now -> what the run's user had set in its place, or for it.
-_SETS_ASIDE = {
-    batch.ITERS: batch.TOKENS,
-    batch.TOKENS: batch.ITERS,
-    "data.tokenizer_type": "data.tokenizer_model",
-}
+# Of each row one is set: what the user sets now takes the place of the run's.
+_ALTERNATIVES = (
+    tuple(batch.LENGTHS),
+    (schedule_lengths.FRACTION, *schedule_lengths.WARMUPS),
+    schedule_lengths.DECAYS,
+)
 
 # Sizes of the batch that give way to GLOBAL_BATCH, which stays.
 _ADAPTS = (batch.MICRO, batch.ACCUMULATION)
@@ -127,7 +127,11 @@ def fill(draft: Draft, run: ResumedRun) -> None:
         ConfigError: the user has set another folder for the run.
     """
     _fill_folder(draft, run)
-    set_aside = {_SETS_ASIDE[key] for key in _SETS_ASIDE.keys() & draft.given.keys()}
+    set_aside = {
+        key for row in _ALTERNATIVES if draft.given.keys() & set(row) for key in row
+    } - draft.given.keys()
+    if "data.tokenizer_type" in draft.given:
+        set_aside.add("data.tokenizer_model")
     if run.was_set(batch.ITERS):  # TRAIN_TOKENS said the same, unless the batch changes
         set_aside.add(batch.TOKENS)
     if ARCH in draft.given and draft.get(ARCH) != run.values.get(ARCH):

@@ -15,13 +15,14 @@ if TYPE_CHECKING:
     from megatron.config.schema import OptimizerConfig
 
 
-def learning_rate(iteration: int, optimizer: OptimizerConfig) -> float:
+def learning_rate(iteration: float, optimizer: OptimizerConfig) -> float:
     """The rate of step `iteration` (1-based).
 
     Args:
+        iteration: not whole where the batch grows and progress is counted in samples.
         optimizer: of a resolved configuration; validate.py compares its numbers with one another.
     """
-    assert iteration >= 1, f"steps are counted from 1, got {iteration}"
+    assert iteration > 0, f"steps are counted from 1, got {iteration}"
     warmup, style = _warmup(optimizer), optimizer.lr_decay_style
     if iteration <= warmup:
         return optimizer.learning_rate * iteration / warmup
@@ -35,30 +36,30 @@ def _warmup(optimizer: OptimizerConfig) -> float:
     return optimizer.lr_warmup_fraction * optimizer.lr_decay_iters
 
 
-def _constant(iteration: int, o: OptimizerConfig) -> float:
+def _constant(iteration: float, o: OptimizerConfig) -> float:
     return o.learning_rate
 
 
-def _linear(iteration: int, o: OptimizerConfig) -> float:
+def _linear(iteration: float, o: OptimizerConfig) -> float:
     return o.learning_rate + (o.min_learning_rate - o.learning_rate) * _decayed(iteration, o)
 
 
-def _cosine(iteration: int, o: OptimizerConfig) -> float:
+def _cosine(iteration: float, o: OptimizerConfig) -> float:
     return _half_cosine(o.learning_rate, o.min_learning_rate, _decayed(iteration, o))
 
 
-def _inverse_square_root(iteration: int, o: OptimizerConfig) -> float:
+def _inverse_square_root(iteration: float, o: OptimizerConfig) -> float:
     return max(o.min_learning_rate, o.learning_rate * math.sqrt(max(_warmup(o), 1.0) / iteration))
 
 
-def _infinite_cosine(iteration: int, o: OptimizerConfig) -> float:
+def _infinite_cosine(iteration: float, o: OptimizerConfig) -> float:
     def fall(share: float) -> float:
         return _half_cosine(o.learning_rate, o.lr_constant, share)
 
     return _infinite(iteration, o, fall)
 
 
-def _infinite_inverse_square_root(iteration: int, o: OptimizerConfig) -> float:
+def _infinite_inverse_square_root(iteration: float, o: OptimizerConfig) -> float:
     def fall(share: float) -> float:
         """LR at 0, LR_CONSTANT at 1, 1 / sqrt(1 + timescale * share) between."""
         floor = 1 / math.sqrt(1 + o.lr_timescale)
@@ -68,7 +69,7 @@ def _infinite_inverse_square_root(iteration: int, o: OptimizerConfig) -> float:
     return _infinite(iteration, o, fall)
 
 
-def _infinite(iteration: int, o: OptimizerConfig, fall: Callable[[float], float]) -> float:
+def _infinite(iteration: float, o: OptimizerConfig, fall: Callable[[float], float]) -> float:
     """Fall to LR_CONSTANT, stay there, then anneal to MIN_LR (arXiv:2403.08763).
 
     The anneal is geometric. A geometric fall never reaches 0, so MIN_LR = 0 is annealed to
@@ -86,7 +87,7 @@ def _infinite(iteration: int, o: OptimizerConfig, fall: Callable[[float], float]
     return float(o.lr_constant * (o.min_learning_rate / o.lr_constant) ** share)
 
 
-def _warmup_stable_decay(iteration: int, o: OptimizerConfig) -> float:
+def _warmup_stable_decay(iteration: float, o: OptimizerConfig) -> float:
     """LR, then a fall by 1 - sqrt, the best shape of arXiv:2405.18392."""
     start = o.lr_decay_iters * (1 - o.lr_decay_fraction)
     if iteration <= start:
@@ -100,17 +101,17 @@ def _half_cosine(start: float, end: float, share: float) -> float:
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * share))
 
 
-def _decayed(iteration: int, o: OptimizerConfig) -> float:
+def _decayed(iteration: float, o: OptimizerConfig) -> float:
     """How much of the decay is done at `iteration`."""
     return _share(iteration, _warmup(o), o.lr_decay_iters)
 
 
-def _share(iteration: int, start: float, end: float) -> float:
+def _share(iteration: float, start: float, end: float) -> float:
     """How much of the phase (start, end] is done at `iteration`, which lies in it: in (0, 1]."""
     return (iteration - start) / (end - start)
 
 
-STYLES: dict[str, Callable[[int, OptimizerConfig], float]] = {
+STYLES: dict[str, Callable[[float, OptimizerConfig], float]] = {
     "constant": _constant,
     "linear": _linear,
     "cosine": _cosine,

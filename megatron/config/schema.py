@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.config import presets, skip, update_rules
+from megatron.config import batch_sizes, presets, skip, update_rules
 from megatron.config.errors import ConfigError
 from megatron.config.layout import Layout
 from megatron.config.option import Option, option
@@ -87,16 +87,19 @@ class OptimizerConfig:
     learning_rate: float = option(2e-4, "LR", "--lr", "peak learning rate", above=0)
     min_learning_rate: float = option(0.0, "MIN_LR", "--min-lr", "minimum learning rate, reached at the end of the decay")
     lr_decay_style: str = option("cosine", "LR_DECAY_STYLE", "--lr-decay-style", "learning rate schedule after warm-up", STYLES)
-    lr_warmup_fraction: float = option(0.05, "LR_WARMUP_FRAC LR_WARMUP_FRACTION", "--lr-warmup-fraction", "fraction of LR_DECAY_ITERS spent in linear warm-up", below=1)
+    lr_warmup_fraction: float = option(0.05, "LR_WARMUP_FRAC LR_WARMUP_FRACTION", "--lr-warmup-fraction", "fraction of LR_DECAY_ITERS spent in linear warm-up; of its samples with RAMPUP_BATCH_SIZE", below=1)
     lr_warmup_iters: int | None = option(None, "LR_WARMUP_ITERS", "--lr-warmup-iters", "steps of linear warm-up, instead of LR_WARMUP_FRAC")
     lr_warmup_tokens: int | None = option(None, "LR_WARMUP_TOKENS", "--lr-warmup-tokens", "tokens of linear warm-up, instead of LR_WARMUP_FRAC")
+    lr_warmup_samples: int | None = option(None, "LR_WARMUP_SAMPLES", "--lr-warmup-samples", "samples of linear warm-up, instead of LR_WARMUP_FRAC")
     lr_decay_iters: int = option(None, "LR_DECAY_ITERS", "--lr-decay-iters", "steps until the decay ends, warm-up included; default TRAIN_ITERS", least=1)
+    lr_decay_samples: int | None = option(None, "LR_DECAY_SAMPLES", "--lr-decay-samples", "samples until the decay ends, instead of LR_DECAY_ITERS", least=1)
+    lr_decay_tokens: int | None = option(None, "LR_DECAY_TOKENS", "--lr-decay-tokens", "tokens until the decay ends, instead of LR_DECAY_ITERS", least=1)
     lr_cooldown_fraction: float = option(0.65, "LR_COOLDOWN_FRACTION", "--lr-cooldown-fraction", "infinite-*: fraction of LR_DECAY_ITERS for the cooldown from LR to LR_CONSTANT; for warmup-stable-decay use LR_DECAY_FRACTION", most=1)
     lr_constant: float = option(1.1e-4, "LR_CONSTANT", "--constant-lr", "infinite-*: learning rate of the constant phase")
     lr_constant_fraction: float = option(0.001, "LR_CONSTANT_FRACTION", "--lr-constant-fraction", "infinite-*: fraction of LR_DECAY_ITERS at LR_CONSTANT", most=1)
     lr_timescale: float = option(10.0, "LR_TIMESCALE", "--timescale", "infinite-inv-square-root: time scale of the decay to LR_CONSTANT", above=0)
     lr_decay_fraction: float = option(0.1, "LR_DECAY_FRACTION", "--lr-decay-fraction", "warmup-stable-decay: fraction of LR_DECAY_ITERS spent decaying, at the end", most=1)
-    lr_finder: bool = option(False, "LR_FINDER", "--lr-finder", "raise the learning rate from MIN_LR to LR exponentially over the run, to see where the loss breaks away")
+    lr_finder: bool = option(False, "LR_FINDER", "--lr-finder", "raise the learning rate from MIN_LR (default LR / 1e6) to LR (default 1) exponentially over TRAIN_ITERS, to see where the loss breaks away; nothing is saved")
     adam_beta1: float = option(0.9, "ADAM_BETA1", "--adam-beta1", "decay rate of the first moment", below=1)
     adam_beta2: float = option(0.95, "ADAM_BETA2", "--adam-beta2", "decay rate of the second moment", below=1)
     adam_eps: float = option(1e-5, "ADAM_EPS", "--adam-eps", "epsilon added to the square root of the second moment", above=0)
@@ -280,8 +283,18 @@ class RunConfig:
         return self.model.padded_vocab_size(self.parallel.tensor_parallel)
 
     @property
+    def batch_sizes(self) -> batch_sizes.BatchSizes:
+        """Samples of each step over all ranks."""
+        return batch_sizes.parse(self.train.rampup_batch_size, self.train.global_batch_size)
+
+    @property
+    def total_samples(self) -> int:
+        """Samples of all steps."""
+        return self.batch_sizes.consumed(self.train.train_iters)
+
+    @property
     def tokens_per_step(self) -> int:
-        """Tokens of one step over all ranks."""
+        """Tokens of one step over all ranks, once the batch has its full size."""
         return self.train.global_batch_size * self.model.seq_length
 
     @property

@@ -31,6 +31,7 @@ class ModelShape:
     rope_scaling: str | None = option(None, "ROPE_SCALING", "--rope-scaling", "`llama3` or `llama3:factor,low,high,original_length`; unset: none")
     rms_norm_eps: float = option(1e-5, "RMS_NORM_EPS", "--layernorm-epsilon --rms-norm-eps", "epsilon of RMSNorm", above=0)
     init_method_std: float = option(None, "", "--init-method-std", "standard deviation of the initial weights; default sqrt(2 / (5 HIDDEN))", above=0)
+    word_embedding_init_std: float | None = option(None, "WORD_EMBEDDING_INIT_STD", "--word-embedding-init-std", "standard deviation of the initial token embedding; unset: that of the other weights", above=0)
     vocab_size: int = option(None, "VOCAB_SIZE", "--vocab-size", "vocabulary before padding; default: the tokenizer's", least=1)
 
     @property
@@ -50,8 +51,13 @@ class ModelShape:
 
     @property
     def weight_std(self) -> float:
-        """Standard deviation of the initial matrices and embeddings."""
+        """Standard deviation of the initial matrices."""
         return self.init_method_std or math.sqrt(2 / (5 * self.hidden_size))
+
+    @property
+    def embedding_std(self) -> float:
+        """Standard deviation of the initial token embedding."""
+        return self.word_embedding_init_std or self.weight_std
 
     @property
     def residual_std(self) -> float:

@@ -292,6 +292,35 @@ def check_learning_rate(draft: Draft) -> Iterator[str]:
         )
 
 
+def check_lr_finder(draft: Draft) -> Iterator[str]:
+    """A search begins with a run of its own."""
+    finder, resumed = draft["optimizer.lr_finder"], draft["checkpoint.resume"]
+    if finder.value and draft.sources.get("checkpoint.resume") == "is in the other options":
+        yield f"{finder.name} searches from step 1 and saves nothing: unset {resumed.name}"
+    lowest, highest = draft["optimizer.min_learning_rate"], draft["optimizer.learning_rate"]
+    if finder.value and lowest.value >= highest.value:
+        yield f"{finder.name} rises from {lowest} to {highest}. Raise {highest.name}"
+
+
+def check_weight_decay(draft: Draft) -> Iterator[str]:
+    """A schedule of the weight decay has both ends; without one there are none."""
+    style = draft["optimizer.weight_decay_incr_style"]
+    ends = [draft[f"optimizer.{end}_weight_decay"] for end in ("start", "end")]
+    missing = [end for end in ends if end.value is None]
+    if style.value != "constant" and missing:
+        yield (
+            f"{style} goes from START_WEIGHT_DECAY to END_WEIGHT_DECAY, but "
+            f"{' and '.join(end.name for end in missing)} is not set. Set it, e.g. "
+            f"{missing[0].name}={draft.get('optimizer.weight_decay')}"
+        )
+    for end in ends:
+        if style.value == "constant" and end.value is not None:
+            yield (
+                f"{end} has no effect with {style}. Unset it and set WEIGHT_DECAY, or set "
+                f"{style.name}=linear"
+            )
+
+
 def check_evaluation(draft: Draft) -> Iterator[str]:
     """Evaluation has data to evaluate on."""
     interval, share = draft["log.eval_interval"], draft["data.valid_split"]
@@ -350,7 +379,9 @@ def check_folders(draft: Draft) -> Iterator[str]:
         yield f"{run_name} is a name under runs/, not a path. Use RUN_DIR for a path"
     run = Path(run_dir.value or Path("runs") / run_name.value)
     yield from _unwritable(run, run_dir.name if run_dir.value else run_name.name)
-    for folder in (draft["checkpoint.save"], draft["data.cache_path"]):
+    for folder in (
+        draft["checkpoint.save"], draft["data.cache_path"], draft["log.tensorboard_dir"]
+    ):  # fmt: skip
         if folder.value:
             yield from _unwritable(Path(folder.value), folder.name)
 
@@ -405,6 +436,8 @@ LAYOUT_CHECKS: tuple[Check, ...] = (
 FINAL_CHECKS: tuple[Check, ...] = (
     check_accumulation,
     check_learning_rate,
+    check_lr_finder,
+    check_weight_decay,
     check_evaluation,
     check_data_order,
     check_documents,

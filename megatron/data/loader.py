@@ -43,6 +43,10 @@ class StepPlan:
             )
         assert 0 <= self.data_parallel_rank < dp
 
+    def at(self, iteration: int) -> StepPlan:
+        """The plan of step `iteration`: this one, unless the batch grows."""
+        return self
+
     def micro_batch(self, consumed_samples: int, number: int) -> range:
         """Global samples of this rank's micro-batch `number` in the step at `consumed_samples`."""
         start = consumed_samples + number * self.micro_batch_size * self.data_parallel_size
@@ -150,7 +154,7 @@ class Loader:
         try:
             for iteration, consumed in steps:
                 batches = []
-                for number in range(plan.gradient_accumulation_steps):
+                for number in range(plan.at(iteration).gradient_accumulation_steps):
                     if self._stop.is_set():
                         return
                     batches.append(_read(dataset, iteration, plan.micro_batch(consumed, number)))

@@ -54,6 +54,9 @@ class Engine(Protocol):
             (B, S, V/tp) on the rank of the last stage (`last_stage`), None on the others.
         """
 
+    def set_accumulation_steps(self, steps: int) -> None:
+        """Sets the micro-batches of the steps to come; an evaluation keeps the full batch's."""
+
     def set_learning_rate(self, rate: float) -> None:
         """Sets the rate of the next step in every parameter group."""
 

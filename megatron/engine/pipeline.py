@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron.engine.bubble import StageClock
 from megatron.engine.interface import MicroBatches
-from megatron.engine.patches import patch_global_grad_norm, reduce_tied_gradients
+from megatron.engine.patches import patch_global_grad_norm, reduce_tied_gradients, replaced
 from megatron.engine.pipeline_module import Stages
 from megatron.engine.zero import ZeroEngine
 from megatron.parallel.groups import Axis
@@ -25,6 +25,7 @@ class PipelineEngine(ZeroEngine):
     def __init__(self, module: Stages, *args: Any) -> None:
         """Args: those of `ZeroEngine`."""
         super().__init__(module, *args)
+        self._full_steps = self._accumulation_steps
         self._clock = StageClock(self.device, self.groups.pp)
         patch_global_grad_norm(self._zero, self.device)
         table = self._deepspeed._INSTRUCTION_MAP
@@ -43,7 +44,9 @@ class PipelineEngine(ZeroEngine):
 
     @torch.no_grad()
     def eval_batch(self, micro_batches: MicroBatches) -> Tensor:
-        loss: Tensor = self._deepspeed.eval_batch(iter(self._to_device(micro_batches)))
+        engine = self._deepspeed
+        with replaced(engine, "micro_batches", self._full_steps):
+            loss: Tensor = engine.eval_batch(iter(self._to_device(micro_batches)))
         self.module.train()
         return loss.detach().float()
 

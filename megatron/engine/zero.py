@@ -86,6 +86,13 @@ class ZeroEngine(Engine):
         self.module.train()
         return None if output is None else all_positions(output, sp)[:, :length]
 
+    def set_accumulation_steps(self, steps: int) -> None:
+        engine, self._accumulation_steps = self._deepspeed, steps
+        each = engine.train_micro_batch_size_per_gpu() * engine.dp_world_size
+        engine.set_train_batch_size(steps * each)
+        engine.micro_steps = 0  # DeepSpeed ends a step where this is a multiple of `steps`
+        self._zero.gradient_accumulation_steps = steps  # with the optimizer on the host
+
     def set_learning_rate(self, rate: float) -> None:
         for group in self._zero.param_groups:
             group["lr"] = rate

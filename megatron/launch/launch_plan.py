@@ -12,9 +12,8 @@ from pathlib import Path
 
 from megatron.config.errors import ConfigError
 from megatron.launch import command, hostlist, ranks
-from megatron.launch.dialect import Ask
-from megatron.launch import command, ranks
 from megatron.launch.accelerators import RANK_ENVIRONMENT
+from megatron.launch.dialect import Ask
 from megatron.launch.heartbeat import HEARTBEAT
 from megatron.launch.machines import Machine
 from megatron.launch.site import Job, Location

@@ -36,7 +36,7 @@ class Embedding(VocabParallelEmbedding):
             shape.padded_vocab_size(context.tp.size),
             shape.hidden_size,
             name=f"{name}.weight",
-            std=shape.weight_std,
+            std=shape.embedding_std,
             **context.linear_options,
         )
 

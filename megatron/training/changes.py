@@ -15,6 +15,7 @@ NUMBERS = (
     "train.grad_reduce_in_bf16", "train.rampup_batch_size",
     "optimizer.learning_rate", "optimizer.min_learning_rate", "optimizer.lr_decay_style",
     "optimizer.lr_warmup_fraction", "optimizer.lr_warmup_iters", "optimizer.lr_warmup_tokens",
+    "optimizer.lr_warmup_samples", "optimizer.lr_decay_samples", "optimizer.lr_decay_tokens",
     "optimizer.lr_finder", "optimizer.lr_decay_iters", "optimizer.lr_cooldown_fraction",
     "optimizer.lr_constant", "optimizer.lr_constant_fraction", "optimizer.lr_timescale",
     "optimizer.lr_decay_fraction", "optimizer.adam_beta1", "optimizer.adam_beta2",
@@ -30,7 +31,7 @@ NUMBERS = (
 )  # fmt: skip
 """Settings that change losses beyond rounding; a change is said."""
 
-AT_START = ("model.init_method_std",)
+AT_START = ("model.init_method_std", "model.word_embedding_init_std")
 """Settings that act on a run's first weights only; a change is said to have no effect."""
 
 COMPARED_ELSEWHERE = (

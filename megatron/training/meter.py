@@ -108,7 +108,6 @@ class Meter:
         """
         self._device.synchronize()
         self.last = [None if step is None else _fetched(*step) for step in self._steps]
-        worked = [step for step in self.last if step is not None]
         interval = Interval(
             run=self._run,
             device=self._device,
@@ -116,8 +115,7 @@ class Meter:
             seconds=self._clock() - self._since - self._paused,
             ended=self._wall_clock(),
             learning_rate=learning_rate,
-            losses=[loss for loss, _ in worked],
-            grad_norm=worked[-1][1] if worked else None,
+            steps=self.last,
             loss_scale=self._loss_scale,
             skipped=self._skipped,
             measured=self._measured(),

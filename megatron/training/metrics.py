@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron.checkpoint.state import RunState
+from megatron.config import pace
 from megatron.config.pipeline_stages import modelled_bubble
 from megatron.config.schema import RunConfig
 from megatron.training.device import Device
@@ -38,8 +39,8 @@ class Interval:
         seconds: time of the steps that did work, all together.
         ended: seconds since the epoch.
         learning_rate: rate of the last step.
-        losses: mean loss of each step that did work, nats per token.
-        grad_norm, loss_scale: the last step's; None where the engine has none.
+        steps: (mean loss in nats per token, gradient norm) of each step; None where it did no work.
+        loss_scale: the last step's; None where the engine has none.
         skipped: steps that changed no weight.
         measured: what the engine measured, such as the pipeline's bubble.
         corpus_loss: loss of each corpus; None where it is not logged.
@@ -51,12 +52,29 @@ class Interval:
     seconds: float
     ended: float
     learning_rate: float
-    losses: Sequence[float]
-    grad_norm: float | None
+    steps: Sequence[tuple[float, float | None] | None]
     loss_scale: float | None
     skipped: int
     measured: Mapping[str, float]
     corpus_loss: Mapping[str, float] | None
+
+    @property
+    def losses(self) -> list[float]:
+        """Of the steps that did work."""
+        return [step[0] for step in self.steps if step is not None]
+
+    @property
+    def grad_norm(self) -> float | None:
+        """Of the last step that did work."""
+        norms = [step[1] for step in self.steps if step is not None]
+        return norms[-1] if norms else None
+
+    @property
+    def samples(self) -> int:
+        """Of the steps that did work, over all devices."""
+        first, sizes = self.state.iteration - len(self.steps) + 1, self.run.batch_sizes
+        worked = [n for n, step in enumerate(self.steps, first) if step is not None]
+        return sum(sizes.of(number) for number in worked)
 
     @property
     def step_seconds(self) -> float:
@@ -66,7 +84,7 @@ class Interval:
     @property
     def tokens_per_s(self) -> float:
         """All devices together."""
-        return self.run.tokens_per_step / self.step_seconds
+        return self.samples * self.run.model.seq_length / self.seconds
 
     @property
     def tokens_per_gpu_per_s(self) -> float:
@@ -163,7 +181,10 @@ METRICS: list[Metric] = [
     Metric("learning_rate", lambda i: i.learning_rate,
            "learning_rate={learning_rate:.6g}", 6,
            ("learning-rate/learning-rate", "optimizer/learning_rate"), always=True),
-    Metric("global_batch_size", lambda i: i.run.train.global_batch_size,
+    Metric("weight_decay", lambda i: pace.weight_decay(i.run, i.state.iteration)
+           if i.run.optimizer.weight_decay_incr_style != "constant" else None,
+           scalars=("optimizer/weight_decay",), always=True, optional=True),
+    Metric("global_batch_size", lambda i: i.run.batch_sizes.of(i.state.iteration),
            "global_batch_size={global_batch_size}", 7, always=True),
     Metric("seq_length", lambda i: i.run.model.seq_length,
            "actual_seqlen={seq_length:5d}", 11, always=True),
@@ -189,7 +210,7 @@ METRICS: list[Metric] = [
             "training/iteration_time_vs_tokens": lambda r: r["elapsed_s"] / r["consumed_tokens"],
             "training/iteration_time_vs_samples":
                 lambda r: r["elapsed_s"] / r["consumed_samples"]}),
-    Metric("samples_per_s", lambda i: i.run.train.global_batch_size / i.step_seconds,
+    Metric("samples_per_s", lambda i: i.samples / i.seconds,
            "samples_per_second={samples_per_s:.3f}", 15, ("throughput/samples_per_sec",),
            {"throughput/samples_per_sec_per_replica":
                 lambda r: r["samples_per_s"] / r["data_parallel"]}),

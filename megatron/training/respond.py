@@ -138,8 +138,10 @@ def require_finite(trainer: Steps) -> None:
     """Ends the run where a weight or an optimizer state of any rank is not finite; a collective.
 
     Raises:
-        Unstable: one is; nothing is saved.
+        Unstable: one is; nothing is saved. LR_FINDER=1 ends by itself.
     """
+    if trainer.run.optimizer.lr_finder:
+        return
     (broken,) = trainer.control.maximum([int(not trainer.engine.shards().finite())])
     if broken:
         at = trainer.state.iteration

@@ -97,6 +97,7 @@ class Saves:
         keep = run.checkpoint
         exports = keep.export_hf and control.rank == 0
         self._exporter = Exporter(run, log.warning) if exports else None
+        self._off = run.optimizer.lr_finder  # its weights are spoilt, and nothing is to resume them
         self._saver = Saver(
             run.checkpoint_folder,
             control,
@@ -118,7 +119,12 @@ class Saves:
         return self._saver.pending
 
     def save(self, state: RunState, validation_loss: float | None = None) -> None:
-        """Saves a state, at once or behind the steps to come; a failure is logged as an error."""
+        """Saves a state, at once or behind the steps to come; a failure is logged as an error.
+
+        With LR_FINDER=1 nothing is saved.
+        """
+        if self._off:
+            return
         self.finish()  # one at a time
         self._heartbeat.enter("save", state.iteration)
         known = {} if validation_loss is None else {"validation_loss": validation_loss}

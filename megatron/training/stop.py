@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
-STOP_FILE, DURATION, WALLTIME, INTERVAL = 101, 102, 103, 104
+STOP_FILE, DURATION, WALLTIME, INTERVAL, DIVERGED = 101, 102, 103, 104, 105
 """Causes that are no signal: above all signals' numbers, so that one number holds any cause."""
 
 CAUSES = {
@@ -26,6 +26,7 @@ CAUSES = {
     DURATION: "EXIT_DURATION_IN_MINS",
     WALLTIME: "the end of the job's walltime",
     INTERVAL: "EXIT_INTERVAL",
+    DIVERGED: "the loss broke away (LR_FINDER)",
 }
 
 RECENT_STEPS = 16
@@ -105,6 +106,10 @@ class StopRequest:
             self._looked = now
             return STOP_FILE if self._file.exists() else 0
         return 0
+
+    def ask(self, cause: int) -> None:
+        """Asks this rank to stop for one of CAUSES, unless something has."""
+        self._signal = self._signal or cause
 
     def step_took(self) -> None:
         """A step has ended; its seconds decide how early the run stops before its walltime."""

@@ -6,22 +6,24 @@ import itertools
 import logging
 import math
 import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from megatron.checkpoint.saver import Saved
 from megatron.checkpoint.state import RunState
-from megatron.config.schedule import learning_rate
+from megatron.config.pace import learning_rates
 from megatron.config.schema import RunConfig
 from megatron.config.skip import is_skipped
 from megatron.data.dataset import SampleSource
-from megatron.data.loader import Loader, StepPlan, evaluation_loader
+from megatron.data.loader import Loader, evaluation_loader
 from megatron.engine import Engine, MicroBatches
 from megatron.launch.heartbeat import Heartbeat
 from megatron.parallel.control import ALONE, Control
 from megatron.training.device import Device
 from megatron.training.dump import dump_tokens
+from megatron.training.growing_batch import step_plans
 from megatron.training.guard import Guard
 from megatron.training.loggers import Tracker
 from megatron.training.meter import Meter
@@ -30,6 +32,7 @@ from megatron.training.optimizers.sophia import Curvature, SophiaG
 from megatron.training.respond import end_unstable, report, require_finite, respond
 from megatron.training.run_data import Data, train_data
 from megatron.training.saving import Saves
+from megatron.training.step_changes import step_changes
 from megatron.training.stop import INTERVAL, StopRequest, cause_text
 
 log = logging.getLogger(__name__)
@@ -89,18 +92,12 @@ class Trainer:
         self.began_after = state.iteration
         self.guard = Guard(run.stability, control, scales=run.train.dtype == "fp16")
         pp, dp = engine.groups.pp, engine.groups.dp
-        self.plan = StepPlan(
-            run.train.global_batch_size,
-            run.train.micro_batch_size,
-            run.train.gradient_accumulation_steps,
-            dp.rank,
-            dp.size,
-        )
+        self.full_plan, self.plan = step_plans(run, dp)
+        self.rate, self.changes = learning_rates(run), step_changes(run, engine, self.plan)
         self.samples = train_data(run, data, state)
         # Stages between see no tokens, but which document each belongs to follows from them.
         self.reads_data = pp.rank in (0, pp.size - 1) or run.data.follows_documents
         self.meter = Meter(run, device, self._measured)
-        self.tokens_per_step = run.tokens_per_step
         self.curvature: Curvature | None = None
         if isinstance(engine.optimizer, SophiaG):
             interval = run.optimizer.sophia_hessian_interval
@@ -174,10 +171,12 @@ class Trainer:
             batches = list(batches)
             with self.meter.off_the_clock():
                 dump_tokens(iteration, batches)
+        for change in self.changes:
+            change(iteration)
         if self.curvature is not None and self.curvature.due(iteration):
             batches = list(batches)
             self.curvature.estimate(self.state, batches)
-        self.engine.set_learning_rate(learning_rate(iteration, self.run.optimizer))
+        self.engine.set_learning_rate(self.rate(iteration))
         with self.guard.gating(self.engine):
             loss = self.engine.train_batch(batches)
         applied = self.engine.step_applied
@@ -206,8 +205,7 @@ class Trainer:
         """Logs the steps since the last record; a collective with corpus losses or a pipeline."""
         losses = self.data.corpus_losses
         corpora = None if losses is None else losses.take(self.engine.device)
-        rate = learning_rate(self.state.iteration, self.run.optimizer)
-        record = self.meter.record(self.state, rate, corpora)
+        record = self.meter.record(self.state, self.rate(self.state.iteration), corpora)
         self.state = self.state.with_nan(record["nan_iterations"])
         self.tracker.log(record)
         for number, spike in self.guard.recorded(self.meter.last, self.state.iteration):
@@ -232,7 +230,7 @@ class Trainer:
         start = time.perf_counter()
         loader: AbstractContextManager[Loader | None] = nullcontext()
         if self.reads_data:
-            loader = evaluation_loader(dataset, self.plan, run.log.eval_iters)
+            loader = evaluation_loader(dataset, self.full_plan, run.log.eval_iters)
         weights = evaluation_weights(self.engine.optimizer, self.engine.refresh_weights)
         losses: list[float] = []
         with loader as batches, weights:
@@ -271,30 +269,32 @@ class Trainer:
         """Opens the micro-batches of all steps to come that are not skipped, read by a thread."""
         if not self.reads_data:
             return nullcontext()
-        done, consumed = self.state.iteration, self.state.consumed_samples
-        ranges, size = self.state.skip_ranges, self.run.train.global_batch_size
-        to_read = (
-            (iteration, consumed + (iteration - done - 1) * size)
-            for iteration in range(done + 1, self.run.train.train_iters + 1)
-            if not is_skipped(iteration, ranges)
-        )
-        return Loader(self.samples, self.plan, to_read)
+        return Loader(self.samples, self.plan, self._to_read(self.state))
+
+    def _to_read(self, state: RunState) -> Iterator[tuple[int, int]]:
+        """(step, samples consumed before it) of the steps to come."""
+        consumed = state.consumed_samples
+        for iteration in range(state.iteration + 1, self.run.train.train_iters + 1):
+            if not is_skipped(iteration, state.skip_ranges):
+                yield iteration, consumed
+            consumed += self.plan.at(iteration).global_batch_size
 
     def _micro_batches(
         self, loader: Loader | None, iteration: int, *, marked: bool = True
     ) -> MicroBatches:
         """The (tokens, labels) of one step, which must be the next one of the loader."""
         losses = self.data.corpus_losses if marked else None
-        count = self.plan.gradient_accumulation_steps
-        for batch in itertools.islice(loader or (), count):
+        plan = self.plan.at(iteration) if marked else self.full_plan
+        for batch in itertools.islice(loader or (), plan.gradient_accumulation_steps):
             assert batch.iteration == iteration, f"{batch.iteration=} {iteration=}"
             self.heartbeat.tick()
             labels = batch.labels
             yield batch.tokens, labels if losses is None else losses.mark(labels, batch.corpora)
 
     def _advance(self, *, skipped: bool) -> None:
-        samples = self.run.train.global_batch_size
-        self.state = self.state.after(samples, self.tokens_per_step, skipped=skipped)
+        samples = self.plan.at(self.state.iteration + 1).global_batch_size
+        tokens = samples * self.run.model.seq_length
+        self.state = self.state.after(samples, tokens, skipped=skipped)
 
     def _is_due(self, interval: int) -> bool:
         """Whether what happens every `interval` steps (0: never) and at the last happens now."""

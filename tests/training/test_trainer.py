@@ -79,6 +79,7 @@ class Adder:
         self.trained: list[int] = []  # samples, in order
         self.evaluated: list[list[int]] = []
         self.rates: list[float] = []
+        self.accumulation: list[int] = []  # as set before each step
         self.losses: dict[int, float] = {}  # call -> what it returns instead of its number
         self.step_applied, self.loss_scale = True, 1.0
         self._at = at or {}
@@ -99,6 +100,9 @@ class Adder:
 
     def set_learning_rate(self, rate: float) -> None:
         self.rates.append(rate)
+
+    def set_accumulation_steps(self, steps: int) -> None:
+        self.accumulation.append(steps)
 
     def gradient_norm(self) -> float:
         return 0.5

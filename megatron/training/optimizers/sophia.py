@@ -125,7 +125,7 @@ class Curvature:
 
     def estimate(self, state: RunState, micro_batches: list[tuple[Tensor, Tensor]]) -> None:
         """Takes the second gradient on the inputs of the step after `state`; weights stay."""
-        engine, plan = self.engine, self.plan
+        engine, plan = self.engine, self.plan.at(state.iteration + 1)
         assert isinstance(engine.optimizer, SophiaG)
         drawn = [
             (
