@@ -211,6 +211,7 @@ def _fill_tokenizer(draft: Draft, environ: Mapping[str, str]) -> None:
 def _fill_derived(draft: Draft) -> None:
     """Fill values that follow from others."""
     hidden, seq = draft.get("model.hidden_size"), draft.get("model.seq_length")
+    by_name = schema.by_variable()
     draft.fill("model.init_method_std", math.sqrt(2 / (5 * hidden)), "sqrt(2 / (5 HIDDEN))")
     draft.fill("optimizer.lr_decay_iters", draft.get(batch.ITERS), "TRAIN_ITERS")
     scaling, ranges = "model.rope_scaling", "data.train_range_to_skip"
@@ -219,7 +220,9 @@ def _fill_derived(draft: Draft) -> None:
     if draft.get(ranges):
         merged = skip.parse_ranges(draft.get(ranges), draft[ranges].name)
         draft.values[ranges] = skip.ranges_text(merged) or None
-    label = presets.label(draft.get(ARCH), draft.get("model.num_layers"))
+    label = presets.label(
+        draft.get(ARCH), {name: draft.get(by_name[name].key) for name in presets.IN_LABELS}
+    )
     stem = Path(draft.get("data.data_file_list")).stem
     draft.fill("checkpoint.run_name", f"{label}-seq{seq}-{stem}", "<label>-seq<SEQ>-<data list>")
 
