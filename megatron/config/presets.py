@@ -123,8 +123,9 @@ def find(name: str, variable: str = "MODEL_ARCH") -> str:
         meant = " or ".join(f"{variable}={key} ({_described(key)})" for key in found)
         raise ConfigError(f"{variable}={name} may mean two models: set {meant}")
     spellings = {spelling.lower(): key for spelling, key in names.items()}
-    close = difflib.get_close_matches(name.lower(), spellings, n=1)
-    nearest = f" Did you mean {spellings[close[0]]}?" if close else ""
+    near = [key for key in PRESETS if key.lower().endswith(f"-{name.lower()}")]
+    near = near or [spellings[s] for s in difflib.get_close_matches(name.lower(), spellings, n=1)]
+    nearest = f" Did you mean {' or '.join(near)}?" if near else ""
     raise ConfigError(
         f"{variable}={name} is not a known architecture.{nearest} Known: {', '.join(PRESETS)}. "
         "For another shape set NLAYERS, HIDDEN, HEADS, NUM_KV_HEAD, FFN_HIDDEN_SIZE and SEQ "
