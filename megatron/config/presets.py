@@ -1,7 +1,7 @@
 """MODEL_ARCH: named shapes with their defaults, keyed by the variables they stand in for.
 
-Every value can be overridden by its variable or flag. A name is matched as it is spelled, then, where
-that leaves one preset, without regard to case.
+Every value can be overridden by its variable or flag. A name is matched as it is spelled, then,
+where that leaves one preset, without regard to case.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def find(name: str, variable: str = "MODEL_ARCH") -> str:
     """The key in `PRESETS` of any accepted spelling.
 
     Raises:
-        ConfigError: for an unknown name, or one that may mean two; the message lists the known ones.
+        ConfigError: for an unknown name, with the known ones, or one that may mean two.
     """
     names = {spelling: key for key, preset in PRESETS.items() for spelling in (key, *preset.also)}
     if name in names:

@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron.config import (
     batch,
+    experiment,
     flags,
     hints,
     presets,
@@ -96,9 +97,11 @@ def resolve(environ: Mapping[str, str], argv: Sequence[str], site: Site) -> Reso
     if before:
         changes = resumed.changes(before, run, draft.sources)
         notes.append(f"resumes {before.folder} with its own configuration; changed: {changes}")
+    warnings = hints.misspelt_variables(environ) + hints.warnings(run)
+    if before is None:
+        _compare_experiments(run, draft, warnings, notes)
     if not run.log.dry_run:
         _require_ready(run, draft, site)
-    warnings = hints.misspelt_variables(environ) + hints.warnings(run)
     return Resolved(run, draft.sources, warnings, notes + hints.notes(run))
 
 
@@ -238,6 +241,19 @@ def _build(draft: Draft, site: Site) -> RunConfig:
         **{name: SECTIONS[name](**values) for name, values in sections.items()},
         machine=site.machine,
     )
+
+
+def _compare_experiments(
+    run: RunConfig, draft: Draft, warnings: list[str], notes: list[str]
+) -> None:
+    """Refuse to go on with another experiment that is in the run's folder; a dry run says so."""
+    comparison = experiment.compare(run, draft.sources)
+    if comparison.problem and not run.log.dry_run:
+        raise ConfigError(comparison.problem)
+    if comparison.problem:
+        warnings.append(f"a real run would stop here with status 2: {comparison.problem}")
+    if comparison.note:
+        notes.append(comparison.note)
 
 
 def _require_ready(run: RunConfig, draft: Draft, site: Site) -> None:
