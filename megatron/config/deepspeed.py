@@ -72,6 +72,8 @@ def _precision(run: RunConfig) -> dict[str, Any]:
         }
         if engine_zero_stage(run) == 1:
             precision["data_types"] = {"grad_accum_dtype": "fp32"}
+            # Each bf16 gradient is added and freed as it is made: 4 bytes a parameter, not 6.
+            precision["bf16"]["immediate_grad_update"] = True
         return precision
     return {}
 

@@ -7,7 +7,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from megatron.config import schema, skip
+from megatron.config import presets, schema, skip
 from megatron.config.errors import ConfigError
 from megatron.config.foreign_variables import (
     FOREIGN_SPELLINGS,
@@ -146,7 +146,8 @@ def _unused_stability(chosen: schema.StabilityConfig) -> list[str]:
 
 def notes(run: RunConfig) -> list[str]:
     """Settings that act differently than their names suggest."""
-    notes = []
+    twin = presets.alike_note(run.model.model_arch)
+    notes = [twin] if twin else []
     if run.parallel.zero_stage == 0:
         notes.append(
             "ZERO_STAGE=0 is given to DeepSpeed as stage 1 with fp32 gradient accumulation: the "

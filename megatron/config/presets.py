@@ -1,6 +1,7 @@
 """MODEL_ARCH: named shapes with their defaults, keyed by the variables they stand in for.
 
-Every value can be overridden by its variable or flag. Names are matched without regard to case.
+Every value can be overridden by its variable or flag. A name is matched as it is spelled, then,
+where that leaves one preset, without regard to case.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from megatron.config.errors import ConfigError
 
@@ -47,8 +49,9 @@ _QWEN3: dict[str, Value] = {"ARCHITECTURE": "qwen3", "HEAD_DIM": 128, "RMS_NORM_
 _2B_NAMES = ("AuroraGPT-2B", "AuroraGPT_2B", "AuroraGPT2B", "Aurora-GPT-2B", "Aurora_GPT_2B")
 _7B_NAMES = ("AuroraGPT-7B", "aurora-gpt-7b", "llama-3.1-7B", "llama-3.2-7B")
 
-# Sources: the AuroraGPT launcher's shapes; config.json of each Hub model. The AuroraGPT, llama3-3B,
-# smollm3-3B and phi4-mini shapes are untied, with rotary embeddings in every layer.
+# Sources: the AuroraGPT launcher's shapes; config.json of each Hub model, with a SEQ of 8192. The
+# AuroraGPT, llama3-3B, smollm3-3B and phi4-mini shapes are untied, with rotary embeddings in every
+# layer.
 # fmt: off
 PRESETS: dict[str, Preset] = {
     "7B": Preset("AuroraGPT-7B", _7B_NAMES, _shape(32, 4096, 32, 8, 11008, 4096)),
@@ -68,9 +71,15 @@ PRESETS: dict[str, Preset] = {
         _hub("HuggingFaceTB/SmolLM2-135M", (30, 576, 9, 3, 1536, 8192), 49152, 1e5, True),
         _hub("HuggingFaceTB/SmolLM2-360M", (32, 960, 15, 5, 2560, 8192), 49152, 1e5, True),
         _hub("HuggingFaceTB/SmolLM2-1.7B", (24, 2048, 32, 32, 8192, 8192), 49152, 1.3e5, True),
+        _hub("HuggingFaceTB/SmolLM3-3B", (36, 2048, 16, 4, 11008, 8192), 128256, 5e6, True,
+             NOPE_INTERVAL=4, RMS_NORM_EPS=1e-6),
         _hub("meta-llama/Llama-3.2-1B", (16, 2048, 32, 8, 8192, 8192), 128256, 5e5, True,
              ROPE_SCALING="llama3:32,1,4,8192"),
+        _hub("meta-llama/Llama-3.2-3B", (28, 3072, 24, 8, 8192, 8192), 128256, 5e5, True,
+             ROPE_SCALING="llama3:32,1,4,8192"),
         _hub("meta-llama/Llama-3.1-8B", (32, 4096, 32, 8, 14336, 8192), 128256, 5e5, False,
+             ROPE_SCALING="llama3:8,1,4,8192"),
+        _hub("meta-llama/Llama-3.1-70B", (80, 8192, 64, 8, 28672, 8192), 128256, 5e5, False,
              ROPE_SCALING="llama3:8,1,4,8192"),
         _hub("Qwen/Qwen3-0.6B", (28, 1024, 16, 8, 3072, 8192), 151936, 1e6, True, **_QWEN3),
         _hub("Qwen/Qwen3-1.7B", (28, 2048, 16, 8, 6144, 8192), 151936, 1e6, True, **_QWEN3),
@@ -90,13 +99,16 @@ ARCH, LAYERS = "model.model_arch", "model.num_layers"
 LABELLED = "the label in MODEL_ARCH"
 """Source of a number of layers that a printed label holds."""
 
-# Names that stand for several.
-SEVERAL: dict[str, tuple[str, ...]] = {
-    "3b": ("llama3-3B", "smollm3-3B"),
-    "1b": ("Llama-3.2-1B",),
-    "8b": ("Llama-3.1-8B",),
-    "llama-7b": ("7B", "Llama-3.1-8B"),
-}
+ALIKE = {"SmolLM3-3B": "smollm3-3B", "Llama-3.2-3B": "llama3-3B"}
+"""Models of the Hub that are easily taken for a shape of the launcher's: the same blocks, but the
+Hub's are tied, with rotary settings and a vocabulary of their own."""
+
+IN_LABELS: Mapping[str, tuple[str, Value]] = {
+    "NLAYERS": ("nLayers", 0), "HIDDEN": ("hidden", 0), "HEADS": ("heads", 0),
+    "NUM_KV_HEAD": ("kv", 0), "HEAD_DIM": ("headDim", 0), "FFN_HIDDEN_SIZE": ("ffn", 0),
+    "NOPE_INTERVAL": ("nope", 0), "TIE_EMBEDDINGS": ("tied", False), "ARCHITECTURE": ("", "llama"),
+}  # fmt: skip
+"""What a label shows where it differs from the preset's: its word, and a preset's usual value."""
 
 
 def with_labels(settings: Sequence[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
@@ -121,24 +133,84 @@ def find(name: str, variable: str = "MODEL_ARCH") -> str:
     """The key in `PRESETS` of any accepted spelling.
 
     Raises:
-        ConfigError: for an unknown name; the message lists the known ones.
+        ConfigError: for an unknown name, with the known ones, or one that may mean two.
     """
-    spellings = {
-        spelling.lower(): key for key, preset in PRESETS.items() for spelling in (key, *preset.also)
+    names = {spelling: key for key, preset in PRESETS.items() for spelling in (key, *preset.also)}
+    if name in names:
+        return names[name]
+    found = sorted({key for spelling, key in names.items() if spelling.lower() == name.lower()})
+    if len(found) == 1:
+        return found[0]
+    if found:
+        meant = " or ".join(f"{variable}={key} ({_described(key)})" for key in found)
+        raise ConfigError(f"{variable}={name} may mean two models: set {meant}")
+    spellings = {spelling.lower(): key for spelling, key in names.items()}
+    near = [key for key in PRESETS if key.lower().endswith(f"-{name.lower()}")]
+    near = near or [spellings[s] for s in difflib.get_close_matches(name.lower(), spellings, n=1)]
+    nearest = f" Did you mean {' or '.join(near)}?" if near else ""
+    raise ConfigError(
+        f"{variable}={name} is not a known architecture.{nearest} Known: {', '.join(PRESETS)}. "
+        "For another shape set NLAYERS, HIDDEN, HEADS, NUM_KV_HEAD, FFN_HIDDEN_SIZE and SEQ "
+        "on top of one of them."
+    )
+
+
+def _described(key: str) -> str:
+    """What tells a Hub's model and a shape of the launcher's apart."""
+    values = PRESETS[key].values
+    tied = "tied" if values.get("TIE_EMBEDDINGS") else "untied"
+    nope = values.get("NOPE_INTERVAL")
+    rotary = f"rotary but in every {nope}th layer" if nope else "rotary in every layer"
+    vocabulary = values.get("VOCAB_SIZE", "the tokenizer's")
+    kind = "the Hugging Face Hub's" if "VOCAB_SIZE" in values else "AuroraGPT's"
+    return f"{kind}: {tied}, {rotary}, vocabulary {vocabulary}"
+
+
+def alike_note(key: str) -> str | None:
+    """Which of two models with nearly one name this is; None where no other is like it."""
+    twins = ALIKE | {theirs: hub for hub, theirs in ALIKE.items()}
+    if key not in twins:
+        return None
+    other = twins[key]
+    return f"MODEL_ARCH={key} is {_described(key)}; {other} is {_described(other)}"
+
+
+def label(key: str, values: Mapping[str, Any]) -> str:
+    """The name that logs and run names show, e.g. `llama3-3B-nLayers4`, `debug-nLayers8-kv4`.
+
+    It is the preset's, with what differs from it; that of another AuroraGPT preset where all agrees
+    with it (a 70B made of integers); and the family's, with all integers, where another width makes
+    the size in the preset's name untrue.
+
+    Args:
+        key: of the preset.
+        values: of the variables in `IN_LABELS`.
+    """
+    own = [key] + [name for name, preset in PRESETS.items() if "VOCAB_SIZE" not in preset.values]
+    same = [name for name in own if not _differing(name, values)]
+    base = PRESETS[same[0] if same else key]
+    words = {} if same else _differing(key, values)
+    shown = base.label.format(layers=values["NLAYERS"])
+    if "{layers}" in base.label:
+        words.pop("NLAYERS", None)
+    if "HIDDEN" in words and re.search(r"\d[BM]\b|-mini\b", shown):
+        shown = str(values["ARCHITECTURE"])
+        words = {name: values[name] for name in SHAPE[:-1]} | words
+        words.pop("ARCHITECTURE", None)
+    return "-".join([shown, *(_word(name, value) for name, value in words.items())])
+
+
+def _differing(key: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What of `values` is not the preset's; the number of layers is part of some labels."""
+    preset = PRESETS[key]
+    return {
+        name: values[name]
+        for name, (_, usual) in IN_LABELS.items()
+        if (values[name] or usual) != preset.values.get(name, usual)
     }
-    key = spellings.get(name.lower())
-    if key is None:
-        close = difflib.get_close_matches(name.lower(), spellings, n=1)
-        meant = SEVERAL.get(name.lower()) or ([spellings[close[0]]] if close else [])
-        nearest = f" Did you mean {' or '.join(meant)}?" if meant else ""
-        raise ConfigError(
-            f"{variable}={name} is not a known architecture.{nearest} Known: {', '.join(PRESETS)}. "
-            "For another shape set NLAYERS, HIDDEN, HEADS, NUM_KV_HEAD, FFN_HIDDEN_SIZE and SEQ "
-            "on top of one of them."
-        )
-    return key
 
 
-def label(key: str, num_layers: int) -> str:
-    """The name that logs and run names show, e.g. `llama3-3B-nLayers4`."""
-    return PRESETS[key].label.format(layers=num_layers)
+def _word(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return "tied" if value else "untied"
+    return f"{IN_LABELS[name][0]}{value or 'Off'}"

@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron.config import (
     batch,
+    experiment,
     flags,
     hints,
     presets,
@@ -118,6 +119,9 @@ def resolve(environ: Mapping[str, str], argv: Sequence[str], site: Site) -> Reso
         changes = resumed.changes(before, run, draft.sources)
         notes.append(f"resumes {before.folder} with its own configuration; changed: {changes}")
     strays = hints.strays(environ, run.launch.ignore_variables)
+    warnings = [stray.text for stray in strays] + hints.warnings(run)
+    if before is None:
+        _compare_experiments(run, draft, warnings, notes)
     if not run.log.dry_run:
         if site.in_job:
             hints.require_no_strays(strays)
@@ -125,7 +129,7 @@ def resolve(environ: Mapping[str, str], argv: Sequence[str], site: Site) -> Reso
     return Resolved(
         run,
         draft.sources,
-        [stray.text for stray in strays] + hints.warnings(run),
+        warnings,
         notes + hints.notes(run),
         tuple(stray.text for stray in strays if stray.in_vain),
     )
@@ -242,6 +246,7 @@ def _fill_tokenizer(draft: Draft, environ: Mapping[str, str]) -> None:
 def _fill_derived(draft: Draft) -> None:
     """Fill values that follow from others."""
     hidden, seq = draft.get("model.hidden_size"), draft.get("model.seq_length")
+    by_name = schema.by_variable()
     draft.fill("model.init_method_std", math.sqrt(2 / (5 * hidden)), "sqrt(2 / (5 HIDDEN))")
     scaling, ranges = "model.rope_scaling", "data.train_range_to_skip"
     if draft.get(scaling):
@@ -249,7 +254,9 @@ def _fill_derived(draft: Draft) -> None:
     if draft.get(ranges):
         merged = skip.parse_ranges(draft.get(ranges), draft[ranges].name)
         draft.values[ranges] = skip.ranges_text(merged) or None
-    label = presets.label(draft.get(ARCH), draft.get("model.num_layers"))
+    label = presets.label(
+        draft.get(ARCH), {name: draft.get(by_name[name].key) for name in presets.IN_LABELS}
+    )
     stem = Path(draft.get("data.data_file_list")).stem
     stem += "-lr-finder" if draft.get(FINDER) else ""  # a later run must not take it for its own
     draft.fill("checkpoint.run_name", f"{label}-seq{seq}-{stem}", "<label>-seq<SEQ>-<data list>")
@@ -266,6 +273,19 @@ def _build(draft: Draft, site: Site) -> RunConfig:
         **{name: SECTIONS[name](**values) for name, values in sections.items()},
         machine=site.machine,
     )
+
+
+def _compare_experiments(
+    run: RunConfig, draft: Draft, warnings: list[str], notes: list[str]
+) -> None:
+    """Refuse to go on with another experiment that is in the run's folder; a dry run says so."""
+    comparison = experiment.compare(run, draft.sources)
+    if comparison.problem and not run.log.dry_run:
+        raise ConfigError(comparison.problem)
+    if comparison.problem:
+        warnings.append(f"a real run would stop here with status 2: {comparison.problem}")
+    if comparison.note:
+        notes.append(comparison.note)
 
 
 def _require_ready(run: RunConfig, draft: Draft, site: Site) -> None:

@@ -147,7 +147,7 @@ class DataConfig:
 class CheckpointConfig:
     """The run's folder and what is saved into it."""
 
-    run_name: str = option(None, "RUN_NAME", "--run-name", "name of the run; its folder is runs/<name>; default <arch>-seq<SEQ>-<data list>")
+    run_name: str = option(None, "RUN_NAME", "--run-name", "name of the run; its folder is runs/<name>; default <arch>-seq<SEQ>-<data list>, the arch with every integer that is not the preset's")
     run_dir: str | None = option(None, "RUN_DIR", "--run-dir", "path of the run's folder, instead of runs/<RUN_NAME>")
     resume: str | None = option(None, "RESUME", "--resume", "run to resume, its folder or its name under runs/: its own configuration, with the changes given beside it")
     save: str | None = option(None, "CKPT_DIR SAVE", "--save", "folder that checkpoints are saved to; default <run folder>/checkpoints")
@@ -310,7 +310,9 @@ class RunConfig:
     @property
     def label(self) -> str:
         """Name of the model as the log's ARCHITECTURE box and the default run name show it."""
-        return presets.label(self.model.model_arch, self.model.num_layers)
+        fields = ((name, by_variable()[name].key.partition(".")[2]) for name in presets.IN_LABELS)
+        values = {name: getattr(self.model, field) for name, field in fields}
+        return presets.label(self.model.model_arch, values)
 
     @property
     def run_folder(self) -> Path:

@@ -1,11 +1,13 @@
 """What these tests share: resolving a few settings, and writing a small token file."""
 
+import json
 import struct
 from pathlib import Path
 
 from megatron.config.errors import ConfigError, DataError
 from megatron.config.resolve import Resolved, Site, resolve
 from megatron.config.schema import RunConfig
+from megatron.launch import starts
 
 AURORA = Site("aurora", True, 2, 12, {"GRAD_ACC_STEPS": "16", "MICRO_BATCH": "1"})
 
@@ -19,6 +21,19 @@ def resolved(*argv: str, site: Site | None = None, **environ: object) -> Resolve
 def configured(*argv: str, site: Site | None = None, **environ: object) -> RunConfig:
     """The configuration alone."""
     return resolved(*argv, site=site, **environ).run
+
+
+def started(*argv: str, site: Site | None = None, **environ: object) -> RunConfig:
+    """A run whose start was accepted."""
+    found = resolved(*argv, site=site, **environ)
+    # A real run is no dry run, which the tests' helper makes of all.
+    found.sources["log.dry_run"] = "default"
+    with starts.pending(found, {}) as config:
+        record = json.loads(config.read_text())
+        record["config"]["log"]["dry_run"] = False
+        config.write_text(json.dumps(record))
+        starts.accept(config, found.run.run_folder)
+    return found.run
 
 
 def refusal(*argv: str, site: Site | None = None, **environ: object) -> str:

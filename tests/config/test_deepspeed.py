@@ -75,6 +75,7 @@ def test_golden(stage, dtype, pp, offload):
     }
     if dtype == "bf16" and stage <= 1:
         expected["data_types"] = {"grad_accum_dtype": "fp32"}
+        expected["bf16"] = {"enabled": True, "immediate_grad_update": True}
     if offload:
         zero["offload_optimizer"] = {"device": "cpu"}
         expected["zero_force_ds_cpu_optimizer"] = False

@@ -78,8 +78,26 @@ def test_aliases_of_words():
 
 def test_every_preset_resolves_under_every_spelling():
     for key, preset in presets.PRESETS.items():
-        for name in (key, key.upper(), key.lower(), *preset.also):
+        any_case = () if key.lower() == "smollm3-3b" else (key.upper(), key.lower())
+        for name in (key, *any_case, *preset.also):
             assert configured(MODEL_ARCH=name, VOCAB_SIZE=32000).model.model_arch == key
+
+
+@pytest.mark.parametrize("name", ["SMOLLM3-3B", "smollm3-3b", "Smollm3-3b"])
+def test_a_name_that_may_mean_two_models_is_refused_with_both(name):
+    message = refusal(MODEL_ARCH=name)
+    assert f"MODEL_ARCH={name} may mean two models" in message
+    assert "MODEL_ARCH=SmolLM3-3B (the Hugging Face Hub's: tied" in message
+    assert "MODEL_ARCH=smollm3-3B (AuroraGPT's: untied" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "other"), [("SmolLM3-3B", "smollm3-3B"), ("llama3-3B", "Llama-3.2-3B")]
+)
+def test_which_of_two_models_is_trained_is_said(name, other):
+    for this, that in ((name, other), (other, name)):
+        notes = resolved(MODEL_ARCH=this, VOCAB_SIZE=32000).notes
+        assert any(f"MODEL_ARCH={this} is " in note and f"{that} is " in note for note in notes)
 
 
 @pytest.mark.parametrize(
@@ -92,10 +110,35 @@ def test_every_preset_resolves_under_every_spelling():
         ("33B", None, "AuroraGPT-33B"),
         ("70b", None, "AuroraGPT-70B"),
         ("smollm2-135m", None, "SmolLM2-135M"),
+        ("debug", 8, "debug-nLayers8"),
     ],
 )
 def test_labels(arch, layers, label):
     assert configured(MODEL_ARCH=arch, VOCAB_SIZE=32000, NLAYERS=layers or "").label == label
+
+
+WIDE = {"HIDDEN": 8192, "HEADS": 64, "NLAYERS": 80, "NUM_KV_HEAD": 8}
+
+
+@pytest.mark.parametrize(
+    ("settings", "label"),
+    [
+        ({"MODEL_ARCH": "7B", **WIDE, "FFN_HIDDEN_SIZE": 28672}, "AuroraGPT-70B"),
+        (
+            {"MODEL_ARCH": "7B", **WIDE, "FFN_HIDDEN_SIZE": 1024},
+            "llama-nLayers80-hidden8192-heads64-kv8-ffn1024",
+        ),
+        ({"MODEL_ARCH": "7B", "NLAYERS": 3}, "AuroraGPT-7B-nLayers3"),
+        ({"MODEL_ARCH": "llama3-3B", "TIE_EMBEDDINGS": 1}, "llama3-3B-nLayers28-tied"),
+        ({"MODEL_ARCH": "SmolLM3-3B", "NOPE_INTERVAL": 0}, "SmolLM3-3B-nopeOff"),
+        ({"HIDDEN": 256, "NUM_KV_HEAD": 4}, "debug-hidden256-kv4"),
+        ({"ARCHITECTURE": "qwen3", "HEAD_DIM": 64}, "debug-headDim64-qwen3"),
+    ],
+)
+def test_a_label_holds_the_model_that_is_trained(settings, label):
+    run = configured(VOCAB_SIZE=32000, **settings)
+    assert run.label == label
+    assert run.checkpoint.run_name.startswith(f"{label}-seq")
 
 
 def test_presets_are_overridable_in_every_field():

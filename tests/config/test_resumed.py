@@ -15,26 +15,13 @@ from megatron.config.schema import RunConfig, read_run
 from megatron.launch import starts
 from megatron.launch.site import find_location
 from megatron.launch.site import site as site_of
-from tests.config.helpers import AURORA, configured, resolved
+from tests.config.helpers import AURORA, configured, resolved, started
 
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def started(*argv: str, site: Site | None = None, **environ: object) -> RunConfig:
-    """A run whose start was accepted."""
-    found = resolved(*argv, site=site, **environ)
-    # A real run is no dry run, which the tests' helper makes of all.
-    found.sources["log.dry_run"] = "default"
-    with starts.pending(found, {}) as config:
-        record = json.loads(config.read_text())
-        record["config"]["log"]["dry_run"] = False
-        config.write_text(json.dumps(record))
-        starts.accept(config, found.run.run_folder)
-    return found.run
 
 
 def resumed(run: str | Path, *argv: str, site: Site | None = None, **environ: object) -> Resolved:

@@ -71,8 +71,10 @@ def test_only_an_accepted_start_changes_a_run_and_resume_needs_its_name_alone(
         return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
     before = content()
-    done = train({**variables, "LR": "0.5"})
+    done = train({**variables, "LOG_INTERVAL": "2"})
     assert (done.returncode, "has done its 2 steps" in done.stdout) == (0, True)
+    another = train({**variables, "LR": "0.5"})
+    assert (another.returncode, "add RUN_DIR=" in another.stdout) == (2, True)
     refused = train({**variables, "NLAYERS": "2"})
     assert (refused.returncode, "NLAYERS 4 -> 2" in refused.stdout) == (2, True)
     missing = train(

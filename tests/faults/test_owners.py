@@ -57,7 +57,7 @@ def test_a_refused_start_changes_no_file(data: str, tmp_path: Path) -> None:
         run.wait_for("step", 2)
         time.sleep(0.5)  # what belongs to step 1 is written
         before = digests(folder)
-        refused = train(folder, TRAIN_ITERS="99", LR="0.5", **settings)
+        refused = train(folder, TRAIN_ITERS="99", **settings)
         after = digests(folder)
         assert run.step() == 2, "too slow a host: another step began"
         assert refused.status == 2, refused.output
