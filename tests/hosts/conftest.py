@@ -46,12 +46,14 @@ def slurm(hosts: lab.Lab) -> lab.Lab:
 
 
 @pytest.fixture(params=LAUNCHERS, ids=lambda launcher: launcher.name)
-def launcher(request: pytest.FixtureRequest) -> Launcher:
+def launcher(request: pytest.FixtureRequest) -> Iterator[Launcher]:
     """Each launcher that is installed, on two hosts."""
     found: Launcher = request.param
     require(*found.tools)
     made: lab.Lab = request.getfixturevalue("slurm" if found.under_slurm else "hosts")
-    return found.on(made)
+    yield found.on(made)
+    if found.under_slurm:
+        lab.end_jobs(made)
 
 
 def two_hosts(folder: Path):  # type: ignore[no-untyped-def]

@@ -188,10 +188,7 @@ def ended(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
     try:
         yield process
     finally:
-        family = [process.pid]
-        for pid in family:  # grows
-            family += _children(pid)
-        for pid in family if process.poll() is None else ():
+        for pid in family(process.pid) if process.poll() is None else ():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         process.wait()
@@ -257,7 +254,7 @@ def with_slurm(made: Lab, cpus: int = 2, more: Mapping[str, object] | None = Non
         "SlurmctldLogFile": state / "slurmctld.log",
         "SlurmdLogFile": state / "%n.log",
         "ProctrackType": "proctrack/linuxproc",
-        "TaskPlugin": "task/none",  # real binding needs the cores
+        "TaskPlugin": "task/affinity" if cpus <= (os.cpu_count() or 1) else "task/none",
         "SelectType": "select/cons_tres",
         "SelectTypeParameters": "CR_Core",
         "MpiDefault": "none",
@@ -287,6 +284,17 @@ def with_slurm(made: Lab, cpus: int = 2, more: Mapping[str, object] | None = Non
         time.sleep(0.05)
 
 
+def end_jobs(made: Lab) -> None:
+    """End what is left of all jobs, and wait until the hosts are free."""
+    until = time.monotonic() + START_S
+    while made.run(HEAD, "squeue", "-h").stdout.strip():
+        if time.monotonic() > until:
+            raise OSError(made.run(HEAD, "squeue").stdout)
+        made.run(HEAD, "scancel", "--full", "--signal=KILL", "--user=root")
+        made.run(HEAD, "scancel", "--user=root")
+        time.sleep(0.1)
+
+
 def script(path: Path, *lines: str) -> None:
     """Write a bash script that can be run."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -309,6 +317,14 @@ def _children(pid: int) -> list[int]:
     except OSError:
         return []
     return [int(word) for word in text.split()]
+
+
+def family(pid: int) -> list[int]:
+    """A process, its children and theirs."""
+    found = [pid]
+    for one in found:  # grows
+        found += _children(one)
+    return found
 
 
 def _child(pid: int) -> int:

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -19,7 +20,7 @@ from megatron.launch.ranks import Ranks, find_ranks, rendezvous
 
 MEET_S = 20.0
 WAIT_S = 60.0
-SAVE_S = 2.5  # longer than Open MPI waits between SIGTERM and SIGKILL
+SAVE_S = 2.2  # longer than Open MPI waits between SIGTERM and SIGKILL
 KEPT = ("MASTER_", "NCCL_", "GLOO_", "FI_", "DS_", "MEGATRON_", "CCL_", "OMP_")
 
 
@@ -42,6 +43,7 @@ def main(folder: Path, mode: str = "", *more: str) -> int:
     }
     meet(ranks, meeting)
     (folder / f"{ranks.rank}.json").write_text(json.dumps(about), encoding="utf-8")
+    all_there(folder, ranks)
     print(f"rank {ranks.rank} of {ranks.world_size} is there", flush=True)
     if mode == "fail":
         return fail(ranks, int(more[0]), more[1])
@@ -51,28 +53,31 @@ def main(folder: Path, mode: str = "", *more: str) -> int:
 
 
 def meet(ranks: Ranks, meeting: str) -> None:
-    """All ranks talk to rank 0 at the address that the run would use."""
+    """All ranks reach the address that the run would use; rank 0 listens there, or torchrun does."""
     host, port = meeting.removeprefix("tcp://").rsplit(":", 1)
-    address = (host, int(port))
-    if ranks.rank > 0:
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    with contextlib.ExitStack() as stack:
+        if ranks.rank == 0 and not agent:
+            server = stack.enter_context(socket.create_server(("", int(port)), backlog=99))
+            server.settimeout(MEET_S)
+            for _ in range(1, ranks.world_size):
+                server.accept()[0].close()
+            return
         until = time.monotonic() + MEET_S
         while True:
-            try:
-                with socket.create_connection(address, timeout=MEET_S) as peer:
-                    peer.sendall(bytes([ranks.rank]))
-                    assert peer.recv(1) == b"!", "rank 0 has left"
-                    return
-            except ConnectionRefusedError:
-                if time.monotonic() > until:
-                    raise
-                time.sleep(0.05)
-    with socket.create_server(("", address[1]), backlog=ranks.world_size) as server:
-        server.settimeout(MEET_S)
-        peers = [server.accept()[0] for _ in range(1, ranks.world_size)]
-    assert sorted(peer.recv(1)[0] for peer in peers) == list(range(1, ranks.world_size))
-    for peer in peers:
-        peer.sendall(b"!")
-        peer.close()
+            with contextlib.suppress(ConnectionRefusedError):
+                socket.create_connection((host, int(port)), timeout=MEET_S).close()
+                return
+            assert time.monotonic() < until, f"nobody listens at {meeting}"
+            time.sleep(0.05)
+
+
+def all_there(folder: Path, ranks: Ranks) -> None:
+    """Wait until every rank has written who it is."""
+    until = time.monotonic() + MEET_S
+    while not all((folder / f"{rank}.json").exists() for rank in range(ranks.world_size)):
+        assert time.monotonic() < until, "ranks are missing"
+        time.sleep(0.02)
 
 
 def fail(ranks: Ranks, failing: int, how: str) -> int:
@@ -80,7 +85,6 @@ def fail(ranks: Ranks, failing: int, how: str) -> int:
     if ranks.rank != failing:
         time.sleep(WAIT_S)
         return 0
-    time.sleep(0.3)  # all have said that they are there
     if how == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if how == "traceback":
