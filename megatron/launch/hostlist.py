@@ -11,6 +11,7 @@ from megatron.config.errors import ConfigError
 
 _ITEM = re.compile(r"(?:[^,\[\]]|\[[^\[\]]*\])+")  # up to a comma outside brackets
 _PART = re.compile(r"\[([^\[\]]*)\]|([^\[\]]+)")
+_REPEATED = re.compile(r"(\d+)(?:\(x(\d+)\))?")
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 
 
@@ -36,6 +37,21 @@ def expand(text: str, name: str = "SLURM_NODELIST") -> tuple[str, ...]:
         ]
         hosts += ("".join(words) for words in itertools.product(*parts))
     return unique(hosts)
+
+
+def repeated(text: str, name: str = "SLURM_STEP_TASKS_PER_NODE") -> tuple[int, ...]:
+    """The numbers per host of Slurm's lists such as `2(x3),1`: (2, 2, 2, 1).
+
+    Raises:
+        ConfigError: for any other text.
+    """
+    numbers: list[int] = []
+    for word in text.split(","):
+        match = _REPEATED.fullmatch(word)
+        if not match:
+            raise ConfigError(f"{name}={text} is not a list of numbers such as 2(x3),1")
+        numbers += [int(match[1])] * int(match[2] or 1)
+    return tuple(numbers)
 
 
 def _numbers(text: str, name: str) -> Iterator[str]:
