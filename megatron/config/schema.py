@@ -205,7 +205,7 @@ class LaunchConfig:
     hang_timeout: float | None = option(None, "HANG_TIMEOUT", "--hang-timeout", "seconds without progress after which a run counts as hung (status 124); unset: learnt from its steps; 0: never")
     distributed_timeout_minutes: float = option(30.0, "DISTRIBUTED_TIMEOUT_MINUTES", "--distributed-timeout-minutes", "minutes that a collective, or the start of the ranks, waits for the others", above=0)
     ignore_variables: str | None = option(None, "IGNORE_VARIABLES", "--ignore-variables", "names of variables, separated by commas, that look like options and are meant for something else")
-    launch_with: str | None = option(None, "LAUNCH_WITH", "--launch-with", "launcher; default from the machine table", ("mpiexec", "srun", "mpirun", "torchrun", "local", "deepspeed"))
+    launch_with: str | None = option(None, "LAUNCH_WITH", "--launch-with", "launcher; default from the machine table; MPICH is mpiexec", ("mpiexec", "srun", "mpirun", "torchrun", "local", "deepspeed", "MPICH"))
 
 
 @dataclass(frozen=True)

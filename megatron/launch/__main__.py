@@ -15,6 +15,7 @@ from megatron.checkpoint.atomic import write_atomically
 from megatron.config.errors import ConfigError
 from megatron.launch import launch_plan
 from megatron.launch.command import LAUNCHERS
+from megatron.launch.dialect import asker
 from megatron.launch.launch_plan import LOCAL, LaunchPlan, LaunchRequest
 from megatron.launch.local import execute
 from megatron.launch.screen import Screen
@@ -100,7 +101,9 @@ def plan_of(
         cpu_bind=options.cpu_bind or environ.get("CPU_BIND") or None,
         folder=Path(tempfile.gettempdir()) / f"megatron-launch-{os.getpid()}",
     )
-    return launch_plan.make_plan(request, options.command, environ, location)
+    if options.dry_run and location.machine.is_hpc:
+        return launch_plan.make_plan(request, options.command, environ, location)
+    return launch_plan.make_plan(request, options.command, environ, location, ask=asker(environ))
 
 
 def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:

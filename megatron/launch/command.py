@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+PALS, HYDRA, INTEL, OPEN_MPI = "PALS", "Hydra", "Intel MPI", "Open MPI"
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,8 @@ class Launch:
         cpu_bind: as the launcher spells it; None: its own.
         cores_per_rank: for bindings by depth or by task; 0: not given.
         srun_options: further options of srun; `{devices}` stands for devices_per_host.
+        dialect: which MPI's mpiexec or mpirun it is, a name of DIALECTS.
+        in_step: this is a step of Slurm already, whose cores are shared.
         exported: names of variables that Open MPI carries to other hosts.
         master: address and port of rank 0.
         left_out: hosts of the job that are not used, for launchers without a host file.
@@ -34,6 +38,8 @@ class Launch:
     cpu_bind: str | None = None
     cores_per_rank: int = 0
     srun_options: tuple[str, ...] = ()
+    dialect: str = HYDRA
+    in_step: bool = False
     exported: tuple[str, ...] = ()
     master: tuple[str, int] = ("127.0.0.1", 29500)
     left_out: tuple[str, ...] = ()
@@ -41,9 +47,9 @@ class Launch:
     python: str = "python3"
 
 
-def mpiexec(launch: Launch, program: Sequence[str]) -> list[str]:
-    """PALS (ALCF) and MPICH: the whole environment travels, lines arrive whole."""
-    words = ["mpiexec", "--envall", "--line-buffer"]
+def pals(launch: Launch, name: str) -> list[str]:
+    """HPE's, of ALCF: the whole environment travels, lines arrive whole."""
+    words = [name, "--envall", "--line-buffer"]
     words += [f"--np={launch.world_size}", f"--ppn={launch.ranks_per_host}"]
     if launch.hostfile:
         words.append(f"--hostfile={launch.hostfile}")
@@ -51,24 +57,66 @@ def mpiexec(launch: Launch, program: Sequence[str]) -> list[str]:
         words.append(f"--cpu-bind={launch.cpu_bind}")
         if launch.cpu_bind.endswith("depth") and launch.cores_per_rank:
             words.append(f"--depth={launch.cores_per_rank}")
-    return [*words, *program]
+    return words
 
 
-def mpirun(launch: Launch, program: Sequence[str]) -> list[str]:
-    """Open MPI: variables travel by name, so that no value shows in a process list."""
-    words = ["mpirun", "-n", str(launch.world_size), "-N", str(launch.ranks_per_host)]
+def hydra(launch: Launch, name: str) -> list[str]:
+    """MPICH's; PALS takes these words as well."""
+    words = [name, "--envall", f"--np={launch.world_size}", f"--ppn={launch.ranks_per_host}"]
+    if launch.hostfile:
+        words.append(f"--hostfile={launch.hostfile}")
+    if launch.cpu_bind:
+        words += ["-bind-to", launch.cpu_bind]
+    return words
+
+
+def intel(launch: Launch, name: str) -> list[str]:
+    """Intel's hydra: in a job it would take the ranks of a host from the scheduler."""
+    words = [name, "-genvall", "-genv", "I_MPI_JOB_RESPECT_PROCESS_PLACEMENT", "0"]
+    words += ["-n", str(launch.world_size), "-ppn", str(launch.ranks_per_host)]
+    if launch.hostfile:
+        words += ["-f", launch.hostfile]
+    if launch.cpu_bind:
+        words += ["-genv", "I_MPI_PIN_DOMAIN", launch.cpu_bind]
+    return words
+
+
+def open_mpi(launch: Launch, name: str) -> list[str]:
+    """Variables travel by name, so that no value shows in a process list."""
+    words = [name, "-n", str(launch.world_size), "-N", str(launch.ranks_per_host)]
     if launch.hostfile:
         words += ["--hostfile", launch.hostfile]
     if launch.cpu_bind:
         words += ["--bind-to", launch.cpu_bind]
-    for name in launch.exported:
-        words += ["-x", name]
-    return [*words, *program]
+    for variable in launch.exported:
+        words += ["-x", variable]
+    return words
+
+
+# DeepSpeed's words for them.
+DEEPSPEED = {PALS: "MPICH", HYDRA: "MPICH", INTEL: "IMPI", OPEN_MPI: "OPENMPI"}
+
+DIALECTS = {PALS: pals, HYDRA: hydra, INTEL: intel, OPEN_MPI: open_mpi}
+
+
+def mpiexec(launch: Launch, program: Sequence[str]) -> list[str]:
+    """The MPI's of `launch.dialect`."""
+    return [*DIALECTS[launch.dialect](launch, "mpiexec"), *program]
+
+
+def mpirun(launch: Launch, program: Sequence[str]) -> list[str]:
+    """The same under its other name."""
+    return [*DIALECTS[launch.dialect](launch, "mpirun"), *program]
 
 
 def srun(launch: Launch, program: Sequence[str]) -> list[str]:
-    """Slurm: one rank that fails ends the step."""
-    words = ["srun", "--unbuffered", "--kill-on-bad-exit=1"]
+    """Slurm: one rank that fails ends the step.
+
+    The variables are ours, whatever `sbatch --export` has kept from the job. Ranks count host by
+    host, so that tensor-parallel ones share a host. Lines arrive whole, as without --unbuffered.
+    """
+    words = ["srun", "--export=ALL", "--kill-on-bad-exit=1", "--distribution=block"]
+    words += ["--overlap"] if launch.in_step else []
     words += [f"--nodes={launch.num_hosts}", f"--ntasks={launch.world_size}"]
     words.append(f"--ntasks-per-node={launch.ranks_per_host}")
     if launch.left_out:
@@ -92,33 +140,28 @@ def torchrun(launch: Launch, program: Sequence[str]) -> list[str]:
         words += [f"--master-addr={address}", f"--master-port={port}"]
         return words + _without_python(launch, program, "--no-python")
     words += ["--rdzv-backend=c10d", f"--rdzv-endpoint={address}:{port}"]
-    once = Launch(
+    once = replace(
+        launch,
         world_size=launch.num_hosts,
-        num_hosts=launch.num_hosts,
         ranks_per_host=1,
-        hostfile=launch.hostfile,
-        devices_per_host=launch.devices_per_host,
+        cpu_bind=None,
+        cores_per_rank=0,
         srun_options=tuple(
             o for o in launch.srun_options if "per-task" not in o and "gpu-bind" not in o
         ),
-        exported=launch.exported,
-        left_out=launch.left_out,
     )
     return LAUNCHERS[launch.outer](once, words + _without_python(launch, program, "--no-python"))
 
 
 def deepspeed(launch: Launch, program: Sequence[str]) -> list[str]:
-    """DeepSpeed's launcher; over several hosts it starts the ranks with MPICH."""
+    """DeepSpeed's launcher; over several hosts it starts the ranks with mpirun."""
     address, port = launch.master
-    words = [
-        launch.python,
-        "-m",
-        "deepspeed.launcher.runner",
-        f"--num_gpus={launch.ranks_per_host}",
-    ]
+    words = [launch.python, "-m", "deepspeed.launcher.runner"]
+    if launch.num_hosts == 1:  # over several hosts it takes the slots of the host file, no limit
+        words.append(f"--num_gpus={launch.ranks_per_host}")
     words += [f"--master_addr={address}", f"--master_port={port}", "--no_local_rank"]
     if launch.num_hosts > 1:
-        words += [f"--hostfile={launch.hostfile}", "--launcher=MPICH"]
+        words += [f"--hostfile={launch.hostfile}", f"--launcher={DEEPSPEED[launch.dialect]}"]
     return words + _without_python(launch, program, "--no_python")
 
 
@@ -128,6 +171,9 @@ def _without_python(launch: Launch, program: Sequence[str], flag: str) -> list[s
         return list(program[1:])
     return [flag, *program]
 
+
+ALIASES = {"MPICH": "mpiexec"}
+"""Words of others for a launcher -> ours."""
 
 LAUNCHERS: dict[str, Callable[[Launch, Sequence[str]], list[str]]] = {
     "mpiexec": mpiexec,

@@ -10,7 +10,8 @@ from functools import partial
 from pathlib import Path
 
 from megatron.config.errors import ConfigError
-from megatron.launch import command, ranks
+from megatron.launch import command, hostlist, ranks
+from megatron.launch.dialect import Ask
 from megatron.launch.heartbeat import HEARTBEAT
 from megatron.launch.machines import Machine
 from megatron.launch.site import Job, Location
@@ -25,8 +26,10 @@ STALE = (
 # Prefixes of the variables that Open MPI passes to other hosts.
 EXPORTED = (
     "PATH", "LD_LIBRARY_PATH", "PYTHON", "VIRTUAL_ENV", "CONDA_", "MASTER_", ranks.EXPECTED,
-    HEARTBEAT, "OMP_", "CUDA_", "NCCL_", "FI_", "TORCH", "TRITON_", "HF_", "WANDB_", "XDG_",
-    "http_proxy", "https_proxy", "no_proxy",
+    HEARTBEAT, "OMP_", "CUDA_", "NCCL_", "RCCL_", "GLOO_", "FI_", "UCX_", "CCL_", "I_MPI_",
+    "MPICH_", "ZE_", "ZES_", "SYCL_", "ONEAPI_", "ROCR_", "HIP_", "HSA_", "MIOPEN_", "KMP_", "MKL_",
+    "DS_", "TORCH", "PYTORCH", "TRITON_", "HF_", "TRANSFORMERS_", "TOKENIZERS_", "WANDB_", "XDG_",
+    "TMPDIR", "LD_PRELOAD", "http_proxy", "https_proxy", "no_proxy",
 )  # fmt: skip
 
 
@@ -38,7 +41,7 @@ class LaunchRequest:
         world_size: total number of ranks.
         num_hosts: hosts to use, the first ones of the job.
         ranks_per_host: ranks on a full host.
-        launcher: a name of command.LAUNCHERS or "local"; None: the machine's.
+        launcher: a name of command.LAUNCHERS or ALIASES or "local"; None: the machine's.
         cpu_bind: None: the machine's.
         folder: where a host file is written if one is needed.
     """
@@ -63,6 +66,7 @@ class LaunchPlan:
         added: those of them that the machine's entry sets.
         hostfile: a file to write first, with its text; None: none.
         problem: why it cannot start here, though it can be printed; None: it can.
+        dialect: of mpiexec or mpirun, which may be what starts torchrun; None: none of them.
         hosts: that the ranks run on, in the order of their ranks; empty if local.
         ranks_per_host: ranks on a full host.
         anew: makes the plan of another start, given the number of the start and hosts to leave out;
@@ -76,6 +80,7 @@ class LaunchPlan:
     added: Mapping[str, str]
     hostfile: tuple[Path, str] | None
     problem: str | None
+    dialect: str | None
     hosts: tuple[str, ...]
     ranks_per_host: int
     anew: Callable[[int, Sequence[str]], LaunchPlan] = field(compare=False, repr=False)
@@ -97,6 +102,7 @@ def make_plan(
     location: Location,
     number: int = 1,
     left_out: Sequence[str] = (),
+    ask: Ask = lambda name: None,
 ) -> LaunchPlan:
     """The start of `program` on this machine.
 
@@ -107,16 +113,26 @@ def make_plan(
         location: machine and job.
         number: of the start: a second one meets at another port.
         left_out: hosts of the job that are not used.
+        ask: which MPI's a command is; None: the machine's.
 
     Raises:
         ConfigError: for a MASTER_PORT that is no port.
     """
     machine, job = location.machine, location.job
     usable = tuple(host for host in job.hosts if host not in left_out)
-    anew = partial(make_plan, request, program, environ, location)
+    anew = partial(make_plan, request, program, environ, location, ask=ask)
     launcher = request.launcher or usual_launcher(machine, job, request.num_hosts)
+    launcher = command.ALIASES.get(launcher, launcher)
     hosts = usable[: request.num_hosts]
+    outer = machine.launcher if machine.launcher in command.LAUNCHERS else "mpiexec"
+    starter = launcher
+    if request.num_hosts > 1:
+        starter = {"torchrun": outer, "deepspeed": "mpirun"}.get(launcher, launcher)
+    dialect = _dialect(machine, launcher, starter, ask)
     problem = _problem(request, replace(job, hosts=usable), launcher)
+    if problem is None and starter == "srun":
+        cores = machine.cores_per_rank if launcher == "srun" else 1
+        problem = _too_few_cores(request, job, environ, cores)
     child, added = _environment(machine, environ, launcher, location.devices_per_host)
     child[ranks.EXPECTED] = str(request.world_size)
     planned = partial(
@@ -126,6 +142,7 @@ def make_plan(
         environ=child,
         added=added,
         problem=problem,
+        dialect=dialect,
         ranks_per_host=request.ranks_per_host,
         anew=anew,
     )
@@ -135,24 +152,40 @@ def make_plan(
     key = f"{job.id} {request.folder}" + (f" {number}" if number > 1 else "")
     master = ranks.meeting_point(environ, hosts, machine.domain, key)
     child |= {"MASTER_ADDR": master[0], "MASTER_PORT": str(master[1])}
-    path, written = _hostfile(job, hosts, launcher, request)
+    slots = launcher == "deepspeed" or dialect == command.OPEN_MPI
+    path, written = _hostfile(job, hosts, launcher, request, slots=slots)
+    own = launcher == machine.launcher and dialect in (None, machine.dialect)
     launch = command.Launch(
         world_size=request.world_size,
         num_hosts=request.num_hosts,
         ranks_per_host=request.ranks_per_host,
         hostfile=path,
         devices_per_host=min(location.devices_per_host, request.ranks_per_host),
-        cpu_bind=request.cpu_bind or (machine.cpu_bind if launcher == machine.launcher else None),
+        cpu_bind=request.cpu_bind or (machine.cpu_bind if own else None),
         cores_per_rank=machine.cores_per_rank,
         srun_options=machine.srun_options,
+        dialect=dialect or machine.dialect,
+        in_step=ranks.in_step(environ),
         exported=tuple(sorted(name for name in child if name.startswith(EXPORTED))),
         master=master,
-        outer=machine.launcher if machine.launcher in command.LAUNCHERS else "mpiexec",
+        outer=outer,
         left_out=tuple(left_out),
         python=program[0] if Path(program[0]).name.startswith("python") else sys.executable,
     )
     words = command.LAUNCHERS[launcher](launch, program)
     return planned(command=tuple(words), hostfile=written, hosts=hosts)
+
+
+def _dialect(machine: Machine, launcher: str, starter: str, ask: Ask) -> str | None:
+    """Which MPI starts the ranks: what is installed, the machine's, or the usual one of a name.
+
+    Args:
+        starter: what `launcher` starts the ranks or torchrun with; itself, if it does so.
+    """
+    if starter not in ("mpiexec", "mpirun"):
+        return None
+    usual = command.OPEN_MPI if launcher == "mpirun" else command.HYDRA
+    return ask(starter) or (machine.dialect if starter == machine.launcher else usual)
 
 
 def usual_launcher(machine: Machine, job: Job, num_hosts: int) -> str:
@@ -203,6 +236,24 @@ def _problem(request: LaunchRequest, job: Job, launcher: str) -> str | None:
     return None
 
 
+def _too_few_cores(
+    request: LaunchRequest, job: Job, environ: Mapping[str, str], cores_per_rank: int
+) -> str | None:
+    """Why the job's share of a host is too small for its ranks, if so; on shared hosts."""
+    if job.scheduler != "slurm" or not environ.get("SLURM_JOB_CPUS_PER_NODE"):
+        return None
+    name = "SLURM_JOB_CPUS_PER_NODE"
+    cores = min(hostlist.repeated(environ[name], name)[: request.num_hosts])
+    per_host, each = request.ranks_per_host, max(1, cores_per_rank)
+    if cores >= per_host * each:
+        return None
+    return (
+        f"the job has {cores} cores of a host, but {per_host} ranks per host need {per_host} x "
+        f"{each} = {per_host * each}. Submit it with --exclusive, or with "
+        f"--ntasks-per-node={per_host} --cpus-per-task={each}"
+    )
+
+
 def _environment(
     machine: Machine, environ: Mapping[str, str], launcher: str, devices: int
 ) -> tuple[dict[str, str], dict[str, str]]:
@@ -221,15 +272,22 @@ def _environment(
 
 
 def _hostfile(
-    job: Job, hosts: Sequence[str], launcher: str, request: LaunchRequest
+    job: Job, hosts: Sequence[str], launcher: str, request: LaunchRequest, *, slots: bool
 ) -> tuple[str | None, tuple[Path, str] | None]:
-    """Path of the host file for the launcher, and what to write there first, if anything."""
-    if launcher == "srun" or (launcher == "torchrun" and len(hosts) == 1):
+    """Path of the host file for the launcher, and what to write there first, if anything.
+
+    Args:
+        slots: it is to hold the number of ranks of each host.
+    """
+    if launcher == "srun" or (launcher in ("torchrun", "deepspeed") and len(hosts) == 1):
         return None, None
-    slots = f" slots={request.ranks_per_host}" if launcher in ("mpirun", "deepspeed") else ""
     if job.hostfile and tuple(hosts) == job.hosts and not slots:
         return job.hostfile, None
-    if job.scheduler == "none" and not job.hostfile:
-        return None, None  # this host
+    here = job.scheduler == "none" and not job.hostfile
+    if here and not slots:
+        return None, None
+    per_host = 1 if launcher == "torchrun" else request.ranks_per_host
+    count = f" slots={per_host}" if slots else ""
     path = request.folder / "hostfile"
-    return str(path), (path, "".join(f"{host}{slots}\n" for host in hosts))
+    names = ["localhost"] if here else hosts
+    return str(path), (path, "".join(f"{host}{count}\n" for host in names))

@@ -10,6 +10,8 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
+from megatron.launch.command import HYDRA, OPEN_MPI, PALS
+
 Defaults = Callable[[int], dict[str, str]]
 
 
@@ -28,6 +30,8 @@ class Machine:
         hosts: patterns that a whole host name matches, in lower case.
         site: variable -> value that identifies the machine where host names do not.
         devices_per_host: accelerators, and so ranks, per compute host; 0: detect them.
+        dialect: which MPI's mpiexec or mpirun the machine has, a name of command.DIALECTS; what is
+            installed is asked before a start.
         cpu_bind: as mpiexec or srun spells it; None: the launcher's own.
         cores_per_rank: where cores are bound by depth (mpiexec) or by task (srun); 0: not given.
         srun_options: further options of srun.
@@ -44,6 +48,7 @@ class Machine:
     hosts: tuple[str, ...] = ()
     site: Mapping[str, str] = field(default_factory=dict)
     devices_per_host: int = 0
+    dialect: str = HYDRA
     cpu_bind: str | None = None
     cores_per_rank: int = 0
     srun_options: tuple[str, ...] = ()
@@ -123,6 +128,7 @@ AURORA = Machine(
     launcher="mpiexec",
     hosts=(r"aurora.*", rf"x4\d{{3}}{XNAME}", r".*\.aurora\.alcf\.anl\.gov"),
     devices_per_host=12,
+    dialect=PALS,
     cpu_bind=AURORA_CORES,
     domain=".hsn.cm.aurora.alcf.anl.gov",
     environment=AURORA_ENVIRONMENT,
@@ -135,6 +141,7 @@ POLARIS = Machine(
     launcher="mpiexec",
     hosts=(r"polaris.*", rf"x3\d{{3}}{XNAME}", r".*\.polaris\.alcf\.anl\.gov"),
     devices_per_host=4,
+    dialect=PALS,
     cpu_bind="depth",
     cores_per_rank=8,
     domain=".hsn.cm.polaris.alcf.anl.gov",
@@ -160,6 +167,7 @@ MACHINES: list[Machine] = [
         launcher="mpirun",
         hosts=(r"sophia.*",),
         devices_per_host=8,
+        dialect=OPEN_MPI,
         domain=".lab.alcf.anl.gov",
         defaults=_always(DTYPE="bf16", TP="1", MICRO_BATCH="1", GRAD_ACC_STEPS="8"),
     ),

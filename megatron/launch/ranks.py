@@ -310,7 +310,7 @@ def _families(environ: Mapping[str, str]) -> list[Family]:
 
     Slurm gives a job's shell the variables of its one task; so does its PMIx, which numbers it 0.
     """
-    if _in_step(environ):
+    if in_step(environ):
         return list(FAMILIES)
     no_rank = {"Slurm"}
     if environ.get("PMIX_NAMESPACE", "").startswith("slurm.") and environ.get("PMIX_RANK") == "0":
@@ -318,8 +318,8 @@ def _families(environ: Mapping[str, str]) -> list[Family]:
     return [family for family in FAMILIES if family.name not in no_rank]
 
 
-def _in_step(environ: Mapping[str, str]) -> bool:
-    """Whether srun started this process; a batch script has SLURM_PROCID and SLURM_NTASKS too."""
+def in_step(environ: Mapping[str, str]) -> bool:
+    """Whether this is a user's step; a batch script has SLURM_PROCID and SLURM_NTASKS too."""
     step = environ.get("SLURM_STEP_ID", "")
     return step.isdecimal() and int(step) < LARGEST_STEP
 

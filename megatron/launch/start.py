@@ -24,6 +24,7 @@ from megatron.config.schema import RunConfig, read_run
 from megatron.config.validate import WORLD
 from megatron.launch import launch_plan, starts
 from megatron.launch.claim import Say, claimed
+from megatron.launch.dialect import asker
 from megatron.launch.launch_plan import LaunchPlan, LaunchRequest
 from megatron.launch.provenance import provenance
 from megatron.launch.ranks import find_ranks
@@ -112,7 +113,10 @@ def start(
 
 
 def plan_of(run: RunConfig, environ: Mapping[str, str], location: Location) -> LaunchPlan:
-    """How the ranks of a run are started: on no more hosts than they fill."""
+    """How the ranks of a run are started: on no more hosts than they fill.
+
+    The launcher is asked which one it is, but by a dry run: that may be of another machine.
+    """
     world_size = run.parallel.world_size
     per_host = min(run.launch.devices_per_host, world_size)
     request = LaunchRequest(
@@ -125,7 +129,9 @@ def plan_of(run: RunConfig, environ: Mapping[str, str], location: Location) -> L
     )
     config = starts.next_start(run.run_folder)
     program = (sys.executable, str(PROGRAM), "--config", str(config))
-    return launch_plan.make_plan(request, program, environ, location)
+    if run.log.dry_run and location.machine.is_hpc:
+        return launch_plan.make_plan(request, program, environ, location)
+    return launch_plan.make_plan(request, program, environ, location, ask=asker(environ))
 
 
 @contextmanager

@@ -62,8 +62,8 @@ def test_dry_run_prints_the_command(tmp_path: Path, capsys: pytest.CaptureFixtur
     argv = ["-ppn", "2", "--with", "mpiexec", "--dry-run", "--", "ls", "-l", "--dry-run"]
     assert main(argv, environ) == 0
     assert capsys.readouterr().out == (
-        f"mpiexec --envall --line-buffer --np=4 --ppn=2 --hostfile={tmp_path}/nodefile "
-        "--cpu-bind=cores ls -l --dry-run\n"
+        f"mpiexec --envall --np=4 --ppn=2 --hostfile={tmp_path}/nodefile "
+        "-bind-to cores ls -l --dry-run\n"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -76,8 +77,8 @@ def test_perlmutter() -> None:
     environ = slurm_job("nid[001234-001235]") | {"NERSC_HOST": "perlmutter"}
     plan = _plan("nid001234", environ, LaunchRequest(8, 2, 4))
     assert plan.text == (
-        "srun --unbuffered --kill-on-bad-exit=1 --nodes=2 --ntasks=8 --ntasks-per-node=4 "
-        f"--gpus-per-node=4 --cpus-per-task=32 --cpu-bind=cores {TEXT}"
+        "srun --export=ALL --kill-on-bad-exit=1 --distribution=block --nodes=2 --ntasks=8 "
+        f"--ntasks-per-node=4 --gpus-per-node=4 --cpus-per-task=32 --cpu-bind=cores {TEXT}"
     )
     assert plan.environ["MASTER_ADDR"] == "nid001234"
 
@@ -85,7 +86,8 @@ def test_perlmutter() -> None:
 def test_frontier() -> None:
     plan = _plan("frontier00001", slurm_job("frontier[00001-00002]"), LaunchRequest(16, 2, 8))
     assert plan.text == (
-        "srun --unbuffered --kill-on-bad-exit=1 --nodes=2 --ntasks=16 --ntasks-per-node=8 "
+        "srun --export=ALL --kill-on-bad-exit=1 --distribution=block --nodes=2 --ntasks=16 "
+        "--ntasks-per-node=8 "
         f"--gpus-per-task=1 --gpu-bind=closest --network=disable_rdzv_get --cpus-per-task=7 {TEXT}"
     )
     assert plan.environ["NCCL_SOCKET_IFNAME"] == "hsn0,hsn1,hsn2,hsn3"
@@ -103,9 +105,7 @@ def test_generic_slurm_with_and_without_accelerators() -> None:
 
 def test_generic_pbs(tmp_path: Path) -> None:
     plan = _plan("node1", pbs_job(tmp_path, "node1", "node2"), LaunchRequest(4, 2, 2))
-    assert plan.text == (
-        f"mpiexec --envall --line-buffer --np=4 --ppn=2 --hostfile={tmp_path}/nodefile {TEXT}"
-    )
+    assert plan.text == (f"mpiexec --envall --np=4 --ppn=2 --hostfile={tmp_path}/nodefile {TEXT}")
 
 
 def test_laptop_starts_its_ranks_itself() -> None:
@@ -124,7 +124,7 @@ def test_torchrun_on_one_host_and_on_two(tmp_path: Path) -> None:
     environ = pbs_job(tmp_path, "node1", "node2") | {"MASTER_PORT": "2345"}
     plan = _plan("node1", environ, LaunchRequest(4, 2, 2, launcher="torchrun"))
     assert plan.text == (
-        f"mpiexec --envall --line-buffer --np=2 --ppn=1 --hostfile={tmp_path}/nodefile "
+        f"mpiexec --envall --np=2 --ppn=1 --hostfile={tmp_path}/nodefile "
         "/env/bin/python3 -m torch.distributed.run --nnodes=2 --nproc-per-node=2 "
         "--rdzv-backend=c10d --rdzv-endpoint=node1:2345 pretrain_gpt_alcf.py --config run.json"
     )
@@ -134,11 +134,82 @@ def test_deepspeed(tmp_path: Path) -> None:
     environ = pbs_job(tmp_path, "node1", "node2") | {"MASTER_PORT": "2345"}
     plan = _plan("node1", environ, LaunchRequest(4, 2, 2, launcher="deepspeed", folder=tmp_path))
     assert plan.text == (
-        "/env/bin/python3 -m deepspeed.launcher.runner --num_gpus=2 --master_addr=node1 "
+        "/env/bin/python3 -m deepspeed.launcher.runner --master_addr=node1 "
         f"--master_port=2345 --no_local_rank --hostfile={tmp_path}/hostfile --launcher=MPICH "
         "pretrain_gpt_alcf.py --config run.json"
     )
     assert plan.hostfile == (tmp_path / "hostfile", "node1 slots=2\nnode2 slots=2\n")
+    one = _plan("laptop", {}, LaunchRequest(2, 1, 2, launcher="deepspeed", folder=tmp_path))
+    assert "--num_gpus=2 " in one.text and "hostfile" not in one.text
+
+
+@pytest.mark.parametrize(
+    ("launcher", "dialect", "words"),
+    [
+        ("mpiexec", "Hydra", "mpiexec --envall --np=4 --ppn=2 --hostfile=F -bind-to core P"),
+        ("mpirun", "Hydra", "mpirun --envall --np=4 --ppn=2 --hostfile=F -bind-to core P"),
+        ("MPICH", "Hydra", "mpiexec --envall --np=4 --ppn=2 --hostfile=F -bind-to core P"),
+        (
+            "mpiexec",
+            "PALS",
+            "mpiexec --envall --line-buffer --np=4 --ppn=2 --hostfile=F --cpu-bind=core P",
+        ),
+        (
+            "mpiexec",
+            "Intel MPI",
+            "mpiexec -genvall -genv I_MPI_JOB_RESPECT_PROCESS_PLACEMENT 0 -n 4 -ppn 2 -f F "
+            "-genv I_MPI_PIN_DOMAIN core P",
+        ),
+        ("mpiexec", "Open MPI", "mpiexec -n 4 -N 2 --hostfile F --bind-to core X P"),
+        ("mpirun", None, "mpirun -n 4 -N 2 --hostfile F --bind-to core X P"),
+    ],
+)
+def test_words_of_each_mpi(tmp_path: Path, launcher: str, dialect: str | None, words: str) -> None:
+    environ = pbs_job(tmp_path, "node1", "node2")
+    request = LaunchRequest(4, 2, 2, launcher=launcher, cpu_bind="core", folder=tmp_path)
+    plan = make_plan(request, PROGRAM, environ, at("node1", environ), ask=lambda name: dialect)
+    text = re.sub(r"(-x \w+ ?)+", "X ", plan.text).replace(TEXT, "P")
+    assert re.sub(rf"{tmp_path}/\w+", "F", text) == words
+    assert (plan.hostfile is not None) == (dialect in (None, "Open MPI"))
+
+
+def test_a_binding_of_the_machines_own_mpi_is_not_given_to_another(tmp_path: Path) -> None:
+    environ = pbs_job(tmp_path, "x4217c2s6b0n0", "x4218c2s6b0n0")
+    where = at("x4217c2s6b0n0", environ)
+    request = LaunchRequest(24, 2, 12, folder=tmp_path)
+    plan = make_plan(request, PROGRAM, environ, where, ask=lambda name: "Hydra")
+    assert plan.text.startswith("mpiexec --envall --np=24 --ppn=12 --hostfile=")
+    assert "-bind" not in plan.text
+
+
+def test_open_mpi_on_this_host_is_told_its_slots(tmp_path: Path) -> None:
+    """Else it counts cores."""
+    plan = _plan("laptop", {}, LaunchRequest(8, 1, 8, launcher="mpirun", folder=tmp_path))
+    assert plan.hostfile == (tmp_path / "hostfile", "localhost slots=8\n")
+    environ = {"GLOO_SOCKET_IFNAME": "eth0", "ROCR_VISIBLE_DEVICES": "0", "UCX_TLS": "tcp"}
+    plan = _plan("laptop", environ, LaunchRequest(8, 1, 8, launcher="mpirun", folder=tmp_path))
+    assert all(f"-x {name}" in plan.text for name in environ)
+    assert "-x DS_ACCELERATOR" in plan.text
+
+
+def test_srun_in_a_step_shares_its_cores(tmp_path: Path) -> None:
+    environ = slurm_job("nid[1-2]") | {"CUDA_VISIBLE_DEVICES": ""}
+    assert "--overlap" not in _plan("nid1", environ, LaunchRequest(4, 2, 2)).text
+    shell = environ | {"SLURM_STEP_ID": "4294967290"}
+    assert "--overlap" not in _plan("nid1", shell, LaunchRequest(4, 2, 2)).text
+    step = environ | {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}
+    assert "--overlap" in _plan("nid1", step, LaunchRequest(4, 2, 2)).text
+
+
+def test_a_share_of_a_host_that_is_too_small_is_refused() -> None:
+    environ = slurm_job("node[1-2]") | {"SLURM_JOB_CPUS_PER_NODE": "1(x2)"}
+    with pytest.raises(ConfigError, match=r"2 x 1 = 2. Submit it with --exclusive"):
+        require_startable(_plan("node1", environ, LaunchRequest(4, 2, 2)))
+    environ["SLURM_JOB_CPUS_PER_NODE"] = "2(x2)"
+    require_startable(_plan("node1", environ, LaunchRequest(4, 2, 2)))
+    frontier = slurm_job("frontier1") | {"SLURM_JOB_CPUS_PER_NODE": "16"}
+    with pytest.raises(ConfigError, match="8 x 7 = 56"):
+        require_startable(_plan("frontier1", frontier, LaunchRequest(8, 1, 8)))
 
 
 def test_fewer_hosts_than_the_job_has_get_a_file_of_their_own(tmp_path: Path) -> None:
@@ -173,7 +244,7 @@ def test_numbers_of_an_earlier_launch_do_not_reach_the_ranks(tmp_path: Path) -> 
 def test_what_cannot_be_started_can_be_planned() -> None:
     """A dry run on a laptop may plan a job of eight hosts; only a real start is refused."""
     plan = _plan("laptop", {}, LaunchRequest(96, 8, 12))
-    assert plan.text.startswith("mpiexec --envall --line-buffer --np=96 --ppn=12")
+    assert plan.text.startswith("mpiexec --envall --np=96 --ppn=12")
     with pytest.raises(ConfigError, match="NHOSTS=8, but this host is 1"):
         require_startable(plan)
     with pytest.raises(ConfigError, match=r"WORLD_SIZE=9 .*NHOSTS=1 x NGPU_PER_HOST=4 = 4"):

@@ -106,8 +106,7 @@ def test_no_rank_takes_itself_for_the_only_one(
     signs = [key for key in kept if key not in ("WORLD_SIZE", "SLURM_NODEID")]
     if name == "Slurm" and "SLURM_STEP_ID" not in kept:
         signs = []  # a shell of the job
-    if name == "torchrun":
-        noise = {key: value for key, value in noise.items() if key != "WORLD_SIZE"}
+    noise = {key: value for key, value in noise.items() if key not in ALL[name]}
     place, size = PLACES[name]
     try:
         ranks = find_ranks(noise | kept)

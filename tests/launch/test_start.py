@@ -99,7 +99,7 @@ def test_dry_run_of_a_job_elsewhere_warns(here: Path, capsys: pytest.CaptureFixt
     environ = {"DRY_RUN": "1", "NHOSTS": "8", "NGPU_PER_HOST": "12", "TP": "2"}
     assert start.main(["--check"], environ) == start.NOTHING_TO_START
     shown = capsys.readouterr().out
-    assert "mpiexec --envall --line-buffer --np=96 --ppn=12" in shown
+    assert "mpiexec --envall --np=96 --ppn=12" in shown
     assert "WARNING: a real run would stop here with status 2: NHOSTS=8" in shown
 
 
