@@ -26,7 +26,6 @@ LIMIT_S = 90.0
 def families(rank: int, folder: Path) -> dict[str, dict[str, str]]:
     """What each launcher tells a rank on a single host; the job where the launcher counts none."""
     one, all_ranks, host = str(rank), str(RANKS), socket.gethostname()
-    (folder / "nodes").write_text(f"{host}\n", encoding="ascii")
     job = {"PBS_JOBID": "7.server", "PBS_NODEFILE": str(folder / "nodes")}
     torchrun = {"RANK": one, "LOCAL_RANK": one, "WORLD_SIZE": all_ranks}
     return {
@@ -120,6 +119,7 @@ def wait(processes: list[int]) -> list[int]:
 
 def main(folder: Path) -> None:
     base = dict(os.environ)
+    (folder / "nodes").write_text(f"{socket.gethostname()}\n", encoding="ascii")
     for name in families(0, folder):
         run = folder / name
         run.mkdir()
