@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -171,6 +172,22 @@ def _without_python(launch: Launch, program: Sequence[str], flag: str) -> list[s
         return list(program[1:])
     return [flag, *program]
 
+
+_TERM, _INT, _HUP = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+_USR1, _USR2 = signal.SIGUSR1, signal.SIGUSR2
+
+SIGNALS: dict[str, dict[int, int]] = {
+    HYDRA: {_HUP: _TERM},
+    INTEL: {_HUP: _TERM},
+    OPEN_MPI: {_TERM: _USR1, _INT: _USR1, _HUP: _USR1},  # kills the ranks 2 s after the others
+    "srun": {_INT: _TERM, _HUP: _TERM},  # asks for a second SIGINT
+    "torchrun": {_USR1: _TERM, _USR2: 0},  # dies of both
+    "deepspeed": {_USR1: _TERM, _USR2: 0, _HUP: _TERM},
+}
+"""Launcher or dialect -> signal that it does not pass on to the ranks -> one that it does; 0: none.
+
+All of them ask the ranks to save and stop.
+"""
 
 ALIASES = {"MPICH": "mpiexec"}
 """Words of others for a launcher -> ours."""

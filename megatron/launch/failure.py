@@ -35,10 +35,27 @@ _AFTERTHOUGHT = re.compile(r"\[|Exception ignored in|W\d{4} |E\d{4} |\S+:\d+: \w
 _OF_RANK = re.compile(r"(\[rank ?(\d+)\])(?:: Traceback| error: )")
 _DEATH = re.compile(
     r"\brank (\d+) (?:died|exited)"  # PALS
-    r"|\btask (\d+): (?:Killed|Seg|Bus|Abort|Exited)"  # Slurm
+    r"|\btasks? (\d+)\S*: (?:Killed|Seg|Bus|Abort|Exited|Out Of Memory)"  # Slurm
     r"|process rank (\d+) with PID"  # Open MPI
 )
-_BY_SIGNAL = re.compile(r"signal|Killed|Segmentation|Bus error|Aborted")
+_BY_SIGNAL = re.compile(r"signal|Killed|Segmentation|Bus error|Aborted|Out Of Memory")
+_CODE = re.compile(r"Exited with exit code (\d+)")
+_SIGNAL = re.compile(r"\b(?:on|from|with) signal (\d+)|\(signal (\d+)\)")
+_WORDS = {"Killed": 9, "Out Of Memory": 9, "Segmentation": 11, "Bus error": 7, "Aborted": 6}
+_END = re.compile(r"\[rank (\d+)\] ended with status (\d+)")
+
+
+def end_line(rank: int, status: int) -> str:
+    """What a rank says last to our launcher, which does not show it.
+
+    Launchers lose statuses: srun gives 143, Hydra joins the bits of all, torchrun gives 1.
+    """
+    return f"[rank {rank}] ended with status {status}"
+
+
+def is_end_line(line: str) -> bool:
+    """Whether a line is only that."""
+    return _END.fullmatch(line) is not None
 
 
 class FirstError:
@@ -47,27 +64,64 @@ class FirstError:
     Attributes:
         rank: its number; None: unknown.
         lines: what it said, or what the launcher said of it.
+        statuses: rank -> status, as they said it, the earliest first.
+        failed: a rank is known to have ended badly.
     """
 
     def __init__(self) -> None:
         self.rank: int | None = None
         self.lines: list[str] = []
+        self.statuses: dict[int, int] = {}
         self._prefix = ""
         self._died = False
+        self._death = 0  # its status, as the launcher says it
+
+    @property
+    def failed(self) -> bool:
+        return self._died or any(self.statuses.values())
 
     def take(self, line: str) -> None:
         """Note a line; the earliest error counts, but a rank that was killed did not say one."""
+        for rank, status in _END.findall(line):
+            self.statuses.setdefault(int(rank), int(status))
         death = _DEATH.search(line)
         if death and not self._died:
             self._died = True
+            self._death = _status_of_death(line)
             if self.rank is None or _BY_SIGNAL.search(line):
                 self.rank = int(next(number for number in death.groups() if number))
                 self.lines, self._prefix = [line], ""
         elif (own := _OF_RANK.match(line)) and self.rank is None:
             self.rank, self._prefix = int(own[2]), f"{own[1]}: "
             self.lines = [line]
+        elif not self._died and (killed := _SIGNAL.search(line)):
+            self._died, self._death = True, 128 + int(killed[1] or killed[2])  # Hydra names no rank
         elif self._prefix and line.startswith(self._prefix) and len(self.lines) < SHOWN_LINES:
             self.lines.append(line)
+
+    def status(self, launchers: int, ranks: int) -> int:
+        """The status of the run behind a launcher that ended with `launchers`.
+
+        The first rank's that failed, as it said it, or as the launcher said it of a rank that could
+        not; 0 where all `ranks` have ended with 0.
+        """
+        if len(self.statuses) == ranks and not any(self.statuses.values()):
+            return 0
+        failed = [status for status in self.statuses.values() if status]
+        if self._death > 128 or (self._death and not failed):
+            return self._death
+        if self.rank is not None and self.statuses.get(self.rank):
+            return self.statuses[self.rank]
+        return failed[0] if failed else launchers
+
+
+def _status_of_death(line: str) -> int:
+    """From what a launcher says of a rank's end; 0 where it does not tell."""
+    if code := _CODE.search(line):
+        return int(code[1])
+    if number := _SIGNAL.search(line):
+        return 128 + int(number[1] or number[2])
+    return next((128 + number for word, number in _WORDS.items() if word in line), 0)
 
 
 @dataclass

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron.launch import failure, process
+from megatron.launch.command import SIGNALS
 from megatron.launch.hang import named
 from megatron.launch.hang_watch import STOPS, HangWatch, host_name, reachable_name
 from megatron.launch.heartbeat import HEARTBEAT
@@ -147,7 +148,8 @@ def _children(planned: LaunchPlan, more: Mapping[str, str] | None = None) -> lis
     """The processes to start, with `more` variables: one per rank, or the launcher."""
     environ = {**planned.environ, **(more or {})}
     if planned.launcher != LOCAL:
-        return [process.Child(planned.command, environ)]
+        name = planned.launcher if planned.launcher in SIGNALS else planned.dialect
+        return [process.Child(planned.command, environ, SIGNALS.get(name or "", {}))]
     ranks, port, cores = planned.ranks, free_port(), usable_cores()
     return [
         process.Child(planned.command, rank_environment(environ, rank, ranks, port, cores))
@@ -169,9 +171,20 @@ def _hosts(planned: LaunchPlan, hangs: HangWatch, ranks: Sequence[int]) -> tuple
     return tuple(dict.fromkeys(found))
 
 
+def _ask_the_ranks(watched: process.Watched, screen: Screen, planned: LaunchPlan) -> None:
+    """Put the ranks' own status in the place of the launcher's."""
+    end = watched.ended[0]
+    launchers, end.status = end.status, end.first.status(end.status, planned.ranks)
+    if launchers and not end.status:
+        text = failure.status_text(launchers)
+        screen.print(f"all ranks ended as they should; {planned.launcher} says {text}")
+
+
 def print_failure(watched: process.Watched, screen: Screen, planned: LaunchPlan) -> Attempt:
     """Print why the first rank failed, unless it alone printed it just now."""
     signals = tuple(watched.signals)
+    if planned.launcher != LOCAL:
+        _ask_the_ranks(watched, screen, planned)
     first = failure.first_failure(watched.ended)
     if first is None:
         return Attempt(0, signals)

@@ -15,15 +15,16 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from types import FrameType
 from typing import IO, Any
 
-from megatron.launch.failure import TRACEBACK, Ended, FirstError, is_error
+from megatron.launch.failure import TRACEBACK, Ended, FirstError, is_end_line, is_error
 
 SETTLE_S = 1.0  # others that fail for the same reason get this long to print it
 GRACE_S = 10.0
+LINGER_S = 10.0  # a launcher may wait for ever for the peers of a rank that has failed
 TICK_S = 0.05
 DRAIN_S = 2.0
 KEPT_LINES = 200
@@ -41,10 +42,15 @@ Hangs = Callable[[Sequence[int], bool], bool]
 
 @dataclass(frozen=True)
 class Child:
-    """A process to start."""
+    """A process to start.
+
+    Attributes:
+        signals: that it would not survive -> what it is sent instead; 0: nothing.
+    """
 
     command: Sequence[str]
     environ: Mapping[str, str]
+    signals: Mapping[int, int] = field(default_factory=dict)
 
 
 class _Stream:
@@ -55,6 +61,7 @@ class _Stream:
         self.lines: deque[str] = deque(maxlen=KEPT_LINES)
         self.traceback_at: float | None = None
         self.error_at: float | None = None
+        self.failed_at: float | None = None
         self.first = FirstError()
         self._is_error = is_error
         self._output = output
@@ -73,12 +80,16 @@ class _Stream:
 
     def _line(self, line: bytes) -> None:
         text = line.decode(errors="replace")
+        self.first.take(text)
+        if self.failed_at is None and self.first.failed:
+            self.failed_at = time.monotonic()
+        if is_end_line(text):
+            return
         self.lines.append(text)
         if TRACEBACK in text:
             self.traceback_at = time.monotonic()
         if self.error_at is None and is_error(text):
             self.error_at = time.monotonic()
-        self.first.take(text)
         self._output(line + b"\n", self._is_error)
 
 
@@ -99,6 +110,7 @@ class _Running:
         self.out = _Stream(self.process.stdout, False, output)
         self.err = _Stream(self.process.stderr, True, output)
         self.ended: Ended | None = None
+        self._signals = child.signals
         self._sent: set[int] = set()
 
     def poll(self) -> bool:
@@ -108,6 +120,17 @@ class _Running:
             self.ended = Ended(status, time.monotonic(), stopped=-code in self._sent)
             self.kill()
         return self.ended is not None
+
+    def lingers(self, now: float) -> bool:
+        """Whether a rank behind it has failed and it does not end the others."""
+        failed_at = self.err.failed_at
+        return self.ended is None and failed_at is not None and now - failed_at > LINGER_S
+
+    def send(self, number: int) -> None:
+        """Pass a signal on, or what stands for it."""
+        number = self._signals.get(number, number)
+        if self.ended is None and number:
+            self.process.send_signal(number)
 
     def terminate(self) -> None:
         """Ask it to stop."""
@@ -198,7 +221,9 @@ def _wait(
             if _read(selector, TICK_S):
                 heard = time.monotonic()
             now = time.monotonic()
-            failed = any(one.ended is not None and one.ended.status for one in running)
+            failed = any(
+                one.lingers(now) or (one.ended is not None and one.ended.status) for one in running
+            )
             silent = idle_timeout_s is not None and now - heard > idle_timeout_s
             if not hung and (silent or (hangs is not None and hangs(failed))):
                 hung, stop_at = True, now
@@ -207,7 +232,8 @@ def _wait(
             if now >= stop_at:
                 stop_at, kill_at = float("inf"), now + grace_s[hung]
                 for one in running:
-                    if hung or one.err.error_at is None:  # else it is on its way out
+                    # One that has said an error is on its way out.
+                    if hung or one.err.error_at is None or one.lingers(now):
                         one.terminate()
             if now >= kill_at:
                 for one in running:
@@ -242,10 +268,9 @@ def forwarding_signals(running: Sequence[_Running] = ()) -> Iterator[list[int]]:
     def forward(number: int, frame: FrameType | None) -> None:
         came.append(number)
         for one in running:
-            if one.ended is None:
-                one.process.send_signal(number)
-                if came.count(signal.SIGINT) >= 3:
-                    one.kill()
+            one.send(number)
+            if one.ended is None and came.count(signal.SIGINT) >= 3:
+                one.kill()
 
     ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
     caught = [number for number in PASSED_ON if number not in ignored]
