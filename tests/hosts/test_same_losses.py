@@ -1,0 +1,143 @@
+"""Four ranks, started by each launcher for real and by hand: one run, the same losses bit for bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.hosts import lab, launchers, training
+from tests.hosts.conftest import require
+from tests.hosts.training import ROOT, TRAIN, assert_same, environment, steps
+
+COUNTED = ("torchrun", "pals", "pmix", "pmi", "hydra", "open-mpi", "slurm")
+UNCOUNTED = ("pals", "pmix", "pmi", "hydra", "open-mpi", "slurm", "torchrun")
+REFUSED_S = 5.0
+
+
+@pytest.fixture(scope="module")
+def by_hand(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run per family of variables, below one folder; its statuses in `said.json`."""
+    folder = tmp_path_factory.mktemp("by-hand")
+    environ = environment(folder, NGPU_PER_HOST="4", PYTHONPATH=str(ROOT))
+    del environ["WORLD_SIZE"]
+    environ |= {"GLOO_SOCKET_IFNAME": "lo", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("by_hand.py")), str(folder)],
+        env=environ,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=True,
+    )
+    said = [json.loads(line) for line in done.stdout.splitlines()]
+    (folder / "said.json").write_text(json.dumps({one["name"]: one for one in said}))
+    return folder
+
+
+@pytest.mark.parametrize("family", COUNTED)
+def test_started_by_hand(by_hand: Path, family: str) -> None:
+    said = json.loads((by_hand / "said.json").read_text())[family]
+    assert said["statuses"] == [0, 0, 0, 0], (by_hand / f"{family}.txt").read_text()[-3000:]
+    assert len(steps(by_hand / family)) == training.STEPS
+    assert_same(by_hand / family, by_hand / "torchrun")
+
+
+@pytest.mark.parametrize("family", UNCOUNTED)
+def test_ranks_that_nobody_counts_do_not_train(by_hand: Path, family: str) -> None:
+    name = f"{family}-uncounted"
+    said = json.loads((by_hand / "said.json").read_text())[name]
+    text = (by_hand / f"{name}.txt").read_text()
+    assert said["statuses"] == [2, 2, 2, 2], text
+    assert said["seconds"] < REFUSED_S
+    assert text.count("error: ") >= 4 and "Traceback" not in text
+    assert not list((by_hand / name).iterdir())
+
+
+def test_a_program_that_nobody_counts_ends_in_time(tmp_path: Path) -> None:
+    """The same with its start: the best of some, other work on the machine is not its own."""
+    environ = environment(tmp_path, PALS_RANKID="0", PALS_LOCAL_RANKID="0")
+    del environ["WORLD_SIZE"]
+    best = 99.0
+    for _ in range(3):
+        began = time.monotonic()
+        done = subprocess.run(
+            training.PRETRAIN, env=environ, capture_output=True, text=True, timeout=60, check=False
+        )
+        best = min(best, time.monotonic() - began)
+        assert done.returncode == 2, done.stderr
+        assert "PALS_RANKID" in done.stderr
+        if best < REFUSED_S:
+            return
+    raise AssertionError(f"{best:.1f} s")
+
+
+def test_our_own_launcher(by_hand: Path, tmp_path: Path) -> None:
+    environ = environment(tmp_path, NGPU_PER_HOST="4")
+    subprocess.run(TRAIN, env=environ, cwd=ROOT, timeout=200, check=True, capture_output=True)
+    assert_same(tmp_path, by_hand / "torchrun")
+
+
+@pytest.mark.parametrize("name", ["mpich", "mpirun"])
+def test_an_mpi_on_two_hosts_of_pbs(
+    hosts: lab.Lab, by_hand: Path, tmp_path: Path, name: str
+) -> None:
+    """What looks like a job of PBS: node file, id, spool copy of the script."""
+    found = next(launcher for launcher in launchers.LAUNCHERS if launcher.name == name)
+    require(*found.tools)
+    host, words, variables = found.on(hosts).command(["bash", "-l", str(spooled(tmp_path))])
+    environ = environment(tmp_path, LAUNCH_WITH=found.word) | variables | {"PYTHONPATH": ""}
+    done = hosts.run(host, *words, cwd=tmp_path, timeout=200, **environ)
+    assert done.returncode == 0, done.stdout
+    assert_same(tmp_path, by_hand / "torchrun")
+
+
+@pytest.mark.parametrize("name", ["mpich", "mpirun"])
+@pytest.mark.parametrize("ranks", [2])
+def test_an_mpi_on_this_host(tmp_path: Path, name: str, ranks: int) -> None:
+    """Without namespaces: a node file that names this host alone."""
+    found = next(launcher for launcher in launchers.LAUNCHERS if launcher.name == name)
+    require(*found.tools)
+    for word, command in found.named:
+        lab.script(tmp_path / "bin" / word, f'exec {command} "$@"')
+    nodes = tmp_path / "nodes"
+    nodes.write_text("localhost\n", encoding="ascii")
+    environ = environment(tmp_path, LAUNCH_WITH=found.word, TRAIN_ITERS="1")
+    environ |= launchers.pbs(nodes) | {"WORLD_SIZE": str(ranks), "NGPU_PER_HOST": str(ranks)}
+    environ["PATH"] = f"{tmp_path / 'bin'}:{environ['PATH']}"
+    words = ["bash", str(spooled(tmp_path))]
+    done = subprocess.run(
+        words, env=environ, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = json.loads((tmp_path / "run/run.json").read_text())
+    assert run["config"]["parallel"]["world_size"] == ranks
+
+
+def test_torchrun_on_two_hosts_tensor_parallel_inside_pipeline_across(
+    hosts: lab.Lab, by_hand: Path, tmp_path: Path
+) -> None:
+    """torchrun by hand on each, as its manual says: no scheduler, no launcher of ours."""
+    rendezvous = ["--rdzv-backend=c10d", "--rdzv-endpoint=n1:29400", "--rdzv-id=7"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2"]
+    words = [*torchrun, *rendezvous, str(ROOT / "pretrain_gpt_alcf.py")]
+    environ = environment(tmp_path, PP="2", DS_ACCELERATOR="cpu")
+    del environ["WORLD_SIZE"]
+    with (
+        lab.ended(hosts.start("n1", *words, cwd=tmp_path, **environ)) as first,
+        lab.ended(hosts.start("n2", *words, cwd=tmp_path, **environ)) as second,
+    ):
+        said = [one.communicate(timeout=200)[0] for one in (first, second)]
+    assert (first.returncode, second.returncode) == (0, 0), "\n".join(said)
+    assert_same(tmp_path, by_hand / "pipeline")
+
+
+def spooled(folder: Path) -> Path:
+    """The script as a scheduler runs it: a copy elsewhere, of another name."""
+    return Path(shutil.copy(ROOT / "train_alcf.sh", folder / "7.server.SC"))
