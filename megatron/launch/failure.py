@@ -40,7 +40,11 @@ _DEATH = re.compile(
 )
 _BY_SIGNAL = re.compile(r"signal|Killed|Segmentation|Bus error|Aborted|Out Of Memory")
 _CODE = re.compile(r"Exited with exit code (\d+)")
-_SIGNAL = re.compile(r"\b(?:on|from|with) signal (\d+)|\(signal (\d+)\)")
+_SIGNAL = re.compile(
+    r"\b(?:from|on) signal (\d+)"  # PALS, Open MPI
+    r"|EXIT STRING: .*\(signal (\d+)\)"  # Hydra
+    r"|failed \(exitcode: -(\d+)\)"  # torchrun
+)
 _WORDS = {"Killed": 9, "Out Of Memory": 9, "Segmentation": 11, "Bus error": 7, "Aborted": 6}
 _END = re.compile(r"\[rank (\d+)\] ended with status (\d+)")
 
@@ -94,8 +98,8 @@ class FirstError:
         elif (own := _OF_RANK.match(line)) and self.rank is None:
             self.rank, self._prefix = int(own[2]), f"{own[1]}: "
             self.lines = [line]
-        elif not self._died and (killed := _SIGNAL.search(line)):
-            self._died, self._death = True, 128 + int(killed[1] or killed[2])  # Hydra names no rank
+        elif not self._died and _SIGNAL.search(line):  # of a rank that it does not name
+            self._died, self._death = True, _status_of_death(line)
         elif self._prefix and line.startswith(self._prefix) and len(self.lines) < SHOWN_LINES:
             self.lines.append(line)
 
@@ -120,7 +124,7 @@ def _status_of_death(line: str) -> int:
     if code := _CODE.search(line):
         return int(code[1])
     if number := _SIGNAL.search(line):
-        return 128 + int(number[1] or number[2])
+        return 128 + int(next(text for text in number.groups() if text))
     return next((128 + number for word, number in _WORDS.items() if word in line), 0)
 
 
