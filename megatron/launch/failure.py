@@ -42,7 +42,7 @@ _BY_SIGNAL = re.compile(r"signal|Killed|Segmentation|Bus error|Aborted|Out Of Me
 _CODE = re.compile(r"Exited with exit code (\d+)")
 _SIGNAL = re.compile(
     r"\b(?:from|on) signal (\d+)"  # PALS, Open MPI
-    r"|EXIT STRING: .*\(signal (\d+)\)"  # Hydra
+    r"|^=   EXIT CODE: (\d+)$"  # Hydra, of one that did not exit by itself
     r"|failed \(exitcode: -(\d+)\)"  # torchrun
 )
 _WORDS = {"Killed": 9, "Out Of Memory": 9, "Segmentation": 11, "Bus error": 7, "Aborted": 6}
@@ -58,8 +58,8 @@ def end_line(rank: int, status: int) -> str:
 
 
 def is_end_line(line: str) -> bool:
-    """Whether a line is only that."""
-    return _END.fullmatch(line) is not None
+    """Whether a line is only that, or those of several ranks."""
+    return bool(line) and not _END.sub("", line)
 
 
 class FirstError:
@@ -112,7 +112,9 @@ class FirstError:
         if len(self.statuses) == ranks and not any(self.statuses.values()):
             return 0
         failed = [status for status in self.statuses.values() if status]
-        if self._death > 128 or (self._death and not failed):
+        # Peers of a killed rank fail as well; a SIGTERM is the launcher's, or ours.
+        killed = self._death > 128 and self._death != 128 + signal.SIGTERM
+        if (killed and not _FOUND & set(failed)) or (self._death and not failed):
             return self._death
         if self.rank is not None and self.statuses.get(self.rank):
             return self.statuses[self.rank]
