@@ -190,16 +190,13 @@ def test_a_signal_while_the_ranks_import(number: int, data: str, tmp_path: Path)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("rank", [None, 1])
-def test_a_notice_while_the_ranks_import_is_kept(
-    rank: int | None, data: str, tmp_path: Path
-) -> None:
+def test_a_notice_while_the_ranks_import_is_kept(data: str, tmp_path: Path) -> None:
     """SIGUSR1 comes long before the end of a job: it stops the run at its first step."""
     python = {"FAULTS_PYTHON": sys.executable, "TRAIN_ITERS": "1000000"}
     with started(tmp_path / "run", DATA_FILE_LIST=data, **LAYOUTS["tp2"], **python) as run:
         run.wait_until(lambda: "launch command" in run.output)
         time.sleep(0.7)
-        run.signal(USR1, rank)
+        run.signal(USR1)
         ended = run.wait()
     assert ended.status == 0, ended.output
     assert len(committed(tmp_path / "run")) == 1 and len(steps(tmp_path / "run")) < 100
