@@ -25,6 +25,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from megatron.config.errors import ConfigError
 from megatron.engine.patches import members_group, patch_cpu_accelerator
 from megatron.parallel.groups import Axis
+from megatron.parallel.meeting import meet
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +34,13 @@ OPEN_MPI_LOCAL_RANK = "OMPI_COMM_WORLD_LOCAL_RANK"
 
 
 def start_distributed(
-    backend: str, rank: int, world_size: int, device_index: int, init_method: str, timeout_s: float
+    backend: str,
+    rank: int,
+    world_size: int,
+    device_index: int,
+    init_method: str,
+    timeout_s: float,
+    name: str = "",
 ) -> None:
     """Joins the process group and passes it to DeepSpeed.
 
@@ -46,11 +53,15 @@ def start_distributed(
         world_size: total number of processes.
         device_index: among the devices this process sees. DeepSpeed reads it from LOCAL_RANK, which
             is another number where the launcher shows each rank one device.
-        init_method: `tcp://host:port` or `file:///path`.
-        timeout_s: seconds a collective may take before the run is taken down.
+        init_method: `tcp://host:port`, where the ranks meet.
+        timeout_s: seconds that a collective may take before the run is taken down, and that ranks
+            wait for each other at the start.
+        name: of the run.
 
     Raises:
-        ConfigError: oneCCL is to meet over MPI, and mpi4py cannot be imported.
+        ConfigError: the ranks cannot meet there, or oneCCL is to meet over MPI, and mpi4py cannot
+            be imported.
+        MeetingError: some did not come in time.
     """
     os.environ["LOCAL_RANK"] = str(device_index)
     if OPEN_MPI_LOCAL_RANK in os.environ:  # DeepSpeed requires that the two are equal
@@ -63,9 +74,12 @@ def start_distributed(
         start_mpi()
     if not dist.is_initialized():
         # A single process needs no port, which another run might hold.
-        alone = {"store": HashStore()} if world_size == 1 else {"init_method": init_method}
+        alone = world_size == 1
+        store = HashStore() if alone else meet(init_method, rank, world_size, timeout_s, name)
         timeout = datetime.timedelta(seconds=timeout_s)
-        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout, **alone)
+        dist.init_process_group(
+            backend, rank=rank, world_size=world_size, timeout=timeout, store=store
+        )
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
 
 

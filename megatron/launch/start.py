@@ -7,8 +7,10 @@ Makes the configuration, writes the run's folder, starts the ranks, ends with th
 from __future__ import annotations
 
 import os
+import platform
 import shlex
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +18,7 @@ from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 
+from megatron import __version__
 from megatron.checkpoint.atomic import write_atomically
 from megatron.config import table
 from megatron.config.errors import ConfigError, DataError
@@ -25,9 +28,10 @@ from megatron.config.validate import WORLD
 from megatron.launch import launch_plan, starts, versions
 from megatron.launch.claim import Say, claimed
 from megatron.launch.dialect import asker
+from megatron.launch.host_check import require_hosts
 from megatron.launch.launch_plan import LaunchPlan, LaunchRequest
 from megatron.launch.provenance import provenance
-from megatron.launch.ranks import find_ranks
+from megatron.launch.ranks import Ranks, find_ranks
 from megatron.launch.retry import run_with_retries
 from megatron.launch.screen import Screen
 from megatron.launch.site import Location, find_location, site
@@ -37,16 +41,24 @@ ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ROOT / "pretrain_gpt_alcf.py"
 OUTPUT_FILE = "output.log"
 NOTHING_TO_START = 100  # `--check` ends with it after a dry run or --help
+SHOWN = ("torch", "deepspeed")
 REFUSED = (2, 3, 4)  # statuses of a start that was refused: setting, data, checkpoint
 
 
-def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
-    """Check or start a run; returns the exit status."""
+def main(argv: Sequence[str], environ: Mapping[str, str], early: Sequence[int] = ()) -> int:
+    """Check or start a run; returns the exit status.
+
+    Args:
+        argv: the command line without the program's name.
+        environ: the environment's variables.
+        early: signals that came, or come, before the ranks are started: they get them then.
+    """
     only_check = argv[:1] == ["--check"]
     argv = argv[1:] if only_check else argv
     printed = NOTHING_TO_START if only_check else 0
-    if "--help" in argv or "-h" in argv:
-        print(table.help_text(), end="")
+    text = information(argv)
+    if text is not None:
+        print(text, end="")
         return printed
     try:
         location, resolved, planned = check(argv, environ)
@@ -57,10 +69,22 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
             return 0
         launch_plan.require_launcher(planned, shutil.which)
         resolved.warnings.extend(require_versions(versions.installed(), resolved.run))
-        return start(resolved, environ, argv, location)
+        return start(resolved, environ, argv, location, early)
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
+
+
+def information(argv: Sequence[str]) -> str | None:
+    """What `--help` and `--version` print; None without them."""
+    if "--help" in argv or "-h" in argv:
+        return table.help_text()
+    if "--version" in argv:
+        found = versions.installed()
+        named = {"Python": platform.python_version(), **{name: found[name] for name in SHOWN}}
+        lines = (f"{name} {version}" for name, version in named.items())
+        return "\n".join([f"megatron {__version__}", *lines]) + "\n"
+    return None
 
 
 def check(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Location, Resolved, LaunchPlan]:
@@ -77,13 +101,18 @@ def check(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Location, Re
     if not resolved.run.log.dry_run:
         _require_job(resolved, location)
         launch_plan.require_startable(planned)
+        require_hosts(location.job)
         require_writable(resolved.run.run_folder)
         require_writable(resolved.run.checkpoint_folder)
     return location, resolved, planned
 
 
 def start(
-    resolved: Resolved, environ: Mapping[str, str], argv: Sequence[str], location: Location
+    resolved: Resolved,
+    environ: Mapping[str, str],
+    argv: Sequence[str],
+    location: Location,
+    early: Sequence[int] = (),
 ) -> int:
     """Own the run, start the ranks and wait until they have ended; returns their status.
 
@@ -107,7 +136,7 @@ def start(
             write_atomically(*planned.hostfile)
         for line in _headlines(resolved, planned):
             screen.print(line)
-        status = run_with_retries(planned, screen, resolved.run)
+        status = run_with_retries(planned, screen, resolved.run, early=early)
         for line in resolved.in_vain:  # the first lines are far away by now
             screen.print(f"WARNING: {line}")
         if status and status not in REFUSED:
@@ -138,6 +167,31 @@ def plan_of(run: RunConfig, environ: Mapping[str, str], location: Location) -> L
     return launch_plan.make_plan(request, program, environ, location, ask=asker(environ))
 
 
+def print_dry_run(environ: Mapping[str, str], argv: Sequence[str], ranks: Ranks) -> bool:
+    """Print what ranks that another launcher has started, or one alone, would train, once.
+
+    Returns:
+        Whether this is a dry run.
+
+    Raises:
+        ConfigError: where a setting is wrong.
+        DataError: where data is wrong.
+    """
+    words = [*argv, f"DRY_RUN={environ['DRY_RUN']}"] if environ.get("DRY_RUN") else list(argv)
+    config = argv[1] if argv[:1] == ["--config"] and len(argv) > 1 else None
+    if not any("dry" in word.lower() for word in words) or (
+        config and starts.is_pending(Path(config))
+    ):
+        return False
+    environ = {**environ, "WORLD_SIZE": str(ranks.world_size)}
+    argv = ["--resume", str(Path(config).parent)] if config else argv
+    resolved = resolve(environ, argv, site(environ, argv, find_location(environ, argv)))
+    if resolved.run.log.dry_run and ranks.rank == 0:
+        command = shlex.join(["python3", PROGRAM.name, *argv])
+        print(report.dry_run_text(resolved, command), end="")
+    return resolved.run.log.dry_run
+
+
 @contextmanager
 def configuration(
     environ: Mapping[str, str], argv: Sequence[str]
@@ -153,6 +207,8 @@ def configuration(
     """
     ranks = find_ranks(environ)
     config = Path(argv[1]) if argv[:1] == ["--config"] and len(argv) > 1 else None
+    if config and argv[2:]:
+        raise ConfigError(f"--config FILE holds all settings: {shlex.join(argv[2:])} is not read")
     if config and (ranks.rank > 0 or starts.is_pending(config)):
         yield read_run(config), config  # rank 0, or the launcher, owns the run
         return
@@ -269,4 +325,6 @@ def _require_job(resolved: Resolved, location: Location) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], os.environ))
+    early: list[int] = []
+    signal.signal(signal.SIGUSR1, lambda number, frame: early.append(number))
+    sys.exit(main(sys.argv[1:], os.environ, early))
