@@ -159,9 +159,15 @@ def test_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         patched.setattr(checkup.shutil, "disk_usage", lambda path: Usage(free=2**50))
         patched.setattr(checkup.time, "time", lambda: 4e9)
         assert "the clock and the file system's differ" in only(at(tmp_path, {}), "disk", WARN)
-    (tmp_path / "file").write_text("")
-    no_folder = at(tmp_path, {"RUN_DIR": str(tmp_path / "file/run")})
-    assert "cannot be written" in only(no_folder, "disk", FAIL)
+
+
+def test_a_disk_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(**options: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    place = at(tmp_path, {})
+    monkeypatch.setattr(checkup.tempfile, "NamedTemporaryFile", refused)
+    assert "cannot be written (Permission denied) -> set RUN_DIR" in only(place, "disk", FAIL)
 
 
 @dataclasses.dataclass
