@@ -22,7 +22,7 @@ from megatron.config.errors import ConfigError, DataError
 from megatron.config.resolve import Resolved, resolve
 from megatron.config.schema import RunConfig, read_run
 from megatron.config.validate import WORLD
-from megatron.launch import launch_plan, starts, versions
+from megatron.launch import launch_plan, starts
 from megatron.launch.claim import Say, claimed
 from megatron.launch.launch_plan import LaunchPlan, LaunchRequest
 from megatron.launch.provenance import provenance
@@ -30,6 +30,7 @@ from megatron.launch.ranks import find_ranks
 from megatron.launch.retry import run_with_retries
 from megatron.launch.screen import Screen
 from megatron.launch.site import Location, find_location, site
+from megatron.launch.versions import SINCE, compare, installed, lacking
 from megatron.plan import report
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,7 +56,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         if only_check:
             return 0
         launch_plan.require_launcher(planned, shutil.which)
-        resolved.warnings.extend(require_versions(versions.installed(), resolved.run))
+        resolved.warnings.extend(require_versions(installed(), resolved.run))
         return start(resolved, environ, argv, location)
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -208,9 +209,9 @@ def require_versions(found: Mapping[str, str | None], run: RunConfig) -> list[st
     Raises:
         ConfigError: a package is missing, too old, or lacks what the run uses.
     """
-    errors, warnings = versions.compare(found)
+    errors, warnings = compare(found)
     schedule = run.parallel.pipeline_schedule
-    if schedule in versions.SINCE and (problem := versions.lacking(schedule, found)):
+    if schedule in SINCE and (problem := lacking(schedule, found)):
         errors.append(f"PIPELINE_SCHEDULE={schedule} {problem}; set PIPELINE_SCHEDULE=1f1b")
     if errors:
         raise ConfigError("\n".join(errors))
