@@ -92,6 +92,15 @@ def _hub_size(name: str) -> int | None:
 
 def _cached_size(name: str, environ: Mapping[str, str]) -> int | None:
     """Size of a tokenizer in the Hugging Face cache."""
+    for snapshot in cached_snapshots(name, environ):
+        size = _size_of_files("HFTokenizer", snapshot)
+        if size is not None:
+            return size
+    return None
+
+
+def cached_snapshots(name: str, environ: Mapping[str, str]) -> list[Path]:
+    """Folders of the Hugging Face cache that hold a repository, that of `main` first."""
     home = Path(environ.get("HOME", "~")).expanduser()
     cache_home = Path(environ.get("XDG_CACHE_HOME") or home / ".cache")
     hub = Path(environ.get("HF_HOME") or cache_home / "huggingface") / "hub"
@@ -99,12 +108,7 @@ def _cached_size(name: str, environ: Mapping[str, str]) -> int | None:
     repository = hub / f"models--{name.replace('/', '--')}"
     main = repository / "refs" / "main"
     snapshots = [repository / "snapshots" / main.read_text().strip()] if main.is_file() else []
-    snapshots += sorted(repository.glob("snapshots/*"))
-    for snapshot in snapshots:
-        size = _size_of_files("HFTokenizer", snapshot)
-        if size is not None:
-            return size
-    return None
+    return snapshots + sorted(repository.glob("snapshots/*"))
 
 
 def _size_of_files(kind: str, path: Path) -> int | None:

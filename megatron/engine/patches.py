@@ -17,7 +17,6 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
 from megatron.config.errors import ConfigError
-from megatron.launch.versions import numbers
 from megatron.parallel.groups import new_group
 
 
@@ -230,6 +229,8 @@ def fill_tables(zero: Any) -> None:
     - the partitions of a parameter, and the number of parameters in a partition;
     - where in the partition a parameter goes, and from where of the parameter;
     - the first parameter of a partition, None where there is padding only.
+
+    Parameters follow each other without gaps: DeepSpeed's parameter_alignment is off.
     """
     for group, parameters in enumerate(zero.round_robin_bit16_groups):
         ranks = range(dist.get_world_size(group=zero.real_dp_process_group[group]))
@@ -240,8 +241,7 @@ def fill_tables(zero: Any) -> None:
         into: dict[int, dict[int, int]] = {rank: {} for rank in ranks}
         source: dict[int, dict[int, int]] = {rank: {} for rank in ranks}
         begin = 0
-        padding = _padding_behind(zero, group)
-        for index, (parameter, padded) in enumerate(zip(parameters, padding, strict=True)):
+        for index, parameter in enumerate(parameters):
             key, end = zero.get_param_id(parameter), begin + parameter.numel()
             ids[key] = list(range(begin // size, (end - 1) // size + 1))
             for rank in ids[key]:
@@ -250,7 +250,7 @@ def fill_tables(zero: Any) -> None:
                 count[rank] += 1
                 if first[rank] is None:
                     first[rank] = index
-            begin = end + padded
+            begin = end
         zero.param_to_partition_ids[group] = ids
         zero.total_grads_in_partition[group] = count
         zero.remaining_grads_in_partition[group] = {}
@@ -259,11 +259,3 @@ def fill_tables(zero: Any) -> None:
         zero.grad_partition_insertion_offset[group] = into
         zero.grad_start_offset[group] = source
         zero.first_param_index_in_partition[group] = first
-
-
-def _padding_behind(zero: Any, group: int) -> list[int]:
-    """Elements between each parameter of a group and the next; DeepSpeed aligns since 0.19.7."""
-    if numbers(deepspeed.__version__) < (0, 19, 7):
-        return [0] * len(zero.round_robin_bit16_groups[group])
-    padding: list[int] = zero.round_robin_bit16_padding[group]
-    return padding

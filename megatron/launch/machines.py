@@ -29,10 +29,10 @@ class Machine:
         launcher: mpiexec (PALS, MPICH), mpirun (Open MPI), srun or local.
         hosts: patterns that a whole host name matches, in lower case.
         site: variable -> value that identifies the machine where host names do not.
-        devices_per_host: accelerators, and so ranks, per compute host; 0: detect them.
         dialect: which MPI's mpiexec or mpirun the machine has, a name of command.DIALECTS; what is
             installed is asked before a start.
         vendor: of the accelerators: nvidia, amd or intel; None where they are detected.
+        devices_per_host: accelerators, and so ranks, per compute host; 0: detect them.
         cpu_bind: as mpiexec or srun spells it; None: the launcher's own.
         cores_per_rank: where cores are bound by depth (mpiexec) or by task (srun); 0: not given.
         srun_options: further options of srun.
@@ -50,9 +50,9 @@ class Machine:
     launcher: str
     hosts: tuple[str, ...] = ()
     site: Mapping[str, str] = field(default_factory=dict)
-    devices_per_host: int = 0
     dialect: str = HYDRA
     vendor: str | None = None
+    devices_per_host: int = 0
     cpu_bind: str | None = None
     cores_per_rank: int = 0
     srun_options: tuple[str, ...] = ()
@@ -130,9 +130,9 @@ AURORA = Machine(
     scheduler="pbs",
     launcher="mpiexec",
     hosts=(r"aurora.*", rf"x4\d{{3}}{XNAME}", r".*\.aurora\.alcf\.anl\.gov"),
-    devices_per_host=12,
     dialect=PALS,
     vendor="intel",
+    devices_per_host=12,
     cpu_bind=AURORA_CORES,
     domain=".hsn.cm.aurora.alcf.anl.gov",
     environment=AURORA_ENVIRONMENT,
@@ -145,9 +145,9 @@ POLARIS = Machine(
     scheduler="pbs",
     launcher="mpiexec",
     hosts=(r"polaris.*", rf"x3\d{{3}}{XNAME}", r".*\.polaris\.alcf\.anl\.gov"),
-    devices_per_host=4,
     dialect=PALS,
     vendor="nvidia",
+    devices_per_host=4,
     cpu_bind="depth",
     cores_per_rank=8,
     domain=".hsn.cm.polaris.alcf.anl.gov",
@@ -172,9 +172,9 @@ MACHINES: list[Machine] = [
         scheduler="pbs",
         launcher="mpirun",
         hosts=(r"sophia.*",),
-        devices_per_host=8,
         dialect=OPEN_MPI,
         vendor="nvidia",
+        devices_per_host=8,
         domain=".lab.alcf.anl.gov",
         defaults=_always(DTYPE="bf16", TP="1", MICRO_BATCH="1", GRAD_ACC_STEPS="8"),
     ),
@@ -184,8 +184,8 @@ MACHINES: list[Machine] = [
         launcher="srun",
         hosts=(r"perlmutter.*", r".*\.perlmutter\.nersc\.gov"),
         site={"NERSC_HOST": "perlmutter"},
-        devices_per_host=4,
         vendor="nvidia",
+        devices_per_host=4,
         cpu_bind="cores",
         cores_per_rank=32,
         srun_options=("--gpus-per-node={devices}",),
@@ -197,8 +197,8 @@ MACHINES: list[Machine] = [
         launcher="srun",
         hosts=(r"frontier.*",),
         site={"LMOD_SYSTEM_NAME": "frontier"},
-        devices_per_host=8,
         vendor="amd",
+        devices_per_host=8,
         cores_per_rank=7,  # the first core of each L3 is the operating system's
         srun_options=("--gpus-per-task=1", "--gpu-bind=closest", "--network=disable_rdzv_get"),
         environment=FRONTIER_ENVIRONMENT,

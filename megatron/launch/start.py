@@ -25,7 +25,7 @@ from megatron.config.errors import ConfigError, DataError
 from megatron.config.resolve import Resolved, resolve
 from megatron.config.schema import RunConfig, read_run
 from megatron.config.validate import WORLD
-from megatron.launch import launch_plan, starts, versions
+from megatron.launch import launch_plan, starts
 from megatron.launch.claim import Say, claimed
 from megatron.launch.dialect import asker
 from megatron.launch.host_check import require_hosts
@@ -35,6 +35,7 @@ from megatron.launch.ranks import Ranks, find_ranks
 from megatron.launch.retry import run_with_retries
 from megatron.launch.screen import Screen
 from megatron.launch.site import Location, find_location, site
+from megatron.launch.versions import SINCE, compare, installed, lacking
 from megatron.plan import report
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,7 +69,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str], early: Sequence[int] =
         if only_check:
             return 0
         launch_plan.require_launcher(planned, shutil.which)
-        resolved.warnings.extend(require_versions(versions.installed(), resolved.run))
+        resolved.warnings.extend(require_versions(installed(), resolved.run))
         return start(resolved, environ, argv, location, early)
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -80,7 +81,7 @@ def information(argv: Sequence[str]) -> str | None:
     if "--help" in argv or "-h" in argv:
         return table.help_text()
     if "--version" in argv:
-        found = versions.installed()
+        found = installed()
         named = {"Python": platform.python_version(), **{name: found[name] for name in SHOWN}}
         lines = (f"{name} {version}" for name, version in named.items())
         return "\n".join([f"megatron {__version__}", *lines]) + "\n"
@@ -272,9 +273,9 @@ def require_versions(found: Mapping[str, str | None], run: RunConfig) -> list[st
     Raises:
         ConfigError: a package is missing, too old, or lacks what the run uses.
     """
-    errors, warnings = versions.compare(found)
+    errors, warnings = compare(found)
     schedule = run.parallel.pipeline_schedule
-    if schedule in versions.SINCE and (problem := versions.lacking(schedule, found)):
+    if schedule in SINCE and (problem := lacking(schedule, found)):
         errors.append(f"PIPELINE_SCHEDULE={schedule} {problem}; set PIPELINE_SCHEDULE=1f1b")
     if errors:
         raise ConfigError("\n".join(errors))

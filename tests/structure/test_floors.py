@@ -69,6 +69,7 @@ PLAIN = {
     "megatron.config.pipeline_stages",
     "megatron.config.rope_scaling",
     "megatron.config.shape",
+    "megatron.launch.versions",
 }
 
 FILES = sorted(
