@@ -34,6 +34,7 @@ class Machine:
         domain: appended to the short name of the first host to reach it over the fast network.
         environment: set unless the user has set it.
         mpi_environment: likewise, only where mpiexec starts the ranks.
+        directives: of every job script, beside those of its size and owner.
         is_hpc: its runs are production runs by default.
         defaults: number of hosts -> variables that the machine prefers.
     """
@@ -50,6 +51,7 @@ class Machine:
     domain: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)
     mpi_environment: Mapping[str, str] = field(default_factory=dict)
+    directives: tuple[str, ...] = ()
     is_hpc: bool = True
     defaults: Defaults = _no_defaults
 
@@ -127,6 +129,7 @@ AURORA = Machine(
     domain=".hsn.cm.aurora.alcf.anl.gov",
     environment=AURORA_ENVIRONMENT,
     mpi_environment=AURORA_MPI_ENVIRONMENT,
+    directives=("-l filesystems=home:flare",),
     defaults=_aurora_defaults,
 )
 POLARIS = Machine(
@@ -139,6 +142,7 @@ POLARIS = Machine(
     cores_per_rank=8,
     domain=".hsn.cm.polaris.alcf.anl.gov",
     environment=SLINGSHOT_NVIDIA_ENVIRONMENT,
+    directives=("-l filesystems=home:eagle",),
     defaults=_polaris_defaults,
 )
 SUNSPOT_HOSTS = (r"sunspot.*", r"uan-?\d+", rf"x1\d{{3}}{XNAME}", r".*\.sunspot\.alcf\.anl\.gov")
@@ -149,10 +153,17 @@ MACHINES: list[Machine] = [
         name="sirius",
         hosts=(r"sirius.*", r".*\.sirius\.alcf\.anl\.gov"),
         site={"PBS_O_HOST": "sirius"},
+        directives=("-l filesystems=home:tegu",),
         domain=".hsn.cm.sirius.alcf.anl.gov",
     ),
     AURORA,
-    replace(AURORA, name="sunspot", hosts=SUNSPOT_HOSTS, domain=Machine.domain),
+    replace(
+        AURORA,
+        name="sunspot",
+        hosts=SUNSPOT_HOSTS,
+        domain=Machine.domain,
+        directives=("-l filesystems=home:tegu",),
+    ),
     POLARIS,
     Machine(
         name="sophia",
@@ -161,6 +172,7 @@ MACHINES: list[Machine] = [
         hosts=(r"sophia.*",),
         devices_per_host=8,
         domain=".lab.alcf.anl.gov",
+        directives=("-l filesystems=home:eagle",),
         defaults=_always(DTYPE="bf16", TP="1", MICRO_BATCH="1", GRAD_ACC_STEPS="8"),
     ),
     Machine(
@@ -173,6 +185,7 @@ MACHINES: list[Machine] = [
         cpu_bind="cores",
         cores_per_rank=32,
         srun_options=("--gpus-per-node={devices}",),
+        directives=("--constraint=gpu",),
         defaults=_always(DTYPE="bf16", TP="2", MICRO_BATCH="1", GRAD_ACC_STEPS="1"),
     ),
     Machine(
