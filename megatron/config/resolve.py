@@ -234,6 +234,9 @@ def _fill_derived(draft: Draft) -> None:
     if draft.get(ranges):
         merged = skip.parse_ranges(draft.get(ranges), draft[ranges].name)
         draft.values[ranges] = skip.ranges_text(merged) or None
+    least, rate = "optimizer.min_learning_rate", draft.get("optimizer.learning_rate")
+    if draft.sources[least].startswith("preset ") and draft.get(least) > rate:
+        draft.replace(least, rate / 10, "LR / 10: the preset's is above LR")
     label = presets.label(draft.get(ARCH), draft.get("model.num_layers"))
     stem = Path(draft.get("data.data_file_list")).stem
     draft.fill("checkpoint.run_name", f"{label}-seq{seq}-{stem}", "<label>-seq<SEQ>-<data list>")
