@@ -77,7 +77,7 @@ def _pbs(request: Request) -> list[str]:
         f"-l select={request.nodes}",
         f"-l walltime={request.walltime}",
         "-j oe",
-        f"-o {request.log}",
+        f"-o {shlex.quote(str(request.log))}",
         *request.more,
     ]
 
@@ -89,7 +89,7 @@ def _slurm(request: Request) -> list[str]:
         *([f"--qos={request.queue}"] if request.queue else []),
         f"--nodes={request.nodes}",
         f"--time={request.walltime}",
-        f"--output={request.log}",
+        f"--output={shlex.quote(str(request.log))}",
         "--signal=B:USR1@300",
         *request.more,
     ]

@@ -57,6 +57,7 @@ def test_a_chain_on_pbs(
     for line in ("-A Mine", "-q prod", "-l select=4", "-l walltime=6:00:00", "-j oe"):
         assert f"#PBS {line}\n" in text
     assert "#PBS -l filesystems=home:flare\n" in text
+    assert f"#PBS -o '{script.with_suffix('.log')}'\n" in text
     assert "#PBS -N the-run\n" in text
     assert "export TP=2\nexport NLAYERS=2\n" in text
     assert "HOSTFILE" not in text
