@@ -14,6 +14,7 @@
 # (Slurm sends SIGUSR1 five minutes before the end: the run then saves a checkpoint and stops.)
 
 set -euo pipefail
+trap '' USR1 # until the ranks listen for it there is nothing to save; they know the job's end anyway
 
 # A scheduler runs a copy of this script, elsewhere: the project is where the job was submitted.
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -31,7 +32,7 @@ fi
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 
 # shellcheck source=ALCF/helpers.sh
-source ALCF/helpers.sh
+source ALCF/helpers.sh --functions-only
 case "${DEBUG:-}" in '' | 0 | false | no | off) ;; *) set -x ;; esac
 
 # Any Python validates the settings, before there is an environment: a mistake costs no set-up.

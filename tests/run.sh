@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # shellcheck source=ALCF/helpers.sh
-source ALCF/helpers.sh
+source ALCF/helpers.sh --functions-only
 find_python
 setup_python requirements.txt requirements-dev.txt -- pytest hypothesis
 

@@ -88,7 +88,7 @@ WITHOUT_EFFECT: dict[str, str] = {
 # Variables of shells, compilers, launchers and schedulers that happen to resemble ours.
 NOT_OURS = frozenset((
     "COMPILER", "HOSTNAME", "HOSTTYPE", "HOST", "HOSTS", "LOCAL_WORLD_SIZE", "LOCAL_RANK",
-    "NGPUS", "CONFIG", "WORKING_DIR", "DIST_LAUNCH",
+    "NGPUS", "CONFIG", "HISTFILE", "LOGLEVEL", "WORKING_DIR", "DIST_LAUNCH",
 ))  # fmt: skip
 NOT_OURS_PREFIXES = (
     "PBS_", "SLURM_", "PMI_", "PMIX_", "PALS_", "OMPI_", "MPICH_", "NCCL_", "CCL_", "FI_", "ZE_",

@@ -254,6 +254,9 @@ def _fill_derived(draft: Draft) -> None:
     if draft.get(ranges):
         merged = skip.parse_ranges(draft.get(ranges), draft[ranges].name)
         draft.values[ranges] = skip.ranges_text(merged) or None
+    least, rate = "optimizer.min_learning_rate", draft.get("optimizer.learning_rate")
+    if draft.sources[least].startswith("preset ") and draft.get(least) > rate:
+        draft.replace(least, rate / 10, "LR / 10: the preset's is above LR")
     label = presets.label(
         draft.get(ARCH), {name: draft.get(by_name[name].key) for name in presets.IN_LABELS}
     )

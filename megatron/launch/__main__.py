@@ -1,4 +1,7 @@
-"""`python -m megatron.launch [-n N] [-ppn N] [-nh N] ... -- command`: a command on the ranks."""
+"""`python -m megatron.launch [-n N] [-ppn N] [-nh N] ... -- command`: a command on the ranks.
+
+Also `... env` (shell.py) and `... submit` (submit.py).
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from pathlib import Path
 
 from megatron.checkpoint.atomic import write_atomically
 from megatron.config.errors import ConfigError
-from megatron.launch import launch_plan
+from megatron.launch import launch_plan, shell, submit
 from megatron.launch.command import LAUNCHERS
 from megatron.launch.dialect import asker
 from megatron.launch.host_check import require_hosts
@@ -28,6 +31,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m megatron.launch",
         description="Runs a command as the ranks of this job; without a job, of this host.",
+        epilog="`env` prints what a shell wants to know of its job, `submit` (submit --help) "
+        "submits train_alcf.sh as a job.",
     )
     parser.add_argument("-n", "-np", "--nproc", type=int, metavar="N", help="total number of ranks")
     parser.add_argument("-ppn", "--nproc-per-node", type=int, metavar="N", help="ranks per host")
@@ -109,6 +114,10 @@ def plan_of(
 
 def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """Run the command; returns its status."""
+    if argv[:1] == ["env"]:
+        return shell.main(environ)
+    if argv[:1] == ["submit"]:
+        return submit.main(argv[1:], environ)
     options = parse(argv)
     given = (
         (options.hostfile, "--hostfile")

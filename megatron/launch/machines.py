@@ -41,6 +41,7 @@ class Machine:
         mpi_environment: likewise, only where mpiexec starts the ranks.
         mpi4py_environment: likewise, and only where mpi4py is there: each rank then initialises MPI
             with it before torch.distributed.
+        directives: of every job script, beside those of its size and owner.
         is_hpc: its runs are production runs by default.
         defaults: number of hosts -> variables that the machine prefers.
     """
@@ -60,6 +61,7 @@ class Machine:
     environment: Mapping[str, str] = field(default_factory=dict)
     mpi_environment: Mapping[str, str] = field(default_factory=dict)
     mpi4py_environment: Mapping[str, str] = field(default_factory=dict)
+    directives: tuple[str, ...] = ()
     is_hpc: bool = True
     defaults: Defaults = _no_defaults
 
@@ -138,6 +140,7 @@ AURORA = Machine(
     environment=AURORA_ENVIRONMENT,
     mpi_environment=AURORA_MPI_ENVIRONMENT,
     mpi4py_environment=AURORA_MPI4PY_ENVIRONMENT,
+    directives=("-l filesystems=home:flare",),
     defaults=_aurora_defaults,
 )
 POLARIS = Machine(
@@ -152,6 +155,7 @@ POLARIS = Machine(
     cores_per_rank=8,
     domain=".hsn.cm.polaris.alcf.anl.gov",
     environment=SLINGSHOT_NVIDIA_ENVIRONMENT,
+    directives=("-l filesystems=home:eagle",),
     defaults=_polaris_defaults,
 )
 SUNSPOT_HOSTS = (r"sunspot.*", r"uan-?\d+", rf"x1\d{{3}}{XNAME}", r".*\.sunspot\.alcf\.anl\.gov")
@@ -162,10 +166,17 @@ MACHINES: list[Machine] = [
         name="sirius",
         hosts=(r"sirius.*", r".*\.sirius\.alcf\.anl\.gov"),
         site={"PBS_O_HOST": "sirius"},
+        directives=("-l filesystems=home:tegu",),
         domain=".hsn.cm.sirius.alcf.anl.gov",
     ),
     AURORA,
-    replace(AURORA, name="sunspot", hosts=SUNSPOT_HOSTS, domain=Machine.domain),
+    replace(
+        AURORA,
+        name="sunspot",
+        hosts=SUNSPOT_HOSTS,
+        domain=Machine.domain,
+        directives=("-l filesystems=home:tegu",),
+    ),
     POLARIS,
     Machine(
         name="sophia",
@@ -176,6 +187,7 @@ MACHINES: list[Machine] = [
         vendor="nvidia",
         devices_per_host=8,
         domain=".lab.alcf.anl.gov",
+        directives=("-l filesystems=home:eagle",),
         defaults=_always(DTYPE="bf16", TP="1", MICRO_BATCH="1", GRAD_ACC_STEPS="8"),
     ),
     Machine(
@@ -189,6 +201,7 @@ MACHINES: list[Machine] = [
         cpu_bind="cores",
         cores_per_rank=32,
         srun_options=("--gpus-per-node={devices}",),
+        directives=("--constraint=gpu",),
         defaults=_always(DTYPE="bf16", TP="2", MICRO_BATCH="1", GRAD_ACC_STEPS="1"),
     ),
     Machine(

@@ -131,6 +131,23 @@ def test_the_trainings_status_is_the_scripts(project: Path, tmp_path: Path, end:
     assert not (project / ".venv").exists()
 
 
+def test_a_variable_that_was_meant_is_named_first_and_last_and_refused_in_a_job(
+    project: Path, tmp_path: Path
+) -> None:
+    packages = stand_ins(tmp_path / "packages", "torch", "deepspeed")
+    environ = {"PYTHONPATH": packages, "LEARNING_RATE": "1"}
+    found = run(project, script=project / "train_alcf.sh", **environ)
+    said = "WARNING: LEARNING_RATE=1 has no effect: the variable is called LR"
+    lines = found.stdout.splitlines()
+    assert found.returncode == 0 and lines[-1].endswith(said), found.stdout
+    assert lines.index(said) < lines.index("trained on 1") < len(lines) - 1
+    (project / "nodes").write_text("n1\n", encoding="utf-8")
+    job = {"PBS_JOBID": "1", "PBS_NODEFILE": "nodes"}
+    refused = run(project, script=project / "train_alcf.sh", **environ, **job)
+    assert refused.returncode == 2 and "IGNORE_VARIABLES=LEARNING_RATE" in refused.stderr
+    assert "trained" not in refused.stdout
+
+
 def test_it_works_from_elsewhere_and_as_a_schedulers_copy(project: Path, tmp_path: Path) -> None:
     packages = stand_ins(tmp_path / "packages", "torch", "deepspeed")
     elsewhere = tmp_path / "elsewhere"

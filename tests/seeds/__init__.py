@@ -1,0 +1,1 @@
+"""What the published experiments typed, and what the same lines do here."""

@@ -1,0 +1,149 @@
+"""The concrete things in the five seeds, one a line: what holds here, and the test that shows it.
+
+A line is `seed:lines | what it shows | verdict | what is here | test`. Verdicts: works; on purpose
+(differs, and why); not yet; machine (needs the machine itself). A test is a file under tests/ and a
+function in it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+WORKS, ON_PURPOSE, NOT_YET, MACHINE = "works", "on purpose", "not yet", "machine"
+VERDICTS = (WORKS, ON_PURPOSE, NOT_YET, MACHINE)
+
+
+class Row(NamedTuple):
+    """One thing that a seed shows."""
+
+    line: str
+    shows: str
+    verdict: str
+    here: str
+    test: str
+
+
+TEXT = """
+002:28-41 | the variables of the command | works | all taken; ZERO_STAGE=0 is run as 1, said in a note | seeds/test_commands.py::test_sizes_and_batch_of_the_small_models
+002:29 | `MODEL_ARCH={smollm3-3B,llama3-3B}` literally | on purpose | refused: the brace stands for a choice; the names are listed | seeds/test_commands.py::test_what_is_refused_on_purpose
+002:30 | a sweep over NLAYERS | not yet | one command a size |
+002:39 | `$(ezpz_get_machine_name)` | works | after `source ALCF/helpers.sh` | launch/test_helpers.py::test_a_sourced_shell_knows_its_job_and_keeps_its_options
+002:39 | the machine's books.txt | not yet | lists are copied from a checkout of the reference |
+002:37-38 | HFTokenizer google/gemma-7b | works | 256,000 known by name; a run downloads it | seeds/test_commands.py::test_sizes_and_batch_of_the_small_models
+002:7-20 | sizes of 12 models | works | 12 of 12 exact | seeds/test_commands.py::test_sizes_and_batch_of_the_small_models
+002:7-20 | tokens/s a GPU and TFLOPS | works | in each log line, by the published formula within 0.5% | model/test_architecture.py::test_small_models
+002:7-20 | those figures on Aurora | machine | |
+002:22 | out of memory at 16 and 20 layers | not yet | the estimate is right on both sides; no verdict is printed | plan/test_memory.py::test_a_tile_of_64_gb_holds_26_layers_and_not_28
+002:44-68 | blocks of the two architectures | works | the ARCHITECTURE box has the keys | seeds/test_commands.py::test_blocks_of_the_documents
+002:3 | a W&B report page | not yet | W&B runs, and report.md in the run's folder |
+002:74-91 | legend by machine, NHOSTS, label, GBS | not yet | machine, NHOSTS and GBS are in the W&B config; the label and created_at are not |
+002:93-117 | tokens/s a GPU and global | works | both from the global count | training/test_meter.py::test_per_device_rates_are_the_global_ones_divided
+002:98 | a row with GBS 96 | works | GRAD_ACC_STEPS=4 | seeds/test_commands.py::test_a_row_with_twice_the_batch
+002:119-128 | corrections by /24 | works | not needed: rates are derived once | training/test_meter.py::test_per_device_rates_are_the_global_ones_divided
+002:130-151 | the size as a number in W&B | works | `throughput/approx_params_in_billions` | training/test_events.py::test_a_step_has_the_reference_names_with_true_units
+002:77-91 | mean over a run beside its last value | works | report.md and compare_runs sum over the steps | analysis/test_summary.py::test_rates_are_tokens_over_seconds_not_means_of_rates
+004:4 | TOTAL_PARAMS=68976648192 | works | exact with VOCAB_SIZE=32000; the default tokenizer is gemma's | seeds/test_commands.py::test_rows_of_the_70b_study
+004:12-24 | the command, with NHOSTS of the job | works | PP 8, DP 12, GBS by GAS | seeds/test_commands.py::test_rows_of_the_70b_study
+004:12 | the same without ezpz | works | `source ALCF/helpers.sh` exports NHOSTS | launch/test_helpers.py::test_a_sourced_shell_knows_its_job_and_keeps_its_options
+004:21 | SEQ_LEN=8192 | on purpose | obeyed; the published rows were run at 4096: SEQ=4096 gives them | seeds/test_commands.py::test_rows_of_the_70b_study
+004:22 | the books list | not yet | as 002:39 |
+004:32-47 | DP and GBS of 13 rows | works | all as listed | seeds/test_commands.py::test_rows_of_the_70b_study
+004:34,47 | two rows out of memory | not yet | the estimate is right on both sides; no verdict is printed | plan/test_memory.py::test_a_tile_of_64_gb_holds_26_layers_and_not_28
+004:32-47 | TFLOPS, samples/s, tokens/s a GPU | works | the formula gives the published figures | seeds/test_commands.py::test_rows_of_the_70b_study
+004:32-61 | a table of many runs with links | not yet | compare_runs takes two |
+004:34-61 | a W&B run for each row | not yet | rows of one model share a run's name; RUN_NAME tells them apart |
+004:66-79 | ZeRO-3 with hpZ on 4 to 16 hosts | works | DP and GBS as listed | seeds/test_commands.py::test_rows_of_zero_3_with_hpz
+004:81 | a hang on 4 nodes | works | the rank is named, status 124, RETRIES starts again | launch/test_hang.py::test_a_silent_rank_is_named_though_others_tick
+004:88-91 | frameworks-2025.0.0 on x4515c6s0b0n0 | machine | the host is known as Aurora's |
+004:91 | 42B, TP=6, integers by the shell | works | all 14 lines of its block | seeds/test_commands.py::test_blocks_of_the_documents
+004:91 | the same on a laptop | on purpose | 6 ranks, on the debug preset's length and batch | seeds/test_commands.py::test_every_command_resolves_everywhere
+004:94-111 | the ARCHITECTURE box | works | same header and keys, fixed order, five more | seeds/test_commands.py::test_blocks_of_the_documents
+004:113-117 | GAS 1, 2, 4 | works | GBS 16, 32, 64 | seeds/test_commands.py::test_rows_of_the_42b_study
+004:119-133 | 32 nodes, PP 16 | works | DP 24, GBS 384 | seeds/test_commands.py::test_rows_on_32_hosts
+004:135-147 | MiCS on 4, 8, 16 nodes | works | MICS_SHARD_SIZE=48 | seeds/test_commands.py::test_rows_of_mics
+004:123-147 | FLOPs with recompute counted | works | [LM] and [DS] in each line, causal in the metrics | model/test_architecture.py::test_log_with_checkpointing
+003:35 | `PBS_O_WORKDIR=$(pwd) bash train_aGPT_7B.sh --train-range-to-skip 10 20 25 30` | works | the old name is kept | seeds/test_commands.py::test_the_spike_skipper
+003:35 | the same with train_alcf.sh | works | `10-20,25-30`, 17 steps, samples and tokens | seeds/test_commands.py::test_the_spike_skipper
+003:47 | an even number of steps | works | refused with the arithmetic | seeds/test_commands.py::test_the_spike_skipper
+003:69-79 | draw a batch and drop it | on purpose | not read: the samples of a step follow from its number | e2e/test_skip.py::test_other_steps_see_the_same_tokens
+003:81-88 | counters and schedule advance | works | also over a resume | e2e/test_skip.py::test_counters_and_rate_advance
+003:96-135 | proof by printed tokens | works | DUMP_TOKENS, DUMP_SKIPPED_ITERS; numbered from 1, as in the log | e2e/test_skip.py::test_dumped_tokens_of_a_skipped_step_are_those_it_would_have_seen
+003:191 | the log line | works | field by field | training/test_events.py::test_a_step_is_the_published_line
+003:191 | 635,782 steps, GBS 768, three rates | works | exactly these | seeds/test_commands.py::test_the_length_of_the_published_run
+003:192 | memory after the first step | not yet | `memory_max_gib` in the metrics |
+003:193-195 | (min, max) time across ranks | not yet | |
+003:204 | lazy building of data sets | on purpose | there is no index to build | data/test_dataset.py::test_random_access_in_any_order_equals_sequential
+003:243 | lines of the FLOPs profiler | on purpose | FLOPs are counted from the shape | model/test_architecture.py::test_log_with_checkpointing
+003:462 | a skipped step at 5,620 TFLOPS | on purpose | a skipped step has no rate and no loss | training/test_events.py::test_a_skipped_step_has_no_rate_and_no_loss
+003:463 | `Caught 3 in 'ranges_to_skip'` | works | `iteration 3 is in --train-range-to-skip: skipped` | e2e/test_skip.py::test_counters_and_rate_advance
+003:21 | a spike in the loss, found | works | found as it happens, with the suspects; SPIKE_POLICY acts | training/test_events.py::test_a_spike_and_what_was_done
+003:101-133 | tokens of Llama-2 | not yet | TOKENIZER_MODEL must name the file, which is not shipped |
+000:7-35 | a table of 24 rows of two runs | not yet | compare_runs has losses, rates and what differs |
+000:39-74 | the Llama-3.2-1B shape | works | exact, exported with its config.json | model/test_architecture.py::test_parameters_of_presets
+000:78-86 | identities of samples and tokens a step | not yet | |
+000:90-124 | ratios of step times | not yet | ratios of tokens/s |
+000:126-142 | a sweep over devices | not yet | |
+000:151 | a checkpoint as a Hugging Face folder | works | EXPORT_HF=1 or tools/convert_hf.py | equivalence/test_huggingface.py::test_export
+000:151 | a checkpoint of the reference | not yet | |
+000:151 | `ezpz launch ...` | works | `launch` after `source ALCF/helpers.sh`, or `python -m megatron.launch` | launch/test_helpers.py::test_a_sourced_shell_knows_its_job_and_keeps_its_options
+000:151 | `-m ezpz.examples.hf_trainer` | not yet | |
+000:151 | streaming of a Hub data set | not yet | |
+000:151 | block size, bf16, recompute, 100 steps | works | SEQ, DTYPE, USE_ACTIVATION_CHECKPOINTING, ZERO_STAGE=3 for FSDP | seeds/test_commands.py::test_settings_of_the_trainer
+000:216 | rate linear from 5e-5 to 0 | works | LR_DECAY_STYLE=linear LR_WARMUP_FRAC=0 | seeds/test_commands.py::test_settings_of_the_trainer
+000:154-201 | job, hosts and command in the log | works | folder, set variables, launch command; job and hosts in run.json | seeds/test_commands.py::test_launch_lines_of_the_documents
+000:160 | the mpiexec line of Aurora | works | the published binding by CPU_BIND; today's cores by default | seeds/test_commands.py::test_launch_lines_of_the_documents
+000:270 | the mpiexec line of Polaris | works | `--np=8 --ppn=4 --cpu-bind=depth --depth=8` | seeds/test_commands.py::test_launch_lines_of_the_documents
+000:157 | the host file of PBS | works | PBS_NODEFILE, else the server's | launch/test_site.py::test_pbs_without_node_file_variable_uses_the_servers
+000:196-199 | filters of Aurora's output | on purpose | ezpz has dropped them too |
+000:202-203 | the W&B run's address | not yet | in the run's page only |
+000:205-212 | examples, batch, steps, parameters | works | the box and the epochs of each corpus | plan/test_report.py::test_dry_run_holds_everything
+000:204 | tokenizer's ids in the model's config | works | files and ids survive training and export | checkpoint/test_huggingface_files.py::test_files_and_ids_survive_training
+000:214-217 | a progress bar | works | a line each 30 s with progress and time left | training/test_loggers.py::test_the_console_prints_lines_and_now_and_then_the_time_left
+000:216 | loss, norm, rate, tokens of each step | works | metrics.jsonl | training/test_meter.py::test_a_step_record_has_the_contracted_fields
+000:219,222 | a Hugging Face folder at each save | works | EXPORT_HF=1 | checkpoint/test_huggingface_files.py::test_each_save_is_exported_behind_the_steps
+000:223-232 | runtime, rates, total FLOPs | not yet | report.md has no total of FLOPs |
+000:237-246 | loss, perplexity, accuracy of an evaluation | not yet | no accuracy | training/test_events.py::test_an_evaluation
+000:146-261 | one command on two machines | works | by host name | seeds/test_commands.py::test_every_command_resolves_everywhere
+000:247-249 | where W&B keeps its files | works | wandb in the run's folder | training/test_dashboards.py::test_offline_wandb_is_read_back_and_resumes_under_its_id
+000:147-150,258-260 | a venv on top of a module | works | made where the module lacks DeepSpeed | launch/test_helpers.py::test_an_environment_lies_on_top_of_the_machines_python
+001:113-129 | backends; a missing rank hangs the rest | works | nccl, xccl, gloo; the silent rank is named, 124 | launch/test_hang.py::test_a_silent_rank_is_named_though_others_tick
+001:131-191 | collectives, one by one | not yet | |
+001:195-204 | GBS = micro x N; rate by sqrt(N) | works | the arithmetic is checked; the rate is yours | seeds/test_commands.py::test_a_row_with_twice_the_batch
+001:219-231 | other data for each worker | works | by construction | data/test_dataset.py::test_every_sample_once_an_epoch
+001:233-254 | the same weights everywhere | works | drawn by seed and name | parallel/test_init.py::test_numbers_depend_on_seed_and_name_and_block_only
+001:256-292 | parallel input and prefetch | works | a thread reads ahead | data/test_dataset.py::test_the_pool_stays_bounded_and_order_does_not_depend_on_it
+001:304-335 | ZeRO 1-3, offload | works | equal to one process | equivalence/test_zero_layouts.py::test_layout
+001:320-335 | FSDP | on purpose | ZeRO-3 shards the same | equivalence/test_zero_layouts.py::test_layout
+001:337-485 | TP, PP, 3D | works | equal to one process | equivalence/test_layouts.py::test_layout
+001:491-501 | NVMe offload, tiled layers | not yet | refused with what to use | launch/test_reference_flags.py::test_what_is_refused_says_what_to_do
+001:487-549 | which strategy when | not yet | docs/parallelism.md |
+001:604-664 | fine-tuning on instructions | not yet | an import of the model, no chat data |
+001:676-684 | generating text | works | a sample at the end of a run | analysis/test_finish.py::test_a_sample_is_short_of_a_whole_sequence
+001:706-715,790-801 | clone, `pip install -e .` | works | setup.py with extras | structure/test_shell.py::test_requirements_are_pinned
+001:720,748-786 | `source utils.sh`, `ezpz_setup_job`, `launch` | works | `source ALCF/helpers.sh` gives the names | launch/test_helpers.py::test_a_sourced_shell_knows_its_job_and_keeps_its_options
+001:723-743 | `ezpz_setup_python` | works | modules, then .venv on top of what they have | launch/test_helpers.py::test_an_environment_lies_on_top_of_the_machines_python
+001:806 | `unset NCCL_NET ...` | not yet | |
+001:814-992 | `python3 -m ezpz.test_dist` | not yet | |
+001:847-859 | the W&B project of a script, hosts in its config | not yet | machine and settings are in the config |
+001:818-820 | LOG_FROM_ALL_RANKS=1 | on purpose | named: rank 0 logs, the others' warnings are shown with their rank | launch/test_reference_flags.py::test_variables_without_effect_are_named_and_stop_nothing
+001:994-1143 | terminal plots of 6 metrics | works | the loss at the end, any metric by tools/plot.py --metric | tools/test_plot_command.py::test_a_run_is_drawn
+001:1146-1190 | a profile | not yet | PYINSTRUMENT_PROFILER is named: there is none |
+001:1217-1225 | characters of Shakespeare | works | tools/preprocess_data.py with CharTokenizer | data/prepare/test_preprocess.py::test_characters_make_their_own_alphabet
+001:1231-1241 | `launch python3 -m wordplay ...` | on purpose | the same sizes by NLAYERS, HEADS, HIDDEN, SEQ; the blocks are Llama's | seeds/test_commands.py::test_the_hands_on_sizes
+001:1285-1336 | the configuration as JSON | works | run.json, with where each value came from | plan/test_report.py::test_dry_run_holds_everything
+001:1339-1342 | decayed and other tensors counted | not yet | PARAMS alone |
+001:1348-1428 | the model printed | not yet | |
+001:1429 | start-up time | not yet | |
+001:1430-1447 | a legend of the line | not yet | |
+001:1448-1526 | a sample at each evaluation | not yet | one at the end |
+001:1451 | forward and backward times, mfu | not yet | mfu in the metrics |
+001:1470-1471 | the best checkpoint is kept | works | KEEP_BEST | checkpoint/test_retention.py::test_what_is_kept
+001:1451-1533 | losses on 4 A100 | machine | |
+001:1241 | `tee log` | works | output.log in the run's folder | launch/test_train_script.py::test_the_trainings_status_is_the_scripts
+001:91-1536 | 29 pictures | not yet | docs hold none |
+"""
+
+
+def rows() -> list[Row]:
+    """The lines of TEXT, in order."""
+    return [Row(*(cell.strip() for cell in line.split(" |"))) for line in TEXT.strip().splitlines()]
