@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron.checkpoint import store
 from megatron.config.errors import DataError
 from megatron.config.schema import RunConfig
-from megatron.model.documents import follow_documents
+from megatron.model.document_mask import follow_documents
 from megatron.model.stack import Stack
 from megatron.parallel.cross_entropy import vocab_parallel_cross_entropy
 from megatron.parallel.groups import SERIAL

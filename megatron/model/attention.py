@@ -83,7 +83,10 @@ class Attention(nn.Module):
         self.rope = rope
         self.head_width = shape.head_width
         self.no_flash = context.no_flash_attention
-        self.tables_for, self.attend = tables_for, causal_attention  # `documents.py` sets its own
+        self.tables_for, self.attend = (
+            tables_for,
+            causal_attention,
+        )  # as `document_mask.py` sets
         self.recompute = context.recompute == "selective"
         q, kv, options = shape.query_size, shape.key_value_size, context.linear_options
 

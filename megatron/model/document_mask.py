@@ -24,7 +24,7 @@ from megatron.model.rope import Rope, tables_for
 from megatron.parallel.groups import SERIAL, Groups
 from megatron.parallel.ulysses import own_positions
 
-MicroBatch = tuple[Tensor, Tensor]  # tokens and labels, each (B, S)
+TokensAndLabels = tuple[Tensor, Tensor]  # tokens and labels, each (B, S)
 
 
 def document_numbers(tokens: Tensor, eod: int) -> Tensor:
@@ -78,8 +78,8 @@ class Documents:
         self._sp = SERIAL
 
     def begin(
-        self, micro_batches: Iterable[MicroBatch], groups: Groups, device: torch.device
-    ) -> Iterator[MicroBatch]:
+        self, micro_batches: Iterable[TokensAndLabels], groups: Groups, device: torch.device
+    ) -> Iterator[TokensAndLabels]:
         """Takes note of a step; yields its micro-batches, and is at each as it yields it.
 
         With `mask_loss`, an all-reduce of one number over the data-parallel ranks, which must all
@@ -104,7 +104,7 @@ class Documents:
             self._scale = (shares / total.clamp(min=1)).float()
         return self._selecting(batches)
 
-    def _selecting(self, batches: list[MicroBatch]) -> Iterator[MicroBatch]:
+    def _selecting(self, batches: list[TokensAndLabels]) -> Iterator[TokensAndLabels]:
         for number, batch in enumerate(batches):
             self.select(number)
             yield batch

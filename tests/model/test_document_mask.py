@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from megatron.config.layout import Layout
 from megatron.model.attention import causal_attention
-from megatron.model.documents import (
+from megatron.model.document_mask import (
     DENSE,
     PLAIN,
     Documents,
