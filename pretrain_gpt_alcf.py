@@ -40,7 +40,7 @@ from megatron.launch.ranks import Ranks, find_ranks, rendezvous
 from megatron.launch.start import configuration
 from megatron.launch.starts import accept
 from megatron.launch.walltime import job_end
-from megatron.model.documents import Documents
+from megatron.model.document_mask import Documents
 from megatron.parallel.control import Control, make_control
 from megatron.parallel.groups import Groups, make_groups
 from megatron.parallel.meeting import MeetingError

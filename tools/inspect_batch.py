@@ -62,7 +62,9 @@ def _print_step(history: RunHistory, options: argparse.Namespace) -> None:
         with redirect_stdout(sys.stderr):  # DeepSpeed's logger writes to standard output
             from megatron.analysis.sample_loss import SampleLosses  # imports the training code
 
-            model = SampleLosses(options.loss)
+            follows = history.run.data.follows_documents
+            eod = {"eod": history.tokenizer().eod} if follows else {}
+            model = SampleLosses(options.loss, **eod)
             found = model.losses([torch.from_numpy(sample.tokens) for sample in samples])
         order = sorted(range(len(samples)), key=lambda place: -found[place])
         samples, losses = [samples[i] for i in order], [found[i] for i in order]

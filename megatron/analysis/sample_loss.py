@@ -11,18 +11,23 @@ from torch import Tensor
 from megatron.checkpoint import store
 from megatron.config.errors import DataError
 from megatron.config.schema import RunConfig
+from megatron.model.document_mask import follow_documents
 from megatron.model.stack import Stack
 from megatron.parallel.cross_entropy import vocab_parallel_cross_entropy
 from megatron.parallel.groups import SERIAL
-from megatron.training.build import model_layers
+from megatron.training.build import documents_followed, model_layers
 from megatron.training.optimizers.schedule_free import evaluation_weight
 
 
 class SampleLosses:
     """The whole model of a checkpoint, and its mean loss on a sample."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, eod: int = -1) -> None:
         """Reads a checkpoint's folder, written in any layout.
+
+        Args:
+            folder: `step-<N>`.
+            eod: id that ends a document, for a run whose masks or losses follow documents.
 
         Raises:
             DataError: it holds none, or a damaged one.
@@ -37,7 +42,9 @@ class SampleLosses:
         self.iteration = checkpoint.iteration
         run = RunConfig.from_dict(checkpoint.manifest["run"])
         self._vocab_size = run.model.vocab_size
-        self._model = Stack(model_layers(run))
+        self._documents = followed = documents_followed(run, eod)
+        layers = model_layers(run)
+        self._model = Stack([follow_documents(x, followed) for x in layers] if followed else layers)
         reader = checkpoint.reader()
         beta1 = run.optimizer.adam_beta1 if run.optimizer.optimizer == "adamwschedulefree" else None
         for name, parameter in self._model.named_parameters():
@@ -49,8 +56,17 @@ class SampleLosses:
 
     @torch.no_grad()
     def losses(self, samples: Iterable[Tensor]) -> list[float]:
-        """Mean loss over the tokens of each sample, int64 (S + 1,)."""
-        return [float(self._token_losses(sample).mean()) for sample in samples]
+        """Mean loss over the tokens of each sample that count, int64 (S + 1,)."""
+        return [self._mean(sample) for sample in samples]
+
+    def _mean(self, sample: Tensor) -> float:
+        followed = self._documents
+        if followed is not None:
+            followed.show(sample[None, :-1])
+        losses = self._token_losses(sample)
+        if followed is None or not followed.mask_loss:
+            return float(losses.mean())
+        return float((losses * followed.weights).sum() / followed.weights.sum().clamp(min=1))
 
     def _token_losses(self, sample: Tensor) -> Tensor:
         logits = self._model(sample[None, :-1])  # (1, S, V)

@@ -132,7 +132,7 @@ class DataConfig:
     allow_data_change: bool = option(False, "ALLOW_DATA_CHANGE", "--allow-data-change", "allow resuming with other data than the checkpoint's: a new data stage begins at the step of the resume")
     eod_mask_loss: bool = option(False, "EOD_MASK_LOSS", "--eod-mask-loss", "leave out the loss at end-of-document tokens, which predict the next document; the mean is over the tokens left in the global batch")
     reset_position_ids: bool = option(False, "RESET_POSITION_IDS", "--reset-position-ids", "count positions (RoPE) from the start of each document in a sample")
-    reset_attention_mask: bool = option(False, "RESET_ATTENTION_MASK", "--reset-attention-mask", "a token attends to its own document only; on a CPU this needs memory for SEQ x SEQ")
+    reset_attention_mask: bool = option(False, "RESET_ATTENTION_MASK", "--reset-attention-mask", "a token attends to its own document only; without CUDA its mask takes MICRO_BATCH x SEQ x SEQ bytes")
     tokenizer_type: str = option(None, "TOKENIZER_TYPE", "--tokenizer-type", "type of tokenizer; default HFTokenizer, for the built-in corpus its own", TOKENIZER_TYPES)
     tokenizer_model: str | None = option(None, "TOKENIZER_MODEL", "--tokenizer-model", "name or path of the tokenizer; default google/gemma-7b on HPC machines")
     train_range_to_skip: str | None = option(None, "TRAIN_RANGE_TO_SKIP", "--train-range-to-skip", "steps to skip without training: `10 20 25 30`, `10-20,25-30` or `@file`; inclusive, numbered as in the log")

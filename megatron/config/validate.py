@@ -355,8 +355,8 @@ def check_documents(draft: Draft) -> Iterator[str]:
     masked, rule = draft["data.eod_mask_loss"], draft["optimizer.optimizer"]
     if masked.value and rule.value == "sophiag":
         yield (
-            f"{rule} estimates its Hessian from all tokens of a step, but {masked} leaves some "
-            f"out. Unset {masked.name}, or set {rule.name}=adamw"
+            f"{rule} estimates its Hessian from all tokens of a step, but {masked.name} leaves "
+            f"some out. Unset {masked.name}, or set {rule.name}=adamw"
         )
 
 

@@ -22,7 +22,7 @@ from megatron.engine.distributed import (
     start_distributed,
     stop_distributed,
 )
-from megatron.engine.documents import DocumentPipelineEngine, DocumentZeroEngine
+from megatron.engine.document_engine import DocumentPipelineEngine, DocumentZeroEngine
 from megatron.engine.interface import (
     Engine,
     Gate,
@@ -36,7 +36,7 @@ from megatron.engine.pipeline_module import pipeline_module
 from megatron.engine.shards import Shards, Span
 from megatron.engine.zero import ZeroEngine
 from megatron.engine.zero3 import make_secondary_group, mics_axes, partitioned_initialisation
-from megatron.model.documents import Documents, follow_documents
+from megatron.model.document_mask import Documents, follow_documents
 from megatron.model.layer import Layer
 from megatron.model.stack import Stack
 from megatron.parallel.groups import SERIAL, Axis, Groups

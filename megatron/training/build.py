@@ -6,7 +6,7 @@ from functools import partial
 
 from megatron.config.schema import RunConfig
 from megatron.engine import LossFunction
-from megatron.model.documents import Documents
+from megatron.model.document_mask import Documents
 from megatron.model.layer import Layer, ModelContext
 from megatron.parallel.cross_entropy import (
     mean_vocab_parallel_cross_entropy,

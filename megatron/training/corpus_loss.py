@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.model.documents import Documents
+from megatron.model.document_mask import Documents
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

@@ -26,6 +26,7 @@ BAD = [
     ({"PP": 3, "NUM_LAYERS": 2}, ["PP=3", "NUM_LAYERS=2", "2 < 3"]),
     ({"PP": 2, "ZERO_STAGE": 3}, ["ZERO_STAGE=3", "PP=2", "ZERO_STAGE=1"]),
     ({"PP": 2, "ZERO_STAGE": 2}, ["ZERO_STAGE=2", "PP=2"]),
+    ({"EOD_MASK_LOSS": 1, "OPT": "sophiag"}, ["OPT=sophiag", "EOD_MASK_LOSS", "OPT=adamw"]),
     ({"KEEP_EVERY": 500}, ["KEEP_EVERY=500", "without KEEP_LAST", "KEEP_LAST=3"]),
     ({"KEEP_BEST": 2}, ["KEEP_BEST=2", "without KEEP_LAST", "unset KEEP_BEST"]),
     ({"ZERO_STAGE": 4}, ["ZERO_STAGE=4", "at most 3"]),

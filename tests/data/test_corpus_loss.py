@@ -40,3 +40,24 @@ def losses_on_a_rank() -> list[dict[str, float]]:
 def test_means_are_over_the_tokens_of_all_ranks() -> None:
     wanted = {"a": (1 + 2 + 6) / 3, "b": (3 + 5 + 10 + 30 + 2) / 5}
     assert run(losses_on_a_rank, 3) == [[wanted, {}]] * 3
+
+
+class Half:
+    """Documents of which the second half of each sample does not count."""
+
+    weights = torch.tensor([[1.0, 1.0, 0.0, 0.0]]).expand(2, 4)
+
+    def mean(self, losses: Tensor) -> Tensor:
+        return (losses * self.weights).sum()
+
+
+def masked_losses() -> tuple[float, dict[str, float]]:
+    corpora = CorpusLosses(NAMES)
+    loss = corpora.counted(lambda logits, _: logits, Half())
+    logits = torch.tensor([[1.0, 3.0, 50.0, 50.0], [5.0, 7.0, 50.0, 50.0]])
+    value = loss(logits, corpora.mark(torch.zeros(2, 4, dtype=torch.long), ["a", "b"]))
+    return float(value), corpora.take(torch.device("cpu"))
+
+
+def test_tokens_left_out_of_the_loss_are_left_out_of_the_corpora() -> None:
+    assert masked_losses() == (16.0, {"a": 2.0, "b": 6.0})

@@ -110,3 +110,14 @@ def test_the_ranks_share_the_files_and_miss_none(tmp_path):
     assert len({line for share in shares for line in share}) == 7
     with pytest.raises(DataError, match="gone0"):
         check_files(files, 257).raise_problems()
+
+
+def test_the_end_of_documents_is_looked_for_where_something_follows_it(tmp_path):
+    with_ends = write_tokens(tmp_path / "with", np.arange(20 * WINDOW) % 257, documents=3)
+    without = write_tokens(tmp_path / "without", np.arange(20 * WINDOW) % 200, documents=3)
+    long = write_tokens(tmp_path / "long", np.arange(50 * WINDOW) % 200)  # one document: no proof
+    files = [_file(prefix) for prefix in (with_ends, without, long)]
+    assert not check_files(files, 257, ByteTokenizer()).problems
+    (problem,) = check_files(files, 257, ByteTokenizer(), ends=True).problems
+    assert problem.startswith(f"{without}.bin: id 256, which ends documents by the tokenizer")
+    assert "--append-eod" in problem

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,7 +24,7 @@ from megatron.model.rope import Rope, tables_for
 from megatron.parallel.groups import SERIAL, Groups
 from megatron.parallel.ulysses import own_positions
 
-MicroBatch = tuple[Tensor, Tensor]  # tokens and labels, each (B, S)
+TokensAndLabels = tuple[Tensor, Tensor]  # tokens and labels, each (B, S)
 
 
 def document_numbers(tokens: Tensor, eod: int) -> Tensor:
@@ -72,15 +71,15 @@ class Documents:
         self.mask_loss, self.no_flash = mask_loss, no_flash
         self._batches: list[Tensor] = []  # tokens of this step's micro-batches
         self._current = -1  # the one below is of; -1: of none of them
-        self._mask: Any = None  # (B, 1, S, S) bool, or a BlockMask
+        self._kernel, self._mask = DENSE, None  # the mask as the kernel takes it
         self._positions: Tensor | None = None  # (B, S)
         self._weights: Tensor | None = None  # (B, s)
         self._scale = torch.ones(())
         self._sp = SERIAL
 
     def begin(
-        self, micro_batches: Iterable[MicroBatch], groups: Groups, device: torch.device
-    ) -> Iterator[MicroBatch]:
+        self, micro_batches: Iterable[TokensAndLabels], groups: Groups, device: torch.device
+    ) -> Iterator[TokensAndLabels]:
         """Takes note of a step; yields its micro-batches, and is at each as it yields it.
 
         With `mask_loss`, an all-reduce of one number over the data-parallel ranks, which must all
@@ -105,7 +104,7 @@ class Documents:
             self._scale = (shares / total.clamp(min=1)).float()
         return self._selecting(batches)
 
-    def _selecting(self, batches: list[MicroBatch]) -> Iterator[MicroBatch]:
+    def _selecting(self, batches: list[TokensAndLabels]) -> Iterator[TokensAndLabels]:
         for number, batch in enumerate(batches):
             self.select(number)
             yield batch
@@ -122,8 +121,9 @@ class Documents:
         if self.own_positions:
             self._positions = document_positions(tokens, self.eod)
         if self.own_attention:
-            kind = tokens.device.type if not self.no_flash else "cpu"
-            self._mask = MASKS.get(kind, dense_mask)(document_numbers(tokens, self.eod))
+            made = KERNELS.get(tokens.device.type, lambda: DENSE)
+            self._kernel = PLAIN if self.no_flash else made()
+            self._mask = self._kernel.mask(document_numbers(tokens, self.eod))
         if self.mask_loss:
             self._weights = own_positions((tokens != self.eod).float(), self._sp)
 
@@ -146,14 +146,8 @@ class Documents:
         Returns:
             (B, N, S, D).
         """
-        assert self._mask is not None, "the attention of no micro-batch"
-        grouped = q.shape[1] != k.shape[1]
-        if not isinstance(self._mask, Tensor):
-            return _flex_attention(q.device.type)(
-                q, k, v, block_mask=self._mask, enable_gqa=grouped
-            )
-        with sdpa_kernel(SDPBackend.MATH) if self.no_flash else nullcontext():
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=self._mask, enable_gqa=grouped)
+        assert self._mask is not None, "no micro-batch was selected"
+        return self._kernel.attend(q, k, v, self._mask)
 
     @property
     def weights(self) -> Tensor:
@@ -185,32 +179,56 @@ def dense_mask(numbers: Tensor) -> Tensor:
     return same.tril().unsqueeze(1)
 
 
-def block_mask(numbers: Tensor) -> Any:
-    """The same for FlexAttention, which skips blocks of 128 tokens that see none of each other."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    def visible(b: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (query >= key) & (numbers[b, query] == numbers[b, key])
-
-    batch, length = numbers.shape
-    make = _compiled(create_block_mask, numbers.device.type)
-    return make(visible, batch, None, length, length, device=numbers.device)
+def _dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
 
 
-MASKS: dict[str, Callable[[Tensor], Any]] = {"cpu": dense_mask, "cuda": block_mask}
-"""Device -> the mask that its attention takes; others take the dense one."""
+def _plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    with sdpa_kernel(SDPBackend.MATH):
+        return _dense_attention(q, k, v, mask)
 
 
-def _flex_attention(device: str) -> Callable[..., Tensor]:
-    from torch.nn.attention.flex_attention import flex_attention
+class Kernel(NamedTuple):
+    """A mask from document numbers (B, S), and the attention (q, k, v, mask) that takes it."""
 
-    return _compiled(flex_attention, device)
+    mask: Callable[[Tensor], Any]
+    attend: Callable[[Tensor, Tensor, Tensor, Any], Tensor]
+
+
+DENSE = Kernel(dense_mask, _dense_attention)
+PLAIN = Kernel(dense_mask, _plain_attention)
 
 
 @cache
-def _compiled(function: Callable[..., Any], device: str) -> Callable[..., Any]:
-    """The function as a kernel; inside a compiled block it is compiled with the block."""
-    return function if device == "cpu" else torch.compile(function)
+def flex_kernel(compiled: bool = True) -> Kernel:
+    """FlexAttention, which skips blocks of 128 x 128 tokens that see nothing of each other.
+
+    Compiled it holds no S x S mask; inside a compiled block it is compiled with the block.
+    """
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    make: Callable[..., Any] = create_block_mask
+    compute: Callable[..., Any] = flex_attention
+    if compiled:
+        make, compute = torch.compile(make), torch.compile(compute)
+
+    def mask(numbers: Tensor) -> Any:
+        def visible(b: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return (query >= key) & (numbers[b, query] == numbers[b, key])
+
+        batch, length = numbers.shape
+        return make(visible, batch, None, length, length, device=numbers.device)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
+        y: Tensor = compute(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+        return y
+
+    return Kernel(mask, attend)
+
+
+KERNELS: dict[str, Callable[[], Kernel]] = {"cuda": flex_kernel}
+"""Device -> its kernel, where it has a better one than the dense."""
 
 
 def follow_documents(layer: Layer, documents: Documents) -> Layer:

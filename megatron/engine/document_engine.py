@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron.engine.interface import MicroBatches
 from megatron.engine.pipeline import PipelineEngine
 from megatron.engine.zero import ZeroEngine
-from megatron.model.documents import Documents
+from megatron.model.document_mask import Documents
 from megatron.parallel.ulysses import all_positions
 
 

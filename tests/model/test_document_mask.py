@@ -1,0 +1,146 @@
+"""Documents inside a sample: numbers, positions, masks, weights and scale, against plain loops."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from megatron.config.layout import Layout
+from megatron.model.attention import causal_attention
+from megatron.model.document_mask import (
+    DENSE,
+    PLAIN,
+    Documents,
+    Kernel,
+    document_numbers,
+    document_positions,
+    flex_kernel,
+    follow_documents,
+)
+from megatron.model.layer import Layer, ModelContext
+from megatron.model.registry import ARCHITECTURES
+from megatron.parallel.groups import SERIAL, Groups, make_groups
+from tests.model.tiny import TINY
+from tests.spawn import run
+
+EOD = 7
+
+
+def tokens_of(seed: int, batch: int = 3, length: int = 40) -> Tensor:
+    """(B, S) with ends of documents anywhere, side by side among them."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, 50, (batch, length), generator=generator)
+    share = [0.0, 0.1, 0.5, 1.0][seed % 4]
+    tokens[torch.rand(batch, length, generator=generator) < share] = EOD
+    return tokens
+
+
+def documents(**asked: bool) -> Documents:
+    flags = {"own_attention": False, "own_positions": False, "mask_loss": False}
+    return Documents(EOD, **{**flags, **asked})
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_numbers_and_positions(seed: int) -> None:
+    tokens = tokens_of(seed)
+    numbers, positions = document_numbers(tokens, EOD), document_positions(tokens, EOD)
+    for row, number_row, position_row in zip(tokens, numbers, positions, strict=True):
+        number = position = 0
+        for token, got_number, got_position in zip(row, number_row, position_row, strict=True):
+            assert (got_number, got_position) == (number, position)
+            position += 1
+            if token == EOD:
+                number, position = number + 1, 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    "kernel", [DENSE, PLAIN, flex_kernel(compiled=False)], ids=["dense", "plain", "flex"]
+)
+def test_attention_is_that_of_each_document_alone(kernel: Kernel, seed: int) -> None:
+    tokens = tokens_of(seed, length=160)
+    q, k, v = (torch.randn(3, heads, 160, 16) for heads in (4, 2, 2))
+    got = kernel.attend(q, k, v, kernel.mask(document_numbers(tokens, EOD)))
+    for sample in range(3):
+        edges = [0, *(torch.nonzero(tokens[sample] == EOD).flatten() + 1).tolist(), 160]
+        for first, last in pairwise(edges):
+            if first == last:
+                continue
+            part = [x[sample : sample + 1, :, first:last] for x in (q, k, v)]
+            alone = causal_attention(part[0], part[1], part[2], False)
+            torch.testing.assert_close(got[sample : sample + 1, :, first:last], alone)
+
+
+def alone() -> Groups:
+    """The groups of one rank, without torch.distributed."""
+    return Groups(Layout(), 0, SERIAL, SERIAL, SERIAL, SERIAL, SERIAL)
+
+
+def test_each_micro_batch_has_its_own_mask_and_weights() -> None:
+    asked = documents(own_attention=True, mask_loss=True)
+    batches = [(tokens_of(seed), tokens_of(seed)) for seed in range(4)]
+    q = torch.randn(3, 1, 40, 8)
+
+    def attended(number: int) -> Tensor:
+        mask = DENSE.mask(document_numbers(batches[number][0], EOD))
+        return DENSE.attend(q, q, q, mask)
+
+    seen = 0
+    for number, _ in enumerate(asked.begin(batches, alone(), torch.device("cpu"))):
+        torch.testing.assert_close(asked.attend(q, q, q, False), attended(number))
+        seen += 1
+    assert seen == 4
+    for number in (2, 0, 3):  # a recomputed pass of an earlier one
+        asked.select(number)
+        torch.testing.assert_close(asked.attend(q, q, q, False), attended(number))
+        assert torch.equal(asked.weights, (batches[number][0] != EOD).float())
+
+
+def means_of(shares: list[float]) -> tuple[float, float]:
+    """The engine's mean over 2 micro-batches and the data-parallel ranks, and the true one."""
+    groups = make_groups(Layout(tp=1, pp=1, dp=len(shares), sp=1))
+    asked = documents(mask_loss=True)
+    kept, total, count, mean = [], 0.0, 0, 0.0
+    for rank, share in enumerate(shares):
+        for number in range(2):
+            generator = torch.Generator().manual_seed(10 * rank + number)
+            tokens = torch.where(torch.rand(3, 8, generator=generator) < share, EOD, 1)
+            losses = torch.rand(3, 8, generator=generator)
+            total += float(losses[tokens != EOD].sum())
+            count += int((tokens != EOD).sum())
+            if rank == groups.dp.rank:
+                kept.append((tokens, losses))
+    batches = asked.begin([(t, t) for t, _ in kept], groups, torch.device("cpu"))
+    for (_, losses), _ in zip(kept, batches, strict=True):
+        mean += float(asked.mean(losses)) / 2
+    value = torch.tensor(mean)
+    torch.distributed.all_reduce(value)
+    return float(value) / len(shares), total / max(count, 1)
+
+
+@pytest.mark.parametrize("shares", [[0.1, 0.9], [1.0, 0.2], [1.0, 1.0]])
+def test_the_mean_is_over_all_counted_tokens(shares: list[float]) -> None:
+    for got, want in run(means_of, 2, shares):
+        assert math.isclose(got, want, rel_tol=1e-6)
+
+
+def test_a_block_with_its_own_attention_is_refused() -> None:
+    layer = Layer("1", nn.Linear, lambda: nn.Linear(2, 2), recompute=True)
+    for asked in ({"own_attention": True}, {"own_positions": True}):
+        with pytest.raises(ValueError, match="RESET_ATTENTION_MASK and RESET_POSITION_IDS"):
+            follow_documents(layer, documents(**asked)).build()
+    follow_documents(layer, documents(mask_loss=True)).build()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_of_the_package_follows(architecture: str) -> None:
+    layers = ARCHITECTURES[architecture].layers(TINY, ModelContext())
+    asked = documents(own_attention=True, own_positions=True)
+    changed = [follow_documents(layer, asked).build() for layer in layers]
+    follows = [m for layer in changed for m in layer.modules() if "attend" in vars(m)]
+    assert len(follows) == TINY.num_layers
+    assert all(module.attend == asked.attend for module in follows)
