@@ -103,8 +103,7 @@ def import_reference(folder: Path, run: Path, weights_only: bool, vocab_size: in
     """A checkpoint of Megatron-DeepSpeed as the step that it was."""
     found = open_reference(folder, weights_only=weights_only)
     shape = reference.shape_of(found, vocab_size)
-    progress = reference.progress_of(found)
-    state = RunState(progress.iteration, progress.samples, progress.tokens)
+    state = reference.state_of(found)
     optimizer = None if found.step is None else reference.optimizer_of(found)
     about = _about(shape, state, optimizer, f"Megatron-DeepSpeed ({found.form}), {found.folder}")
     _save(run, state.iteration, reference.pieces(found, shape, _warn), about)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from megatron.checkpoint.reference_files import MOMENTS, WEIGHTS_ONLY, Read, Reference, Slices
-from megatron.checkpoint.torch_file import Record
+from megatron.checkpoint.state import RunState
+from megatron.checkpoint.torch_file import Inert
 from megatron.config.shape import ModelShape
 from megatron.model.registry import ARCHITECTURES
 from megatron.parallel.piece import WEIGHT, Piece
@@ -103,15 +104,6 @@ _EXPECTED = {
 """Arguments of the models that this framework trains; one that is not stored counts as this."""
 
 
-@dataclass(frozen=True)
-class Progress:
-    """How far the run was."""
-
-    iteration: int
-    samples: int
-    tokens: int
-
-
 def arguments(reference: Reference) -> dict[str, Any]:
     """The arguments that the run was started with.
 
@@ -119,7 +111,7 @@ def arguments(reference: Reference) -> dict[str, Any]:
         ValueError: the checkpoint has none.
     """
     args = reference.head.get("args")
-    if not isinstance(args, Record):
+    if not isinstance(args, Inert):
         raise ValueError(
             f"{reference.folder} holds no arguments (`args`), which give the number of heads: it "
             "was not written by Megatron-DeepSpeed's training"
@@ -170,13 +162,12 @@ def shape_of(reference: Reference, vocab_size: int | None = None) -> ModelShape:
     )
 
 
-def progress_of(reference: Reference) -> Progress:
+def state_of(reference: Reference) -> RunState:
     """Steps done, and the samples and tokens of them."""
     args, head = arguments(reference), reference.head
-    iteration = int(head.get("iteration") or args.get("iteration") or 0)
     samples = int(args.get("consumed_train_samples") or 0)
     tokens = int(head.get("tokens") or samples * int(args.get("seq_length") or 0))
-    return Progress(iteration, samples, tokens)
+    return RunState(int(head.get("iteration") or 0), samples, tokens)
 
 
 def optimizer_of(reference: Reference) -> str:

@@ -188,7 +188,7 @@ def _require_alike(folder: Path, heads: Mapping[str, Mapping[str, Any]]) -> None
                 f"{folder}: {first} is of iteration {ours}, {name} of {theirs}: files of two "
                 "checkpoints are mixed"
             )
-    args = vars(heads[first].get("args") or torch_file.Record())
+    args = vars(heads[first].get("args") or torch_file.Inert())
     tp, pp = (args.get(f"{one}_model_parallel_size") for one in ("tensor", "pipeline"))
     if tp and pp and tp * pp != len(heads):
         raise ValueError(

@@ -1,7 +1,7 @@
 """Files of torch.save that others wrote, read without running anything that they name.
 
 torch's weights-only reader makes tensors and plain values. Every other class or function that a
-file names becomes a `Record`, which keeps what it is given and does nothing.
+file names becomes a `Inert`, which keeps what it is given and does nothing.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 
-class Record:
+class Inert:
     """Stands for an object of another program: its state as attributes; arguments are dropped."""
 
-    def __new__(cls, *args: Any) -> Record:
+    def __new__(cls, *args: Any) -> Inert:
         """Takes any arguments."""
         return super().__new__(cls)
 
@@ -38,7 +38,7 @@ def load(path: Path) -> Any:
     """
     try:
         named = get_unsafe_globals_in_checkpoint(path)
-        with safe_globals([(Record, name) for name in named]):
+        with safe_globals([(Inert, name) for name in named]):
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except (RuntimeError, ValueError, KeyError, EOFError, AttributeError, UnpicklingError) as error:
         # Around its reason torch advises an unsafe way of reading.

@@ -393,7 +393,7 @@ def check_beginning(draft: Draft) -> Iterator[str]:
         return
     if not load.value:
         yield (
-            f"{finetune} begins with the weights of {load.name}, which is not set. Set "
+            f"{finetune.name}=1 begins with the weights of {load.name}, which is not set. Set "
             f"{load.name} to a folder of checkpoints (runs/NAME/checkpoints) or of a Hugging Face "
             "model"
         )
@@ -406,7 +406,7 @@ def check_beginning(draft: Draft) -> Iterator[str]:
     if Path(load.value).resolve() == own.resolve():
         chosen = next((one.name for one in (save, run_dir) if one.value), run_name.name)
         yield (
-            f"{finetune} begins a new run, but {load} is the folder that this run saves to. Set "
+            f"{finetune.name}=1 begins a new run, but {load} is the folder that this run saves to. Set "
             f"another {chosen}"
         )
 

@@ -33,7 +33,7 @@ from megatron.engine.interface import (
 from megatron.engine.patches import patch_new_group, patch_partition_tables, require_accelerator
 from megatron.engine.pipeline import PipelineEngine
 from megatron.engine.pipeline_module import pipeline_module
-from megatron.engine.shards import Shards, Span
+from megatron.engine.shards import ReadPiece, Shards, Span
 from megatron.engine.zero import ZeroEngine
 from megatron.engine.zero3 import make_secondary_group, mics_axes, partitioned_initialisation
 from megatron.model.document_mask import Documents, follow_documents
@@ -47,6 +47,7 @@ __all__ = [
     "LossFunction",
     "MakeOptimizer",
     "MicroBatches",
+    "ReadPiece",
     "Shards",
     "Span",
     "make_engine",

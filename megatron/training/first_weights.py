@@ -14,7 +14,7 @@ from megatron.checkpoint import foreign, huggingface, store
 from megatron.checkpoint.tensors import TensorReader, part_of
 from megatron.config.errors import ConfigError
 from megatron.config.schema import RunConfig, by_key
-from megatron.engine import Engine
+from megatron.engine import Engine, ReadPiece
 from megatron.parallel.piece import WEIGHT, Piece
 from megatron.training.changes import model_changes
 from megatron.training.log import ALIKE
@@ -24,8 +24,6 @@ log = logging.getLogger(__name__)
 
 FREE = ("rope_theta", "rope_scaling", "nope_interval", "rms_norm_eps")
 """Fields of a model whose change leaves its weights fitting; it is said."""
-
-ReadPiece = Callable[[Piece], tuple[Mapping[str, Tensor], Mapping[str, float]]]
 
 
 def model_weights(reader: TensorReader, manifest: Mapping[str, Any]) -> ReadPiece:

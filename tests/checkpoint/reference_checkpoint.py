@@ -226,13 +226,12 @@ def _of_stage(own: Tensors, run: Written, stage: int) -> Tensors:
     return result
 
 
-def _nested(own: Tensors, dtype: torch.dtype) -> dict[str, Any]:
-    embedding = own["language_model.embedding.word_embeddings.weight"].to(dtype)
+def nested(own: Tensors) -> dict[str, Any]:
+    """A model's parameters as the reference saves them."""
+    embedding = own["language_model.embedding.word_embeddings.weight"]
     prefix = "language_model.encoder."
     encoder = OrderedDict(
-        (name.removeprefix(prefix), value.to(dtype))
-        for name, value in own.items()
-        if name.startswith(prefix)
+        (name.removeprefix(prefix), value) for name, value in own.items() if name.startswith(prefix)
     )
     model: dict[str, Any] = {
         "embedding": {"word_embeddings": OrderedDict(weight=embedding)},
@@ -240,7 +239,7 @@ def _nested(own: Tensors, dtype: torch.dtype) -> dict[str, Any]:
     }
     head = own.get("language_model.output_layer.weight")
     if head is not None:
-        model["output_layer"] = OrderedDict(weight=head.to(dtype))
+        model["output_layer"] = OrderedDict(weight=head)
     return {"language_model": model}
 
 
@@ -252,8 +251,9 @@ def _groups(own: Tensors) -> list[list[str]]:
 def _write_rank(folder: Path, run: Written, mp: int, own: dict[str, Tensors]) -> None:
     groups = _groups(own["fp32"])
     shapes = [OrderedDict((n, own["fp32"][n].shape) for n in names) for names in groups]
+    rounded = {name: value.to(run.dtype) for name, value in own["fp32"].items()}
     state: dict[str, Any] = {
-        "module": _nested(own["fp32"], run.dtype) if run.pp == 1 and run.zero < 3 else None,
+        "module": nested(rounded) if run.pp == 1 and run.zero < 3 else None,
         "optimizer": None,
         "param_shapes": shapes,
         "buffer_names": [],
