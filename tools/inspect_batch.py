@@ -90,13 +90,13 @@ def _samples_of_rank(run: RunConfig, whole: range, rank: int) -> list[int]:
     layout, train = run.layout, run.train
     if not 0 <= rank < layout.world:
         raise ConfigError(f"--rank {rank}: the run has ranks 0 to {layout.world - 1}")
-    if len(whole) != train.global_batch_size:
+    place = layout.coordinates(rank)
+    if len(whole) not in [size for _, _, size in run.batch_sizes.stretches()]:
         raise ConfigError(
             f"--rank: the step had {len(whole)} samples, but run.json lays out "
             f"{train.global_batch_size}; leave --rank out"
         )
-    place = layout.coordinates(rank)
-    gas = train.gradient_accumulation_steps
+    gas = len(whole) // (train.micro_batch_size * layout.dp)
     plan = StepPlan(len(whole), train.micro_batch_size, gas, place.dp, layout.dp)
     return [k for number in range(gas) for k in plan.micro_batch(whole.start, number)]
 

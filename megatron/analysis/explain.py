@@ -59,11 +59,11 @@ class RunHistory:
         """
         if step < 1:
             raise ConfigError(f"--step {step}: steps count from 1")
-        after = bisect_left(self._points, (step, 0))
+        after = bisect_left(self._borders, (step, 0))
         first, start, size, rest = self._stretch(after)
         if rest:
             raise DataError(
-                f"between steps {first} and {self._points[after][0]} the batch size changed, and "
+                f"between steps {first} and {self._borders[after][0]} the batch size changed, and "
                 "metrics.jsonl does not show where; set LOG_INTERVAL=1 in later runs"
             )
         start += (step - 1 - first) * size
@@ -80,7 +80,7 @@ class RunHistory:
 
     def step_of(self, sample: int) -> int:
         """The step that a sample belongs to."""
-        after = bisect_left([samples for _, samples in self._points], sample + 1)
+        after = bisect_left([samples for _, samples in self._borders], sample + 1)
         first, start, size, _ = self._stretch(after)
         return first + 1 + (sample - start) // size
 
@@ -139,16 +139,29 @@ class RunHistory:
         points |= {state.iteration: state.consumed_samples for state in self._states}
         return sorted(points.items())
 
+    @cached_property
+    def _borders(self) -> list[tuple[int, int]]:
+        """The points, and those where a growing batch changes its size between or after them."""
+        found, sizes = dict(self._points), self.run.batch_sizes
+        for (step, samples), until in zip(self._points, [*self._points[1:], None], strict=True):
+            offset = samples - sizes.consumed(step)
+            if until is not None and until[1] != offset + sizes.consumed(until[0]):
+                continue  # these steps had other sizes than run.json says
+            changes = [n for n, _, _ in sizes.stretches() if n > step]
+            inside = [n for n in changes if until is None or n < until[0]]
+            found |= {n: offset + sizes.consumed(n) for n in inside}
+        return sorted(found.items())
+
     def _stretch(self, after: int) -> tuple[int, int, int, int]:
-        """The steps before point `after`, or after the last: equal in size but for a remainder.
+        """The steps before border `after`, or after the last: equal in size but for a remainder.
 
         Returns:
             (steps, samples) consumed before them, samples per step, samples left over.
         """
-        steps, samples = self._points[after - 1]
-        if after == len(self._points):
+        steps, samples = self._borders[after - 1]
+        if after == len(self._borders):
             return steps, samples, self.run.train.global_batch_size, 0
-        until_step, until_samples = self._points[after]
+        until_step, until_samples = self._borders[after]
         return steps, samples, *divmod(until_samples - samples, until_step - steps)
 
     def _order_of(self, sample: int) -> tuple[StagedDataset | MegatronDataset, int]:

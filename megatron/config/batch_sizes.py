@@ -52,6 +52,10 @@ class BatchSizes:
         first, before, size = [one for one in _stretches(self) if one[1] <= samples][-1]
         return first + (samples - before) // size
 
+    def stretches(self) -> tuple[tuple[int, int, int], ...]:
+        """(steps, samples) before each run of steps of one size, and the size."""
+        return _stretches(self)
+
     def __str__(self) -> str:
         """`START INCREMENT SAMPLES`, as a user writes it."""
         return f"{self.start} {self.increment} {self.samples}"

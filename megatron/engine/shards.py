@@ -7,7 +7,7 @@ data-parallel ranks; nothing else reads them. A `Span` locates a run of a parame
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -97,6 +97,25 @@ class Shards:
             for fp32 in [parameter._hp_mapping.hp_fragment_address]
             for own in [parameter._hp_mapping.lp_fragment_address]
         ]
+
+    def owned(self, vocab_size: int) -> Iterator[Span]:
+        """The runs that this rank writes: every element of a layout is in one of one rank.
+
+        Args:
+            vocab_size: rows of embedding and head that count; those after them are padding.
+        """
+        for span in self.spans():
+            parameter = span.parameter
+            if self._written_elsewhere(parameter):
+                continue
+            length = span.length
+            if getattr(parameter, "is_vocabulary", False):
+                rows, width = self._piece(span, {}, {}).shape
+                sharded = self._tp.size > 1
+                first = self._tp.rank * rows // self._tp.size if sharded else 0
+                length = min(length, max(0, (vocab_size - first) * width - span.start))
+            if length:
+                yield replace(span, length=length)
 
     def pieces(self, owned_only: bool = True) -> list[Piece]:
         """What this rank writes into a checkpoint; every value is written by exactly one rank.

@@ -156,13 +156,28 @@ def epochs_text(survey: data_survey.DataSurvey) -> str:
     return "\n".join(parts)
 
 
+def length_text(run: RunConfig) -> str:
+    """Steps and tokens, and the batch where it grows."""
+    steps, sizes = run.train.train_iters, run.batch_sizes
+    tokens = f"{run.total_samples * run.model.seq_length:,} tokens"
+    if not sizes.samples:
+        return f"{steps:,} steps x {run.tokens_per_step:,} tokens = {tokens}"
+    full = next((n for n, _, size in sizes.stretches() if size == sizes.full), steps)
+    return (
+        f"{steps:,} steps = {run.total_samples:,} samples = {tokens}; samples per step grow from "
+        f"{sizes.start:,} by {sizes.increment:,} to {sizes.full:,}, from step {full + 1:,} on"
+    )
+
+
 def skip_text(run: RunConfig) -> str:
     """The ranges that are not trained on, with what they cost."""
     ranges = run.skip_ranges
     if not ranges:
         return "none"
-    steps = skip.skipped_before(run.train.train_iters + 1, ranges)
-    samples = steps * run.train.global_batch_size
+    last = run.train.train_iters
+    steps = skip.skipped_before(last + 1, ranges)
+    before = run.batch_sizes.consumed
+    samples = sum(before(min(b, last)) - before(min(a - 1, last)) for a, b in ranges)
     return (
         f"{skip.ranges_text(ranges)}: {steps:,} steps, {samples:,} samples, "
         f"{samples * run.model.seq_length:,} tokens are skipped"
@@ -188,11 +203,7 @@ def dry_run_text(resolved: Resolved, launch_command: str) -> str:
         ("configuration", resolved_table(resolved)),
         ("", architecture_box(run)),
         ("parameters", f"{run.parameters:,} ({run.parameters})"),
-        (
-            "length",
-            f"{run.train.train_iters:,} steps x {run.tokens_per_step:,} tokens = "
-            f"{run.train.train_iters * run.tokens_per_step:,} tokens",
-        ),
+        ("length", length_text(run)),
         ("ranks", placement_text(run)),
         (f"pipeline stages, {run.parallel.pipeline_schedule}", stages_text(run)),
         ("memory of the fullest rank, estimated", memory_text(run)),

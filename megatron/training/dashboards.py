@@ -65,7 +65,7 @@ class WandbTracker:
 
 
 def start_tensorboard(run: RunConfig, iteration: int) -> TensorBoardTracker | None:
-    """TensorBoard in the run's folder, or None where it is off.
+    """TensorBoard in TENSORBOARD_DIR, else in the run's folder, or None where it is off.
 
     Args:
         run: configuration; its folder exists.
@@ -81,7 +81,9 @@ def start_tensorboard(run: RunConfig, iteration: int) -> TensorBoardTracker | No
     # A file that cannot be written is the tracker's failure, not the run's.
     try:
         writer = tensorboard.SummaryWriter(
-            str(run.run_folder / "tensorboard"), purge_step=iteration + 1, flush_secs=30
+            run.log.tensorboard_dir or str(run.run_folder / "tensorboard"),
+            purge_step=iteration + 1,
+            flush_secs=30,
         )
     except OSError as error:
         log.warning(f"TensorBoard is off: {error}")
@@ -115,7 +117,7 @@ def start_wandb(run: RunConfig, iteration: int) -> WandbTracker | None:
             return None
         client = wandb.init(
             project=run.log.wandb_project,
-            name=folder.name,
+            name=run.log.wandb_exp_name or folder.name,
             id=_run_id(folder / "wandb" / "run_id"),
             resume="allow",
             mode=mode or "online",

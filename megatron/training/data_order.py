@@ -43,6 +43,7 @@ def order_settings(run: RunConfig, entries: Iterable[DataSource]) -> OrderSettin
         shares=(data.train_split, data.valid_split, data.test_split),
         seed=run.train.seed,
         train_iters=run.train.train_iters,
+        train_samples=_wanted(run),
         global_batch_size=run.train.global_batch_size,
         eval_interval=run.log.eval_interval,
         eval_iters=run.log.eval_iters,
@@ -62,11 +63,16 @@ def recorded_settings(run: RunConfig) -> dict[str, Any]:
     """What decides the training samples besides the list, for the record of a run."""
     data = run.data
     return {
-        _WANTED: run.train.train_iters * run.train.global_batch_size,
+        _WANTED: _wanted(run),
         _BLEND: data.blend_sample_in_corpus,
         _SHUFFLE: data.shuffle_sample_in_corpus,
         _EPOCHS: data.train_data_exact_num_epochs,
     }
+
+
+def _wanted(run: RunConfig) -> int:
+    """Training samples that the order is made for: TRAIN_SAMPLES, used up or not."""
+    return run.train.train_samples or run.total_samples
 
 
 def recorded_order(record: DataRecord, cache: Path) -> MegatronDataset:
@@ -90,7 +96,7 @@ def recorded_order(record: DataRecord, cache: Path) -> MegatronDataset:
         seq_length=record["seq_length"],
         shares=(first, second, third),
         seed=record["seed"],
-        train_iters=record["settings"][_WANTED],  # the product alone decides
+        train_iters=record["settings"][_WANTED],  # the number of samples alone decides
         global_batch_size=1,
         eval_interval=0,
         eval_iters=0,

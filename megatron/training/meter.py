@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import SupportsFloat
+from typing import Any, SupportsFloat
 
 from megatron.checkpoint.state import RunState
 from megatron.config.schema import RunConfig
@@ -38,7 +38,7 @@ class Meter:
         self,
         run: RunConfig,
         device: Device,
-        measured: Callable[[], Mapping[str, float]] = dict,
+        measured: Callable[[], Mapping[str, Any]] = dict,
         clock: Callable[[], float] = time.perf_counter,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:

@@ -55,7 +55,7 @@ class Interval:
     steps: Sequence[tuple[float, float | None] | None]
     loss_scale: float | None
     skipped: int
-    measured: Mapping[str, float]
+    measured: Mapping[str, Any]
     corpus_loss: Mapping[str, float] | None
 
     @property
@@ -201,6 +201,13 @@ METRICS: list[Metric] = [
            "lm loss={loss:.6f}", 8, ("lm-loss-training/lm loss", "loss/lm loss")),
     Metric("grad_norm", lambda i: i.grad_norm,
            "grad_norm={grad_norm:.3f}", 10, ("training/grad-norm", "loss/grad_norm")),
+    Metric("num_zeros", lambda i: i.measured.get("num_zeros"), "num_zeros={num_zeros:.1f}", 10.1,
+           ("training/num-zeros", "loss/num_zeros_in_grad"), optional=True),
+    Metric("params_norm", lambda i: i.measured.get("params_norm"),
+           "params_norm={params_norm:.3f}", 10.2,
+           ("training/params-norm", "loss/params_norm"), optional=True),
+    Metric("optimizer_states", lambda i: i.measured.get("optimizer_states"),
+           scalars=("optimizer",), optional=True),
     Metric("loss_scale", lambda i: i.loss_scale,
            "loss_scale={loss_scale:.1f}", 9, ("loss/loss_scale",)),
     Metric("elapsed_s", lambda i: i.step_seconds,

@@ -152,8 +152,9 @@ def _reported(trainer: Steps, step: int, spike: Judgement, action: str) -> str |
     """The report's path, written by rank 0; no failure of it stops the run."""
     if trainer.control.rank != 0 or trainer.guard.bad_steps > REPORTS_IN_A_ROW:
         return None
-    size = trainer.run.train.global_batch_size
-    first = trainer.state.consumed_samples - (trainer.state.iteration - step + 1) * size
+    sizes, state = trainer.run.batch_sizes, trainer.state
+    since = sizes.consumed(state.iteration) - sizes.consumed(step - 1)
+    first, size = state.consumed_samples - since, sizes.of(step)
     try:
         with trainer.meter.off_the_clock():
             path: Path = write_suspects(

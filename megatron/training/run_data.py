@@ -115,8 +115,8 @@ def train_data(run: RunConfig, data: Data, state: RunState) -> SampleSource:
             data.stages, run.model.seq_length, _shares(run), run.train.seed, origin, data.headers
         ).train
         assert train is not None
-    steps = max(run.train.train_iters - state.iteration, 0)
-    short = train.shortage(state.consumed_samples + steps * run.train.global_batch_size)
+    left = run.total_samples - run.batch_sizes.consumed(state.iteration)
+    short = train.shortage(state.consumed_samples + max(left, 0))
     if short is not None:
         number, total, wanted = short
         raise DataError(
@@ -230,7 +230,7 @@ def _epochs(
     run: RunConfig, stages: tuple[ListStage, ...], headers: Mapping[str, IndexHeader]
 ) -> str:
     shares = _shares(run)
-    tokens, share = run.train.train_iters * run.tokens_per_step, shares[0] / sum(shares)
+    tokens, share = run.total_samples * run.model.seq_length, shares[0] / sum(shares)
     survey = survey_stages(
         stages, tokens, share, run.model.seq_length, headers, order=run.data.order
     )

@@ -12,12 +12,13 @@ from megatron.config.schema import RunConfig
 from megatron.data.loader import StepPlan
 from megatron.engine import Engine
 from megatron.training.optimizers.parameter_groups import VECTORS
+from megatron.training.probes import Probes
 
 Change = Callable[[int], None]
 """Called with the number of the step to come."""
 
 
-def step_changes(run: RunConfig, engine: Engine, plan: StepPlan) -> list[Change]:
+def step_changes(run: RunConfig, engine: Engine, plan: StepPlan, probes: Probes) -> list[Change]:
     """The changes that a run asks for; most ask for none."""
     changes: list[Change] = []
     if run.batch_sizes.samples:
@@ -34,4 +35,6 @@ def step_changes(run: RunConfig, engine: Engine, plan: StepPlan) -> list[Change]
                     group["weight_decay"] = weight_decay(run, iteration)
 
         changes.append(set_weight_decay)
+    if run.log.log_num_zeros_in_grad:
+        changes.append(probes.before_step)
     return changes

@@ -29,6 +29,7 @@ from megatron.training.loggers import Tracker
 from megatron.training.meter import Meter
 from megatron.training.optimizers.schedule_free import evaluation_weights
 from megatron.training.optimizers.sophia import Curvature, SophiaG
+from megatron.training.probes import Probes
 from megatron.training.respond import end_unstable, report, require_finite, respond
 from megatron.training.run_data import Data, train_data
 from megatron.training.saving import Saves
@@ -93,7 +94,8 @@ class Trainer:
         self.guard = Guard(run.stability, control, scales=run.train.dtype == "fp16")
         pp, dp = engine.groups.pp, engine.groups.dp
         self.full_plan, self.plan = step_plans(run, dp)
-        self.rate, self.changes = learning_rates(run), step_changes(run, engine, self.plan)
+        self.rate, self.probes = learning_rates(run), Probes(run, engine, self.control)
+        self.changes = step_changes(run, engine, self.plan, self.probes)
         self.samples = train_data(run, data, state)
         # Stages between see no tokens, but which document each belongs to follows from them.
         self.reads_data = pp.rank in (0, pp.size - 1) or run.data.follows_documents
@@ -327,7 +329,7 @@ class Trainer:
         }
         self.tracker.log({"event": event, **about, **values})
 
-    def _measured(self) -> dict[str, float]:
-        """The pipeline's bubble since the last record, where there is one; a collective."""
+    def _measured(self) -> dict[str, Any]:
+        """What the probes see, and a pipeline's bubble since the last record; a collective."""
         bubble = self.engine.pipeline_bubble()
-        return {} if bubble is None else {"pipeline_bubble": bubble}
+        return self.probes.measured() | ({} if bubble is None else {"pipeline_bubble": bubble})

@@ -53,7 +53,7 @@ def searching(folder: Path, steps: int) -> RunConfig:
 def test_it_stops_where_the_loss_breaks_away(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    losses = [8.0, 8.0, 7.0, 5.0, 3.0, 2.0, 2.0, 4.0, 40.0, 40.0, 40.0]
+    losses = [8.0, 8.0, 7.0, 5.0, 3.0, 2.0, 2.0, 4.0, 400.0, 400.0, 400.0]
     finder, records, cause = search(tmp_path, losses)
     assert cause == DIVERGED and len(finder.points) == 9, "the tenth and eleventh are not taken"
     average = 0.0

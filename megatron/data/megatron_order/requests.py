@@ -22,10 +22,14 @@ class Wanted(NamedTuple):
 
 
 def samples_wanted(
-    train_iters: int, global_batch_size: int, eval_interval: int, eval_iters: int
+    train_iters: int,
+    global_batch_size: int,
+    eval_interval: int,
+    eval_iters: int,
+    train_samples: int | None = None,
 ) -> Wanted:
     """Samples of a run; without evaluation (`eval_interval` 0) only those of training."""
-    train = train_iters * global_batch_size
+    train = train_samples or train_iters * global_batch_size
     if eval_interval == 0:
         return Wanted(train, 0, 0)
     evaluations = train_iters // eval_interval + 1

@@ -38,6 +38,7 @@ class OrderSettings:
         blend_in_corpus: the files of a corpus are blended; else one comes after the other.
         shuffle_in_corpus: the samples of a corpus are shuffled after that.
         exact_epochs: passes over every training file; None for as many as needed.
+        train_samples: to request; None: train_iters x global_batch_size.
     """
 
     entries: tuple[DataSource, ...]
@@ -51,6 +52,7 @@ class OrderSettings:
     blend_in_corpus: bool = False
     shuffle_in_corpus: bool = True
     exact_epochs: int | None = None
+    train_samples: int | None = None
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def plan_splits(settings: OrderSettings) -> dict[str, SplitPlan]:
     _check(settings)
     wanted = samples_wanted(
         settings.train_iters, settings.global_batch_size, settings.eval_interval,
-        settings.eval_iters,
+        settings.eval_iters, settings.train_samples,
     )  # fmt: skip
     problems: list[str] = []
     files = _files(settings, wanted, problems)

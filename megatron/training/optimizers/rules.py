@@ -70,6 +70,7 @@ def _muon(groups: ParameterGroups, settings: OptimizerConfig) -> Optimizer:
             [matrix],
             lr=group["lr"],
             weight_decay=group["weight_decay"],
+            momentum=settings.muon_momentum,
             adjust_lr_fn="match_rms_adamw",
         )
 
@@ -110,7 +111,8 @@ def _adamw_schedule_free(groups: ParameterGroups, settings: OptimizerConfig) -> 
 
 
 def _sophiag(groups: ParameterGroups, settings: OptimizerConfig) -> Optimizer:
-    return SophiaG(groups, betas=_betas(settings), rho=settings.sophia_rho)
+    betas = settings.sophia_beta1, settings.sophia_beta2
+    return SophiaG(groups, betas=betas, rho=settings.sophia_rho)
 
 
 def _betas(settings: OptimizerConfig) -> tuple[float, float]:

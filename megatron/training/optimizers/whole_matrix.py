@@ -212,7 +212,8 @@ class WholeMatrixOptimizer(Optimizer):
             self._to_owner(matrix, group["params"][0])
         for matrix in matrices:
             if matrix.rule is not None:
-                matrix.rule.param_groups[0]["lr"] = group["lr"]
+                for name in ("lr", "weight_decay"):  # what may change from step to step
+                    matrix.rule.param_groups[0][name] = group[name]
                 matrix.rule.step()
         for matrix in matrices:
             self._from_owner(matrix, group["params"][0])

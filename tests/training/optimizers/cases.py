@@ -131,7 +131,13 @@ def draws(step: int) -> Tensor:
 
 def settings(name: str) -> OptimizerConfig:
     return dataclasses.replace(
-        OptimizerConfig(), optimizer=name, learning_rate=RATES.get(name, 1e-2), sgd_momentum=0.9
+        OptimizerConfig(),
+        optimizer=name,
+        learning_rate=RATES.get(name, 1e-2),
+        sgd_momentum=0.9,
+        muon_momentum=0.8,
+        sophia_beta1=0.8,
+        sophia_beta2=0.7,
     )
 
 

@@ -74,7 +74,11 @@ def plain(named: Named, s: OptimizerConfig) -> list[torch.optim.Optimizer]:
         hidden = [p for n, p in named if ".mlp." in n]
         rest = [(n, p) for n, p in named if ".mlp." not in n]
         muon = torch.optim.Muon(
-            hidden, lr=lr, weight_decay=s.weight_decay, adjust_lr_fn="match_rms_adamw"
+            hidden,
+            lr=lr,
+            weight_decay=s.weight_decay,
+            momentum=s.muon_momentum,
+            adjust_lr_fn="match_rms_adamw",
         )
         return [muon, torch.optim.AdamW(_groups(rest, s), lr=lr, betas=betas, eps=s.adam_eps)]
     if s.optimizer == "lamb":
@@ -106,14 +110,14 @@ class _PlainSophia(torch.optim.Optimizer):
             for p in group["params"]:
                 new = tokens * p.grad * p.grad
                 old = self._h.get(p, torch.zeros_like(p))
-                self._h[p] = self._s.adam_beta2 * old + (1 - self._s.adam_beta2) * new
+                self._h[p] = self._s.sophia_beta2 * old + (1 - self._s.sophia_beta2) * new
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         for group in self.param_groups:
             for p in group["params"]:
                 old = self._m.get(p, torch.zeros_like(p))
-                self._m[p] = self._s.adam_beta1 * old + (1 - self._s.adam_beta1) * p.grad
+                self._m[p] = self._s.sophia_beta1 * old + (1 - self._s.sophia_beta1) * p.grad
                 ratio = self._m[p] / (self._s.sophia_rho * self._h[p]).clamp(min=1e-15)
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.sub_(group["lr"] * ratio.clamp(-1, 1))
