@@ -46,6 +46,7 @@ class Site:
         num_hosts: hosts of the job.
         devices_per_host: accelerators per host; 0: none.
         defaults: variable -> value that this machine prefers.
+        device_gib: memory of an accelerator in GiB; 0: not known, or there is none.
     """
 
     machine: str = "generic"
@@ -53,6 +54,7 @@ class Site:
     num_hosts: int = 1
     devices_per_host: int = 0
     defaults: Mapping[str, str] = field(default_factory=dict)
+    device_gib: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -63,12 +65,14 @@ class Resolved:
         sources: option key (`section.field`) -> where its value came from.
         warnings: what the user probably did not mean.
         notes: what the user should know.
+        device_gib: memory of an accelerator in GiB; 0: not known, or the ranks use none.
     """
 
     run: RunConfig
     sources: dict[str, str]
     warnings: list[str]
     notes: list[str]
+    device_gib: float = 0.0
 
 
 def resolve(environ: Mapping[str, str], argv: Sequence[str], site: Site) -> Resolved:
@@ -102,7 +106,8 @@ def resolve(environ: Mapping[str, str], argv: Sequence[str], site: Site) -> Reso
         _compare_experiments(run, draft, warnings, notes)
     if not run.log.dry_run:
         _require_ready(run, draft, site)
-    return Resolved(run, draft.sources, warnings, notes + hints.notes(run))
+    device_gib = 0.0 if run.launch.device == "cpu" else site.device_gib
+    return Resolved(run, draft.sources, warnings, notes + hints.notes(run), device_gib)
 
 
 def _given(environ: Mapping[str, str], argv: Sequence[str]) -> tuple[Draft, list[str]]:

@@ -28,6 +28,7 @@ class Machine:
         hosts: patterns that a whole host name matches, in lower case.
         site: variable -> value that identifies the machine where host names do not.
         devices_per_host: accelerators, and so ranks, per compute host; 0: detect them.
+        device_gib: memory of an accelerator in GiB, the smaller where hosts differ; 0: detect it.
         cpu_bind: as mpiexec or srun spells it; None: the launcher's own.
         cores_per_rank: where cores are bound by depth (mpiexec) or by task (srun); 0: not given.
         srun_options: further options of srun.
@@ -44,6 +45,7 @@ class Machine:
     hosts: tuple[str, ...] = ()
     site: Mapping[str, str] = field(default_factory=dict)
     devices_per_host: int = 0
+    device_gib: float = 0.0
     cpu_bind: str | None = None
     cores_per_rank: int = 0
     srun_options: tuple[str, ...] = ()
@@ -123,6 +125,7 @@ AURORA = Machine(
     launcher="mpiexec",
     hosts=(r"aurora.*", rf"x4\d{{3}}{XNAME}", r".*\.aurora\.alcf\.anl\.gov"),
     devices_per_host=12,
+    device_gib=64,  # a tile of a Max 1550
     cpu_bind=AURORA_CORES,
     domain=".hsn.cm.aurora.alcf.anl.gov",
     environment=AURORA_ENVIRONMENT,
@@ -135,6 +138,7 @@ POLARIS = Machine(
     launcher="mpiexec",
     hosts=(r"polaris.*", rf"x3\d{{3}}{XNAME}", r".*\.polaris\.alcf\.anl\.gov"),
     devices_per_host=4,
+    device_gib=40,  # A100
     cpu_bind="depth",
     cores_per_rank=8,
     domain=".hsn.cm.polaris.alcf.anl.gov",
@@ -160,6 +164,7 @@ MACHINES: list[Machine] = [
         launcher="mpirun",
         hosts=(r"sophia.*",),
         devices_per_host=8,
+        device_gib=40,  # A100; two hosts have 80
         domain=".lab.alcf.anl.gov",
         defaults=_always(DTYPE="bf16", TP="1", MICRO_BATCH="1", GRAD_ACC_STEPS="8"),
     ),
@@ -170,6 +175,7 @@ MACHINES: list[Machine] = [
         hosts=(r"perlmutter.*", r".*\.perlmutter\.nersc\.gov"),
         site={"NERSC_HOST": "perlmutter"},
         devices_per_host=4,
+        device_gib=40,  # A100; some hosts have 80
         cpu_bind="cores",
         cores_per_rank=32,
         srun_options=("--gpus-per-node={devices}",),
@@ -182,6 +188,7 @@ MACHINES: list[Machine] = [
         hosts=(r"frontier.*",),
         site={"LMOD_SYSTEM_NAME": "frontier"},
         devices_per_host=8,
+        device_gib=64,  # a GCD of an MI250X
         cores_per_rank=7,  # the first core of each L3 is the operating system's
         srun_options=("--gpus-per-task=1", "--gpu-bind=closest", "--network=disable_rdzv_get"),
         environment=FRONTIER_ENVIRONMENT,

@@ -15,6 +15,7 @@ from megatron.config.pipeline_stages import num_stages_per_rank
 from megatron.config.schema import RunConfig
 from megatron.config.update_rules import RULES
 
+GIB = 2**30
 LOSS_BLOCK = 1 << 24  # logits that the cross entropy turns into fp32 at once
 FLAT_BUCKET = 500_000_000  # fp32 gradients that DeepSpeed's bf16 optimizer flattens to reduce them
 LIVE_PARAMETERS = 3_000_000_000  # that ZeRO-3 keeps gathered
@@ -49,8 +50,8 @@ class _Part(NamedTuple):
     """What one pipeline rank holds of the model; numbers of parameters after tensor parallelism."""
 
     layers: int
-    count: int
-    table: int
+    parameters: int
+    table: int  # of them, vocabulary
     largest: int  # parameters of its largest matrix
     deepest: int  # of the largest of those whose gradients come first: the head, or a block's
     last: bool
@@ -67,8 +68,11 @@ def _rank(run: RunConfig, rank: int) -> MemoryEstimate:
     stages = len(run.stage_blocks)
     own = {rank, stages - 1 - rank} if _two_stages(run) else {rank}
     part = _part(run, own)
-    weights, optimizer = _weights(part.count, run), _optimizer(part.count, part.table, run)
-    standing, produced = _gradients(part.count, run)
+    weights, optimizer = (
+        _weights(part.parameters, run),
+        _optimizer(part.parameters, part.table, run),
+    )
+    standing, produced = _gradients(part.parameters, run)
     in_flight = _in_flight(run, rank) / len(own)
     kept, again = _activations(run, part, in_flight)
     resident, per_parameter, at_end = _buffers(part, run)
@@ -155,7 +159,7 @@ def _gradients(count: int, run: RunConfig) -> tuple[int, int]:
 
 def _buffers(part: _Part, run: RunConfig) -> tuple[int, int, int]:
     """Buffers that stand, bytes for each parameter of a new gradient, and those of the step."""
-    width, count, stage = _value_bytes(run), part.count, engine_zero_stage(run)
+    width, count, stage = _value_bytes(run), part.parameters, engine_zero_stage(run)
     in_fp32 = run.train.dtype == "bf16" and not run.train.grad_reduce_in_bf16
     if _adds_in_fp32(run):
         flat = min(count, FLAT_BUCKET + part.largest)

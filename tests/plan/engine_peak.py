@@ -20,9 +20,9 @@ class Held(TorchDispatchMode):
     """Bytes of the storages that are alive: what operations made, and what was there before."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak = 0
+        self.peak: int = 0
         for tensor in gc.get_objects():
             if isinstance(tensor, Tensor):
                 self._add(tensor)
@@ -43,10 +43,17 @@ class Held(TorchDispatchMode):
     def _add(self, tensor: Tensor) -> None:
         if tensor.device.type == "cpu" and tensor.layout == torch.strided:
             storage = tensor.untyped_storage()
-            self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+            self._alive[storage._cdata] = (
+                StorageWeakRef(storage),  # type: ignore[no-untyped-call]
+                storage.nbytes(),
+            )
 
     def _count(self) -> None:
-        self._alive = {key: pair for key, pair in self._alive.items() if not pair[0].expired()}
+        self._alive = {
+            key: pair
+            for key, pair in self._alive.items()
+            if not pair[0].expired()  # type: ignore[no-untyped-call]
+        }
         self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
 
 
@@ -85,7 +92,7 @@ def peak_of_a_step(variables: Mapping[str, str]) -> int:
         with Held() as held:
             held.reset()
             front.steps(config, engine, 1, 2)
-            return held.peak
+    return int(held.peak)
 
 
 def _fused(x: Tensor, shape: Any, weight: Tensor, eps: float) -> Any:
