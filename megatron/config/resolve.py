@@ -59,6 +59,7 @@ class Site:
         devices_per_host: accelerators per host; 0: none.
         defaults: variable -> value that this machine prefers.
         in_job: a scheduler's job, whose warnings nobody reads in time.
+        device_gib: memory of an accelerator in GiB; 0: not known, or there is none.
     """
 
     machine: str = "generic"
@@ -67,6 +68,7 @@ class Site:
     devices_per_host: int = 0
     defaults: Mapping[str, str] = field(default_factory=dict)
     in_job: bool = False
+    device_gib: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class Resolved:
         warnings: what the user probably did not mean.
         notes: what the user should know.
         in_vain: those warnings that say that a variable was meant and is not read.
+        device_gib: memory of an accelerator in GiB; 0: not known, or the ranks use none.
     """
 
     run: RunConfig
@@ -85,6 +88,7 @@ class Resolved:
     warnings: list[str]
     notes: list[str]
     in_vain: tuple[str, ...] = ()
+    device_gib: float = 0.0
 
 
 def resolve(environ: Mapping[str, str], argv: Sequence[str], site: Site) -> Resolved:
@@ -126,12 +130,14 @@ def resolve(environ: Mapping[str, str], argv: Sequence[str], site: Site) -> Reso
         if site.in_job:
             hints.require_no_strays(strays)
         _require_ready(run, draft, site)
+    device_gib = 0.0 if run.launch.device == "cpu" else site.device_gib
     return Resolved(
         run,
         draft.sources,
         warnings,
         notes + hints.notes(run),
         tuple(stray.text for stray in strays if stray.in_vain),
+        device_gib,
     )
 
 

@@ -116,16 +116,33 @@ def _nvidia(root: Path) -> int:
 
 def _nvidia_smi(root: Path) -> int:
     """Ask nvidia-smi where the driver has no such files (WSL)."""
+    lines = [] if root != Path("/") else _asked("-L")
+    return sum(line.startswith("GPU ") for line in lines)
+
+
+def memory_gib() -> float:
+    """Memory of the smallest NVIDIA GPU of this host in GiB, as its driver says; 0: not known."""
+    lines = _asked("--query-gpu=memory.total", "--format=csv,noheader,nounits")  # MiB
+    sizes = [int(line) for line in lines if line.strip().isdecimal()]
+    return min(sizes) / 1024 if sizes else 0.0
+
+
+def _asked(*arguments: str) -> list[str]:
+    """The lines that nvidia-smi prints; none where it is not there, or does not answer."""
     tool = shutil.which("nvidia-smi")
-    if tool is None or root != Path("/"):
-        return 0
+    if tool is None:
+        return []
     try:
         found = subprocess.run(
-            [tool, "-L"], capture_output=True, text=True, timeout=NVIDIA_SMI_TIMEOUT_S, check=False
+            [tool, *arguments],
+            capture_output=True,
+            text=True,
+            timeout=NVIDIA_SMI_TIMEOUT_S,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired):
-        return 0
-    return sum(line.startswith("GPU ") for line in found.stdout.splitlines())
+        return []
+    return found.stdout.splitlines()
 
 
 def _amd(root: Path) -> int:

@@ -33,6 +33,7 @@ class Machine:
             installed is asked before a start.
         vendor: of the accelerators: nvidia, amd or intel; None where they are detected.
         devices_per_host: accelerators, and so ranks, per compute host; 0: detect them.
+        device_gib: memory of an accelerator in GiB, the smaller where hosts differ; 0: detect it.
         cpu_bind: as mpiexec or srun spells it; None: the launcher's own.
         cores_per_rank: where cores are bound by depth (mpiexec) or by task (srun); 0: not given.
         srun_options: further options of srun.
@@ -54,6 +55,7 @@ class Machine:
     dialect: str = HYDRA
     vendor: str | None = None
     devices_per_host: int = 0
+    device_gib: float = 0.0
     cpu_bind: str | None = None
     cores_per_rank: int = 0
     srun_options: tuple[str, ...] = ()
@@ -135,6 +137,7 @@ AURORA = Machine(
     dialect=PALS,
     vendor="intel",
     devices_per_host=12,
+    device_gib=64,  # a tile of a Max 1550
     cpu_bind=AURORA_CORES,
     domain=".hsn.cm.aurora.alcf.anl.gov",
     environment=AURORA_ENVIRONMENT,
@@ -151,6 +154,7 @@ POLARIS = Machine(
     dialect=PALS,
     vendor="nvidia",
     devices_per_host=4,
+    device_gib=40,  # A100
     cpu_bind="depth",
     cores_per_rank=8,
     domain=".hsn.cm.polaris.alcf.anl.gov",
@@ -186,6 +190,7 @@ MACHINES: list[Machine] = [
         dialect=OPEN_MPI,
         vendor="nvidia",
         devices_per_host=8,
+        device_gib=40,  # A100; two hosts have 80
         domain=".lab.alcf.anl.gov",
         directives=("-l filesystems=home:eagle",),
         defaults=_always(DTYPE="bf16", TP="1", MICRO_BATCH="1", GRAD_ACC_STEPS="8"),
@@ -198,6 +203,7 @@ MACHINES: list[Machine] = [
         site={"NERSC_HOST": "perlmutter"},
         vendor="nvidia",
         devices_per_host=4,
+        device_gib=40,  # A100; some hosts have 80
         cpu_bind="cores",
         cores_per_rank=32,
         srun_options=("--gpus-per-node={devices}",),
@@ -212,6 +218,7 @@ MACHINES: list[Machine] = [
         site={"LMOD_SYSTEM_NAME": "frontier"},
         vendor="amd",
         devices_per_host=8,
+        device_gib=64,  # a GCD of an MI250X
         cores_per_rank=7,  # the first core of each L3 is the operating system's
         srun_options=("--gpus-per-task=1", "--gpu-bind=closest", "--network=disable_rdzv_get"),
         environment=FRONTIER_ENVIRONMENT,

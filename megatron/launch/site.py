@@ -11,7 +11,7 @@ from megatron.config import flags, resumed
 from megatron.config.errors import ConfigError
 from megatron.config.resolve import Site
 from megatron.launch import hostlist
-from megatron.launch.accelerators import count_accelerators, narrowed
+from megatron.launch.accelerators import count_accelerators, memory_gib, narrowed
 from megatron.launch.machines import Machine, find_machine
 
 HOSTFILE, HOSTS, DEVICE = "launch.hostfile", "launch.num_hosts", "launch.device"
@@ -159,7 +159,14 @@ def site(
         devices_per_host=place.devices_per_host,
         defaults=place.machine.defaults(hosts),
         in_job=place.job.scheduler != "none",
+        device_gib=_device_gib(place),
     )
+
+
+def _device_gib(place: Location) -> float:
+    """Memory of an accelerator as the table has it, else as this host's driver says."""
+    known = place.machine.device_gib
+    return known or (memory_gib() if place.devices_per_host else 0.0)
 
 
 def _setting(

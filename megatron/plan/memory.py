@@ -1,33 +1,60 @@
-"""Bytes that the fullest rank of a layout needs, by part: an estimate made of plain integers.
+"""Bytes that the fullest rank of a layout needs at its peak, by part: made of plain integers.
 
-Activations are the tensors that an eager block keeps for its backward pass, with the fused RMSNorm
-of a GPU. Allocator slack and communication buffers are not in it.
+A step has five moments that may be its peak: the loss, the first gradient of the backward pass
+(the head's), a layer that is computed again, the last gradient (the embedding's), and the
+reduction of all. Activations are the tensors that an eager block keeps, with the fused RMSNorm of
+a GPU. The allocator's slack and the workspaces of kernels and collectives are not in it.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+from megatron.config.deepspeed import LARGEST_BUCKET, engine_zero_stage
 from megatron.config.pipeline_stages import num_stages_per_rank
 from megatron.config.schema import RunConfig
 from megatron.config.update_rules import RULES
 
+GIB = 2**30
 LOSS_BLOCK = 1 << 24  # logits that the cross entropy turns into fp32 at once
+FLAT_BUCKET = 500_000_000  # fp32 gradients that DeepSpeed's bf16 optimizer flattens to reduce them
+LIVE_PARAMETERS = 3_000_000_000  # that ZeRO-3 keeps gathered
 
 
 class MemoryEstimate(NamedTuple):
-    """Bytes on the device of the fullest rank."""
+    """Bytes on the device of the fullest rank, at its peak.
+
+    Attributes:
+        weights: of the model in the precision of the run; under ZeRO-3 this rank's partitions.
+        gradients: those that outlive a micro-batch.
+        optimizer: fp32 weights and the states of the update rule.
+        activations: what blocks keep for the backward pass, and compute again in it.
+        logits: of the loss, with their gradient.
+        buffers: DeepSpeed's: buckets, gathered parameters, gradients on their way.
+    """
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
     logits: int
+    buffers: int
 
     @property
     def total(self) -> int:
         """Sum of the parts."""
         return sum(self)
+
+
+class _Part(NamedTuple):
+    """What one pipeline rank holds of the model; numbers of parameters after tensor parallelism."""
+
+    layers: int
+    parameters: int
+    table: int  # of them, vocabulary
+    largest: int  # parameters of its largest matrix
+    deepest: int  # of the largest of those whose gradients come first: the head, or a block's
+    last: bool
 
 
 def memory_per_rank(run: RunConfig) -> MemoryEstimate:
@@ -37,33 +64,59 @@ def memory_per_rank(run: RunConfig) -> MemoryEstimate:
 
 
 def _rank(run: RunConfig, rank: int) -> MemoryEstimate:
-    """Bytes of one pipeline rank; the first stage has the embedding, the last norm and head."""
+    """Bytes of one pipeline rank at the moment of its peak."""
     stages = len(run.stage_blocks)
-    own = (
-        {rank, stages - 1 - rank}
-        if num_stages_per_rank(run.parallel.pipeline_schedule) == 2
-        else {rank}
+    own = {rank, stages - 1 - rank} if _two_stages(run) else {rank}
+    part = _part(run, own)
+    weights, optimizer = (
+        _weights(part.parameters, run),
+        _optimizer(part.parameters, part.table, run),
     )
-    first, last = 0 in own, stages - 1 in own
+    standing, produced = _gradients(part.parameters, run)
+    in_flight = _in_flight(run, rank) / len(own)
+    kept, again = _activations(run, part, in_flight)
+    resident, per_parameter, at_end = _buffers(part, run)
+    # From the second micro-batch on, the gradients of the first are there at the loss.
+    before = produced if run.train.gradient_accumulation_steps > 1 else 0
+    logits = _logits(run) if part.last else 0
+    others = int(kept * (1 - 1 / in_flight))  # of the micro-batches behind this one
+    moments = (
+        (standing + before, kept, logits, resident),
+        (standing + before, kept, 0, resident + per_parameter * part.deepest),
+        (standing + produced, others, 0, resident + per_parameter * part.largest),
+        (standing + before, kept + again, 0, resident),
+        (standing + produced, 0, 0, resident + at_end),
+    )
+    gradients, activations, logits, buffers = max(moments, key=sum)
+    return MemoryEstimate(weights, gradients, optimizer, activations, logits, buffers)
+
+
+def _two_stages(run: RunConfig) -> bool:
+    return num_stages_per_rank(run.parallel.pipeline_schedule) == 2
+
+
+def _part(run: RunConfig, own: set[int]) -> _Part:
+    """The stages `own`: the first has the embedding, the last norm and head."""
+    model, tp = run.model, run.parallel.tensor_parallel
+    first, last = 0 in own, len(run.stage_blocks) - 1 in own
     layers = sum(run.stage_blocks[stage] for stage in own)
-    tables = 1 if first and last and run.model.tie_embeddings else first + last
-    table = tables * run.padded_vocab_size * run.model.hidden_size
-    norm = last * run.model.hidden_size
-    blocks = layers * run.architecture.layer_parameters(run.model)
-    count = -(-(blocks + table + norm) // run.parallel.tensor_parallel)
-    return MemoryEstimate(
-        weights=_weights(count, run),
-        gradients=_gradients(count, run),
-        optimizer=_optimizer(count, -(-table // run.parallel.tensor_parallel), run),
-        activations=_activations(run, layers, _in_flight(run, rank) / len(own)),
-        logits=_logits(run) if last else 0,
+    tables = 1 if first and last and model.tie_embeddings else first + last
+    one = run.padded_vocab_size * model.hidden_size
+    blocks = layers * run.architecture.layer_parameters(model)
+    count = blocks + tables * one + last * model.hidden_size
+    in_block = model.hidden_size * max(model.ffn_hidden_size, model.query_size)
+    deepest = max(one if last else 0, in_block if layers else 0)
+    largest = max(one if tables else 0, deepest)
+    count, table, largest, deepest = (
+        -(-number // tp) for number in (count, tables * one, largest, deepest)
     )
+    return _Part(layers, count, table, largest, deepest, last)
 
 
 def _in_flight(run: RunConfig, rank: int) -> int:
     """Micro-batches in flight on a rank, summed over its stages."""
     stages, steps = len(run.stage_blocks), run.train.gradient_accumulation_steps
-    if num_stages_per_rank(run.parallel.pipeline_schedule) == 2:
+    if _two_stages(run):
         return min(2 * steps, stages + 1)
     return min(steps, stages - rank)  # 1F1B: one for each stage from it to the last
 
@@ -74,8 +127,8 @@ def _value_bytes(run: RunConfig) -> int:
 
 
 def _shard(amount: int, run: RunConfig, from_stage: int) -> int:
-    """A rank's part of an amount that ZeRO shards from `from_stage` on; stage 0 runs as 1."""
-    sharded = max(run.parallel.zero_stage, 1) >= from_stage
+    """A rank's part of an amount that ZeRO shards from `from_stage` on."""
+    sharded = engine_zero_stage(run) >= from_stage
     return -(-amount // run.zero_ranks) if sharded else amount
 
 
@@ -90,10 +143,37 @@ def _weights(count: int, run: RunConfig) -> int:
     return _shard(amount, run, from_stage=3) + (-(-amount // hpz) if hpz > 1 else 0)
 
 
-def _gradients(count: int, run: RunConfig) -> int:
-    """Gradients as produced; bf16 below stage 2 also accumulates them in fp32."""
-    accumulated = 4 * count if run.train.dtype == "bf16" and run.parallel.zero_stage <= 1 else 0
-    return _shard(count * _value_bytes(run), run, from_stage=2) + accumulated
+def _adds_in_fp32(run: RunConfig) -> bool:
+    """Whether DeepSpeed's bf16 optimizer adds gradients up in fp32 and frees them as it does."""
+    offloads = run.parallel.cpu_optimizer
+    return run.train.dtype == "bf16" and engine_zero_stage(run) == 1 and not offloads
+
+
+def _gradients(count: int, run: RunConfig) -> tuple[int, int]:
+    """Gradients that always stand, and those that a backward pass leaves behind."""
+    if _adds_in_fp32(run):
+        return 4 * count, 0
+    produced = _shard(count * _value_bytes(run), run, from_stage=2)
+    return (produced, 0) if engine_zero_stage(run) == 3 else (0, produced)
+
+
+def _buffers(part: _Part, run: RunConfig) -> tuple[int, int, int]:
+    """Buffers that stand, bytes for each parameter of a new gradient, and those of the step."""
+    width, count, stage = _value_bytes(run), part.parameters, engine_zero_stage(run)
+    in_fp32 = run.train.dtype == "bf16" and not run.train.grad_reduce_in_bf16
+    if _adds_in_fp32(run):
+        flat = min(count, FLAT_BUCKET + part.largest)
+        return 0, width + 4, (4 if in_fp32 else 6) * flat
+    bucket = min(LARGEST_BUCKET, -(-run.parameters // run.parallel.tensor_parallel))
+    new = width + 4 * in_fp32
+    step = 4 * _shard(count, run, from_stage=1)  # the gradients of this rank's part, in fp32
+    if stage == 1:
+        averaged = _shard(width * count, run, from_stage=1)
+        return width * bucket, new, averaged + max(0, step - width * bucket)  # which is free then
+    if stage == 2:
+        return 0, new, new * bucket + step
+    gathered = width * min(count, LIVE_PARAMETERS)
+    return gathered + 2 * width * bucket, new, 4 * in_fp32 * bucket + step
 
 
 def _optimizer(count: int, table: int, run: RunConfig) -> int:
@@ -106,14 +186,24 @@ def _optimizer(count: int, table: int, run: RunConfig) -> int:
     return _shard(4 * numbers, run, from_stage=1)
 
 
-def _activations(run: RunConfig, layers: int, micro_batches: float) -> int:
-    """Bytes that `layers` blocks keep for `micro_batches`, and those recomputed at once."""
-    if layers == 0:  # a last stage may have the head alone
-        return 0
+def _activations(run: RunConfig, part: _Part, micro_batches: float) -> tuple[int, int]:
+    """Bytes that the blocks of a rank keep for `micro_batches`, and those computed again at once.
+
+    The last stage also keeps the final norm's input and output, of one micro-batch; a pipeline
+    keeps what it sends, and two tensors on their way.
+    """
+    norm_ranks = run.parallel.tensor_parallel if run.parallel.megatron_sequence_parallel else 1
+    state = -(-_tokens(run) * _value_bytes(run) * run.model.hidden_size // norm_ranks)
+    ends = 2 * state if part.last else 0
+    if run.parallel.pipeline_parallel > 1:
+        ends += int((micro_batches + 2) * state)
+    if part.layers == 0:  # a last stage may have the head alone
+        return ends, 0
     recompute = run.train.activation_checkpointing
-    group = min(layers, run.train.checkpoint_num_layers) if recompute == "1" else 1
+    group = min(part.layers, run.train.checkpoint_num_layers) if recompute == "1" else 1
     kept = _block(run, recompute)
-    return int(micro_batches * -(-layers // group) * kept) + group * _block(run, "0") - kept
+    held = int(micro_batches * -(-part.layers // group) * kept)
+    return held + ends, group * _block(run, "0") - kept
 
 
 def _block(run: RunConfig, recompute: str) -> int:
@@ -140,6 +230,10 @@ def _block(run: RunConfig, recompute: str) -> int:
 
 
 def _logits(run: RunConfig) -> int:
-    """Logits and their gradient in the model's precision, and two fp32 blocks of the loss."""
+    """Logits and their gradient in the model's precision, and two fp32 blocks of the loss.
+
+    A pipeline holds the logits of the micro-batch before, too.
+    """
     logits = _tokens(run) * (run.padded_vocab_size // run.parallel.tensor_parallel)
-    return 2 * logits * _value_bytes(run) + 4 * min(logits, 2 * LOSS_BLOCK)
+    copies = 3 if run.parallel.pipeline_parallel > 1 else 2
+    return copies * logits * _value_bytes(run) + 4 * min(logits, 2 * LOSS_BLOCK)

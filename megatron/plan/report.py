@@ -13,9 +13,9 @@ from megatron.config.schema import RunConfig
 from megatron.config.table import value_text
 from megatron.data import data_list
 from megatron.data import survey as data_survey
-from megatron.plan.memory import memory_per_rank
+from megatron.plan.fit import verdict
+from megatron.plan.memory import GIB, memory_per_rank
 
-GIB = 2**30
 SHARDED = {
     1: "ZeRO 1: optimizer states",
     2: "ZeRO 2: optimizer states and gradients",
@@ -63,11 +63,13 @@ def resolved_table(resolved: Resolved) -> str:
     return _columns(rows)
 
 
-def memory_text(run: RunConfig) -> str:
-    """The memory estimate by part."""
+def memory_text(run: RunConfig, device_gib: float = 0.0) -> str:
+    """The memory estimate by part, and whether it fits a device; 0 GiB: nobody knows."""
     estimate = memory_per_rank(run)
     rows = [(part, f"{size / GIB:.3f} GiB") for part, size in estimate._asdict().items()]
-    return _columns([*rows, ("total", f"{estimate.total / GIB:.3f} GiB")])
+    table = _columns([*rows, ("total", f"{estimate.total / GIB:.3f} GiB")])
+    known = verdict(run, device_gib) if device_gib else ["the memory of a device is not known here"]
+    return "\n".join([table, *known])
 
 
 def stages_text(run: RunConfig) -> str:
@@ -206,7 +208,10 @@ def dry_run_text(resolved: Resolved, launch_command: str) -> str:
         ("length", length_text(run)),
         ("ranks", placement_text(run)),
         (f"pipeline stages, {run.parallel.pipeline_schedule}", stages_text(run)),
-        ("memory of the fullest rank, estimated", memory_text(run)),
+        (
+            "memory of the fullest rank at its peak, estimated",
+            memory_text(run, resolved.device_gib),
+        ),
         ("data", data_text(run)),
         ("steps to skip", skip_text(run)),
         ("run folder", str(run.run_folder)),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.hosts import lab, training
+from tests.hosts import lab
 from tests.hosts.conftest import require, two_hosts
 from tests.hosts.training import ROOT, assert_same, environment, steps
 

@@ -1,0 +1,70 @@
+"""The estimate against the peak of the real engine's step, on the rank that needs most.
+
+DeepSpeed's buckets are larger than these models, so each is as large as the model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megatron.plan import memory
+from megatron.plan.memory import memory_per_rank
+from tests.equivalence import front
+from tests.plan.engine_peak import peak_of_a_step
+from tests.spawn import run
+
+SIZE = {
+    "NLAYERS": "4", "HIDDEN": "256", "HEADS": "8", "NUM_KV_HEAD": "4", "FFN_HIDDEN_SIZE": "704",
+    "SEQ": "512", "VOCAB_SIZE": "8192", "DTYPE": "bf16", "OPT": "adamw", "MICRO_BATCH": "1",
+    "GLOBAL_BATCH": "", "GAS": "2", "LR": "0.001",
+}  # fmt: skip
+SHORT = {"SEQ": "64"}  # the gradients' buffers are the peak, not the loss
+BLOCKS = {"VOCAB_SIZE": "512", "NLAYERS": "8", "MICRO_BATCH": "2"}  # the blocks are
+CASES: dict[str, dict[str, Any]] = {
+    "one rank": {},
+    "dp2, one micro-batch": {"WORLD_SIZE": "2", "GAS": "1"},
+    "blocks": BLOCKS,
+    "recompute": {"USE_ACTIVATION_CHECKPOINTING": "1", "MICRO_BATCH": "4"},
+    "recompute, long": {"USE_ACTIVATION_CHECKPOINTING": "1", "SEQ": "1024", **BLOCKS},
+    "selective": {"USE_ACTIVATION_CHECKPOINTING": "selective", **BLOCKS},
+    "zero 2": {"WORLD_SIZE": "2", "ZERO_STAGE": "2"},
+    "zero 2, short": {"WORLD_SIZE": "2", "ZERO_STAGE": "2", **SHORT},
+    "zero 3": {"WORLD_SIZE": "4", "ZERO_STAGE": "3"},
+    "fp16": {"WORLD_SIZE": "2", "DTYPE": "fp16"},
+    "fp16, short": {"WORLD_SIZE": "2", "DTYPE": "fp16", **SHORT},
+    "fp32": {"WORLD_SIZE": "2", "DTYPE": "fp32"},
+    "tied, short": {"TIE_EMBEDDINGS": "1", **SHORT},
+    "muon": {"WORLD_SIZE": "2", "OPT": "muon"},
+    "ulysses": {"SP": "2"},
+    "tp2, sequence": {"TP": "2", "SEQUENCE_PARALLEL": "1", "MICRO_BATCH": "4"},
+    "tp2, blocks": {"TP": "2", **BLOCKS},
+    "pp2": {"PP": "2", "GAS": "4"},
+    "pp2, recompute": {"PP": "2", "GAS": "4", "USE_ACTIVATION_CHECKPOINTING": "1"},
+    "pp4, blocks": {"PP": "4", "GAS": "8", **BLOCKS},
+    "dualpipev": {"PP": "2", "GAS": "4", "PIPELINE_SCHEDULE": "dualpipev"},
+}
+QUICK = ("one rank", "zero 2, short")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in CASES],
+)
+def test_the_estimate_is_the_peak_of_a_step(name: str) -> None:
+    variables = {**SIZE, **CASES[name]}
+    config = front.run_config(variables)
+    peak = max(run(peak_of_a_step, config.parallel.world_size, variables, timeout=200))
+    assert memory_per_rank(config).total == pytest.approx(peak, rel=0.05)
+
+
+def test_buckets_are_those_of_deepspeed() -> None:
+    """What the sizes above do not reach."""
+    from deepspeed.runtime.engine import MEMORY_OPT_ALLREDUCE_SIZE
+
+    from megatron.config.deepspeed import deepspeed_config
+
+    assert memory.FLAT_BUCKET == MEMORY_OPT_ALLREDUCE_SIZE
+    zero = deepspeed_config(front.run_config({"ZERO_STAGE": "3"}))["zero_optimization"]
+    assert zero["stage3_max_live_parameters"] == memory.LIVE_PARAMETERS
