@@ -61,9 +61,7 @@ class Launcher:
         return [*ours, "-n", "4", "-ppn", "2", "--", sys.executable, *program]
 
     @contextlib.contextmanager
-    def started(
-        self, program: list[str], **environ: str
-    ) -> Iterator[subprocess.Popen[str]]:
+    def started(self, program: list[str], **environ: str) -> Iterator[subprocess.Popen[str]]:
         """`program` on the four ranks, as our launcher starts it; killed at the block's end."""
         assert self.made is not None
         host, words, variables = self.command(self.launch(program))

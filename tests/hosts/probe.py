@@ -1,8 +1,8 @@
 """A rank without torch: notes who it is, meets the others, then waits, fails or stops.
 
-    probe.py FOLDER                     write FOLDER/<rank>.json and end
-    probe.py FOLDER fail RANK HOW       rank RANK ends: HOW is a status, `traceback` or `kill`
-    probe.py FOLDER stop                wait for a signal, save as a run does, end with 0
+probe.py FOLDER                     write FOLDER/<rank>.json and end
+probe.py FOLDER fail RANK HOW       rank RANK ends: HOW is a status, `traceback` or `kill`
+probe.py FOLDER stop                wait for a signal, save as a run does, end with 0
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main(folder: Path, mode: str = "", *more: str) -> int:
 
 
 def meet(ranks: Ranks, meeting: str) -> None:
-    """All ranks reach the address that the run would use; rank 0 listens there, or torchrun does."""
+    """All ranks reach the address of the run, where rank 0 listens, or torchrun does."""
     host, port = meeting.removeprefix("tcp://").rsplit(":", 1)
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     with contextlib.ExitStack() as stack:

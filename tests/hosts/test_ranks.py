@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from tests.hosts import lab
-from tests.hosts.launchers import MPICH, OPEN_MPI, ROOT, Launcher
 from tests.hosts.conftest import require
+from tests.hosts.launchers import MPICH, OPEN_MPI, ROOT, Launcher
 
 PROBE = str(Path(__file__).with_name("probe.py"))
 CARRIED = {"NCCL_DEBUG": "WARN", "GLOO_SOCKET_IFNAME": "eth0", "CCL_KVS_MODE": "mpi", "FI_LOG": "1"}

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.hosts import lab, training
+from tests.hosts import lab
 from tests.hosts.conftest import require, two_hosts
 from tests.hosts.training import ROOT, assert_same, environment, steps
 
 STARTED_S = 150.0
 LONG = 40  # steps; a signal comes before the last one
+
+pytestmark = pytest.mark.timeout(600)
 
 
 class Job:
