@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import cProfile
+import itertools
 import os
 import pstats
 import socket
@@ -204,9 +205,7 @@ def check_barrier(place: Place) -> str:
     waited = time.monotonic() - began
     if waited > BARRIER_S / 2:
         return ""
-    return (
-        f"barrier is wrong: rank {place.rank} left {waited:.3f} s after it came, all others or not"
-    )
+    return f"barrier is wrong: rank {place.rank} left before the last, {waited:.3f} s after it came"
 
 
 def check_collectives(place: Place, sizes: Sequence[int], repeats: int) -> list[str]:
@@ -249,7 +248,7 @@ def timed(run: Callable[[], Any], place: Place, repeats: int) -> float:
     return max((time.perf_counter() - began) / repeats, 1e-9)
 
 
-LEGEND = """(loss: mean over all ranks; sps: samples of ALL ranks per second; in seconds, each waited
+LEGEND = """(loss: mean over all ranks; sps: samples of ALL ranks per second; seconds, each waited
 for: dt a step, dtf its forward, dtb its backward with the mean of the gradients over ranks)"""
 
 
@@ -263,7 +262,7 @@ def train(
     """
     torch.manual_seed(0)  # the same weights everywhere
     sizes = [features, *WIDTHS, features]
-    pairs = list(zip(sizes[:-1], sizes[1:], strict=True))
+    pairs = itertools.pairwise(sizes)
     layers = [layer for pair in pairs for layer in (torch.nn.Linear(*pair), torch.nn.ReLU())][:-1]
     model = torch.nn.Sequential(*layers).to(place.device.torch_device)
     optimizer = torch.optim.Adam(model.parameters())
