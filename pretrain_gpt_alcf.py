@@ -7,16 +7,18 @@ torchrun --nproc-per-node 2 pretrain_gpt_alcf.py    # every rank makes the same 
 
 from __future__ import annotations
 
-import signal
+import os
+import sys
 
-if __name__ == "__main__":  # until training listens, Ctrl-C ends a rank without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__":  # before the imports, which take seconds
+    from megatron.launch.rank_process import begin
+
+    ranks, signals = begin(sys.argv[1:], os.environ)
 
 import faulthandler
 import io
 import logging
-import os
-import sys
+import signal
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -29,12 +31,14 @@ from megatron.config.pipeline_stages import stage_bounds
 from megatron.config.schema import RunConfig
 from megatron.engine import Engine, make_engine, start_distributed, stop_distributed
 from megatron.launch.heartbeat import HEARTBEAT, Heartbeat
-from megatron.launch.ranks import Ranks, find_ranks, rendezvous
+from megatron.launch.rank_process import run_to_end
+from megatron.launch.ranks import Ranks, rendezvous
 from megatron.launch.start import configuration
 from megatron.launch.starts import accept
 from megatron.launch.walltime import job_end
 from megatron.parallel.control import Control, make_control
 from megatron.parallel.groups import Groups, make_groups
+from megatron.parallel.meeting import MeetingError
 from megatron.plan.report import architecture_box
 from megatron.training import log
 from megatron.training.build import loss_function, model_layers
@@ -49,21 +53,26 @@ from megatron.training.run_data import Data, build_data, train_data
 from megatron.training.stop import STOP_FILE, StopRequest
 from megatron.training.trainer import Trainer
 
-COLLECTIVE_TIMEOUT_S = 1800.0
 
+def main(argv: Sequence[str], ranks: Ranks, signals: Sequence[int] = ()) -> int:
+    """Trains; returns the exit status documented in the README.
 
-def main(argv: Sequence[str]) -> int:
-    """Trains; returns the exit status documented in the README."""
-    ranks = find_ranks(os.environ)
+    Args:
+        argv: the command line without the program's name.
+        ranks: place of this process.
+        signals: that came, or come, before training listens.
+    """
     try:
         with configuration(os.environ, argv) as (run, config):
-            return pretrain(run, ranks, config)
-    except (ConfigError, DataError, MissingCheckpoint) as error:
+            return pretrain(run, ranks, config, signals)
+    except (ConfigError, DataError, MissingCheckpoint, MeetingError) as error:
         print_error(ranks, error)
         return error.exit_status
 
 
-def pretrain(run: RunConfig, ranks: Ranks, config: Path | None = None) -> int:
+def pretrain(
+    run: RunConfig, ranks: Ranks, config: Path | None = None, signals: Sequence[int] = ()
+) -> int:
     """One run, from its configuration to its report; `config` is the file that holds it."""
     started = time.time()
     log.setup(ranks.rank, "DEBUG" if run.log.debug else run.log.log_level)
@@ -80,13 +89,14 @@ def pretrain(run: RunConfig, ranks: Ranks, config: Path | None = None) -> int:
         ranks.world_size,
         ranks.local_rank,
         rendezvous(os.environ),
-        COLLECTIVE_TIMEOUT_S,
+        60 * run.launch.distributed_timeout_minutes,
+        name=f"{run.run_folder} {ranks.counted}",
     )
     groups, control = make_groups(run.layout), make_control()
     data = build_data(run, control)
     engine = build_engine(run, groups, device, data.corpus_losses)
     # To the very end: what comes after the last save must not turn a saved run into a failed one.
-    with stop_request(run, started, leads=leads) as stop:
+    with stop_request(run, started, signals, leads=leads) as stop:
         status = train(run, engine, data, device, stop, control, heartbeat, config)
         engine.close()
         stop_distributed()
@@ -138,15 +148,18 @@ def train(
     return status
 
 
-def stop_request(run: RunConfig, started: float, *, leads: bool) -> StopRequest:
+def stop_request(
+    run: RunConfig, started: float, signals: Sequence[int], *, leads: bool
+) -> StopRequest:
     """What stops this rank; one rank looks at the clock and at the run's folder for all."""
     if not leads:
-        return StopRequest()
+        return StopRequest(signals=signals)
     minutes = run.train.exit_duration_mins
     return StopRequest(
         run.run_folder / "STOP",
         stop_at=None if minutes is None else started + 60 * minutes,
         job_end=job_end(os.environ),
+        signals=signals,
     )
 
 
@@ -188,10 +201,11 @@ def print_error(ranks: Ranks, error: Exception) -> None:
 
 
 if __name__ == "__main__":
-    assert isinstance(sys.stdout, io.TextIOWrapper)
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack characters
+    for stream in (sys.stdout, sys.stderr):  # lines arrive whole, whatever ranks write beside us
+        assert isinstance(stream, io.TextIOWrapper)
+        stream.reconfigure(errors="backslashreplace", line_buffering=True, write_through=False)
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR2, all_threads=True)
-    status = main(sys.argv[1:])
+    status = run_to_end(partial(main, sys.argv[1:], ranks, signals), ranks, os.environ)
     logging.shutdown()
     sys.exit(status)

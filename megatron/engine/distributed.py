@@ -22,10 +22,17 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from megatron.engine.patches import members_group, patch_cpu_accelerator
 from megatron.parallel.groups import Axis
+from megatron.parallel.meeting import meet
 
 
 def start_distributed(
-    backend: str, rank: int, world_size: int, local_rank: int, init_method: str, timeout_s: float
+    backend: str,
+    rank: int,
+    world_size: int,
+    local_rank: int,
+    init_method: str,
+    timeout_s: float,
+    name: str = "",
 ) -> None:
     """Joins the process group and passes it to DeepSpeed.
 
@@ -34,8 +41,14 @@ def start_distributed(
         rank: this process, 0 .. world_size - 1.
         world_size: total number of processes.
         local_rank: this process on its host; DeepSpeed reads it from LOCAL_RANK.
-        init_method: `tcp://host:port` or `file:///path`.
-        timeout_s: seconds a collective may take before the run is taken down.
+        init_method: `tcp://host:port`, where the ranks meet.
+        timeout_s: seconds that a collective may take before the run is taken down, and that ranks
+            wait for each other at the start.
+        name: of the run.
+
+    Raises:
+        ConfigError: the ranks cannot meet there.
+        MeetingError: some did not come in time.
     """
     os.environ["LOCAL_RANK"] = str(local_rank)
     patch_cpu_accelerator()
@@ -44,9 +57,12 @@ def start_distributed(
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     if not dist.is_initialized():
         # A single process needs no port, which another run might hold.
-        alone = {"store": HashStore()} if world_size == 1 else {"init_method": init_method}
+        alone = world_size == 1
+        store = HashStore() if alone else meet(init_method, rank, world_size, timeout_s, name)
         timeout = datetime.timedelta(seconds=timeout_s)
-        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout, **alone)
+        dist.init_process_group(
+            backend, rank=rank, world_size=world_size, timeout=timeout, store=store
+        )
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
 
 

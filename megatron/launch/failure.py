@@ -40,7 +40,11 @@ _DEATH = re.compile(
 )
 _BY_SIGNAL = re.compile(r"signal|Killed|Segmentation|Bus error|Aborted|Out Of Memory")
 _CODE = re.compile(r"Exited with exit code (\d+)")
-_SIGNAL = re.compile(r"\b(?:on|from|with) signal (\d+)|\(signal (\d+)\)")
+_SIGNAL = re.compile(
+    r"\b(?:from|on) signal (\d+)"  # PALS, Open MPI
+    r"|^=   EXIT CODE: (\d+)$"  # Hydra, of one that did not exit by itself
+    r"|failed \(exitcode: -(\d+)\)"  # torchrun
+)
 _WORDS = {"Killed": 9, "Out Of Memory": 9, "Segmentation": 11, "Bus error": 7, "Aborted": 6}
 _END = re.compile(r"\[rank (\d+)\] ended with status (\d+)")
 
@@ -54,8 +58,8 @@ def end_line(rank: int, status: int) -> str:
 
 
 def is_end_line(line: str) -> bool:
-    """Whether a line is only that."""
-    return _END.fullmatch(line) is not None
+    """Whether a line is only that, or those of several ranks."""
+    return bool(line) and not _END.sub("", line)
 
 
 class FirstError:
@@ -94,8 +98,8 @@ class FirstError:
         elif (own := _OF_RANK.match(line)) and self.rank is None:
             self.rank, self._prefix = int(own[2]), f"{own[1]}: "
             self.lines = [line]
-        elif not self._died and (killed := _SIGNAL.search(line)):
-            self._died, self._death = True, 128 + int(killed[1] or killed[2])  # Hydra names no rank
+        elif not self._died and _SIGNAL.search(line):  # of a rank that it does not name
+            self._died, self._death = True, _status_of_death(line)
         elif self._prefix and line.startswith(self._prefix) and len(self.lines) < SHOWN_LINES:
             self.lines.append(line)
 
@@ -108,7 +112,9 @@ class FirstError:
         if len(self.statuses) == ranks and not any(self.statuses.values()):
             return 0
         failed = [status for status in self.statuses.values() if status]
-        if self._death > 128 or (self._death and not failed):
+        # Peers of a killed rank fail as well; a SIGTERM is the launcher's, or ours.
+        killed = self._death > 128 and self._death != 128 + signal.SIGTERM
+        if (killed and not _FOUND & set(failed)) or (self._death and not failed):
             return self._death
         if self.rank is not None and self.statuses.get(self.rank):
             return self.statuses[self.rank]
@@ -120,7 +126,7 @@ def _status_of_death(line: str) -> int:
     if code := _CODE.search(line):
         return int(code[1])
     if number := _SIGNAL.search(line):
-        return 128 + int(number[1] or number[2])
+        return 128 + int(next(text for text in number.groups() if text))
     return next((128 + number for word, number in _WORDS.items() if word in line), 0)
 
 

@@ -56,13 +56,12 @@ class Child:
 class _Stream:
     """One pipe of a child, split into lines."""
 
-    def __init__(self, pipe: IO[bytes], is_error: bool, output: Output) -> None:
+    def __init__(self, pipe: IO[bytes], is_error: bool, output: Output, first: FirstError) -> None:
         self.pipe = pipe
         self.lines: deque[str] = deque(maxlen=KEPT_LINES)
         self.traceback_at: float | None = None
         self.error_at: float | None = None
-        self.failed_at: float | None = None
-        self.first = FirstError()
+        self._first = first
         self._is_error = is_error
         self._output = output
         self._rest = b""
@@ -80,9 +79,7 @@ class _Stream:
 
     def _line(self, line: bytes) -> None:
         text = line.decode(errors="replace")
-        self.first.take(text)
-        if self.failed_at is None and self.first.failed:
-            self.failed_at = time.monotonic()
+        self._first.take(text)
         if is_end_line(text):
             return
         self.lines.append(text)
@@ -107,9 +104,11 @@ class _Running:
             preexec_fn=prepare,
         )
         assert self.process.stdout is not None and self.process.stderr is not None
-        self.out = _Stream(self.process.stdout, False, output)
-        self.err = _Stream(self.process.stderr, True, output)
+        self.first = FirstError()  # Hydra tells of a killed rank on standard output
+        self.out = _Stream(self.process.stdout, False, output, self.first)
+        self.err = _Stream(self.process.stderr, True, output, self.first)
         self.ended: Ended | None = None
+        self._failed_at: float | None = None
         self._signals = child.signals
         self._sent: set[int] = set()
 
@@ -123,7 +122,9 @@ class _Running:
 
     def lingers(self, now: float) -> bool:
         """Whether a rank behind it has failed and it does not end the others."""
-        failed_at = self.err.failed_at
+        if self._failed_at is None and self.first.failed:
+            self._failed_at = now
+        failed_at = self._failed_at
         return self.ended is None and failed_at is not None and now - failed_at > LINGER_S
 
     def send(self, number: int) -> None:
@@ -150,7 +151,7 @@ class _Running:
         self.ended.errors = list(self.err.lines) or list(self.out.lines)
         self.ended.traceback_at = self.err.traceback_at
         self.ended.error_at = self.err.error_at
-        self.ended.first = self.err.first
+        self.ended.first = self.first
         return self.ended
 
 

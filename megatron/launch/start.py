@@ -7,6 +7,7 @@ Makes the configuration, writes the run's folder, starts the ranks, ends with th
 from __future__ import annotations
 
 import os
+import platform
 import shlex
 import shutil
 import sys
@@ -16,6 +17,7 @@ from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 
+from megatron import __version__
 from megatron.checkpoint.atomic import write_atomically
 from megatron.config import table
 from megatron.config.errors import ConfigError, DataError
@@ -26,8 +28,8 @@ from megatron.launch import launch_plan, starts
 from megatron.launch.claim import Say, claimed
 from megatron.launch.dialect import asker
 from megatron.launch.launch_plan import LaunchPlan, LaunchRequest
-from megatron.launch.provenance import provenance
-from megatron.launch.ranks import find_ranks
+from megatron.launch.provenance import provenance, versions
+from megatron.launch.ranks import Ranks, find_ranks
 from megatron.launch.retry import run_with_retries
 from megatron.launch.screen import Screen
 from megatron.launch.site import Location, find_location, site
@@ -37,6 +39,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ROOT / "pretrain_gpt_alcf.py"
 OUTPUT_FILE = "output.log"
 NOTHING_TO_START = 100  # `--check` ends with it after a dry run or --help
+SHOWN = ("torch", "deepspeed")
 REFUSED = (2, 3, 4)  # statuses of a start that was refused: setting, data, checkpoint
 
 
@@ -45,8 +48,9 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     only_check = argv[:1] == ["--check"]
     argv = argv[1:] if only_check else argv
     printed = NOTHING_TO_START if only_check else 0
-    if "--help" in argv or "-h" in argv:
-        print(table.help_text(), end="")
+    text = information(argv)
+    if text is not None:
+        print(text, end="")
         return printed
     try:
         location, resolved, planned = check(argv, environ)
@@ -60,6 +64,18 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
+
+
+def information(argv: Sequence[str]) -> str | None:
+    """What `--help` and `--version` print; None without them."""
+    if "--help" in argv or "-h" in argv:
+        return table.help_text()
+    if "--version" in argv:
+        found = versions()
+        named = {"Python": platform.python_version(), **{name: found[name] for name in SHOWN}}
+        lines = (f"{name} {version}" for name, version in named.items())
+        return "\n".join([f"megatron {__version__}", *lines]) + "\n"
+    return None
 
 
 def check(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Location, Resolved, LaunchPlan]:
@@ -134,6 +150,31 @@ def plan_of(run: RunConfig, environ: Mapping[str, str], location: Location) -> L
     return launch_plan.make_plan(request, program, environ, location, ask=asker(environ))
 
 
+def print_dry_run(environ: Mapping[str, str], argv: Sequence[str], ranks: Ranks) -> bool:
+    """Print what ranks that another launcher has started, or one alone, would train, once.
+
+    Returns:
+        Whether this is a dry run.
+
+    Raises:
+        ConfigError: where a setting is wrong.
+        DataError: where data is wrong.
+    """
+    words = [*argv, f"DRY_RUN={environ['DRY_RUN']}"] if environ.get("DRY_RUN") else list(argv)
+    config = argv[1] if argv[:1] == ["--config"] and len(argv) > 1 else None
+    if not any("dry" in word.lower() for word in words) or (
+        config and starts.is_pending(Path(config))
+    ):
+        return False
+    environ = {**environ, "WORLD_SIZE": str(ranks.world_size)}
+    argv = ["--resume", str(Path(config).parent)] if config else argv
+    resolved = resolve(environ, argv, site(environ, argv, find_location(environ, argv)))
+    if resolved.run.log.dry_run and ranks.rank == 0:
+        command = shlex.join(["python3", PROGRAM.name, *argv])
+        print(report.dry_run_text(resolved, command), end="")
+    return resolved.run.log.dry_run
+
+
 @contextmanager
 def configuration(
     environ: Mapping[str, str], argv: Sequence[str]
@@ -149,6 +190,8 @@ def configuration(
     """
     ranks = find_ranks(environ)
     config = Path(argv[1]) if argv[:1] == ["--config"] and len(argv) > 1 else None
+    if config and argv[2:]:
+        raise ConfigError(f"--config FILE holds all settings: {shlex.join(argv[2:])} is not read")
     if config and (ranks.rank > 0 or starts.is_pending(config)):
         yield read_run(config), config  # rank 0, or the launcher, owns the run
         return

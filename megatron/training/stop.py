@@ -10,7 +10,7 @@ import logging
 import signal
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 
@@ -53,6 +53,7 @@ class StopRequest:
         stop_at: wall-clock time, seconds since the epoch, of EXIT_DURATION_IN_MINS; None: never.
         job_end: when the scheduler ends the job; None where unknown.
         clock: seconds since the epoch.
+        signals: that came before; read once, when this listens itself.
     """
 
     def __init__(
@@ -61,9 +62,10 @@ class StopRequest:
         stop_at: float | None = None,
         job_end: float | None = None,
         clock: Callable[[], float] = time.time,
+        signals: Sequence[int] = (),
     ) -> None:
         self._file, self._stop_at, self._job_end, self._clock = file, stop_at, job_end, clock
-        self._signal = 0
+        self._signal, self._before = 0, signals
         self._looked = self._began = clock()
         self._steps: deque[float] = deque(maxlen=RECENT_STEPS)
         self._longest_save: float | None = None
@@ -72,6 +74,7 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         for number in SIGNALS:
             self._previous_handlers[number] = signal.signal(number, self._note)
+        self._signal = self._signal or next(iter(self._before), 0)
         if self._file is not None and self._file.exists():
             log.warning(f"{self._file} is from before this start: removed")
             self.remove_file()
