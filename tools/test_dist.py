@@ -32,6 +32,7 @@ from megatron.config.errors import ConfigError
 from megatron.engine import start_distributed, stop_distributed
 from megatron.launch.ranks import Ranks, find_ranks, rendezvous
 from megatron.launch.site import find_location
+from megatron.parallel.meeting import MeetingError
 from megatron.training.device import Device, detect, prepare
 
 TIMEOUT_S = 120.0
@@ -435,7 +436,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         start_distributed(
             device.backend, ranks.rank, ranks.world_size, ranks.local_rank, meeting, TIMEOUT_S
         )
-    except ConfigError as error:
+    except (ConfigError, MeetingError) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
     status = run(Place(ranks.rank, ranks.world_size, device), ranks, options)
