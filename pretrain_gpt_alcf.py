@@ -13,7 +13,7 @@ import sys
 if __name__ == "__main__":  # before the imports, which take seconds
     from megatron.launch.rank_process import begin
 
-    ranks, signals = begin(sys.argv[1:], os.environ)
+    signals = begin(sys.argv[1:], os.environ)
 
 import faulthandler
 import io
@@ -32,7 +32,7 @@ from megatron.config.schema import RunConfig
 from megatron.engine import Engine, make_engine, start_distributed, stop_distributed
 from megatron.launch.heartbeat import HEARTBEAT, Heartbeat
 from megatron.launch.rank_process import run_to_end
-from megatron.launch.ranks import Ranks, rendezvous
+from megatron.launch.ranks import Ranks, find_ranks, rendezvous
 from megatron.launch.start import configuration
 from megatron.launch.starts import accept
 from megatron.launch.walltime import job_end
@@ -54,14 +54,14 @@ from megatron.training.stop import STOP_FILE, StopRequest
 from megatron.training.trainer import Trainer
 
 
-def main(argv: Sequence[str], ranks: Ranks, signals: Sequence[int] = ()) -> int:
+def main(argv: Sequence[str], signals: Sequence[int] = ()) -> int:
     """Trains; returns the exit status documented in the README.
 
     Args:
         argv: the command line without the program's name.
-        ranks: place of this process.
         signals: that came, or come, before training listens.
     """
+    ranks = find_ranks(os.environ)
     try:
         with configuration(os.environ, argv) as (run, config):
             return pretrain(run, ranks, config, signals)
@@ -206,6 +206,6 @@ if __name__ == "__main__":
         stream.reconfigure(errors="backslashreplace", line_buffering=True, write_through=False)
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR2, all_threads=True)
-    status = run_to_end(partial(main, sys.argv[1:], ranks, signals), ranks, os.environ)
+    status = run_to_end(partial(main, sys.argv[1:], signals), os.environ)
     logging.shutdown()
     sys.exit(status)

@@ -129,6 +129,10 @@ class HangWatch:
         known = self.table.ranks.get(rank)
         return known.beat.host if known else None
 
+    def all_began(self) -> bool:
+        """Whether a rank is past the start, which all ranks leave together."""
+        return any(rank.beat.phase != "start" for rank in self.table.ranks.values())
+
     def _now(self) -> float:
         """Seconds, without those in which this process itself was stopped or blocked."""
         now = self._clock()

@@ -103,7 +103,11 @@ def execute(planned: LaunchPlan, screen: Screen, idle_timeout_s: float | None = 
 
 
 def attempt(
-    planned: LaunchPlan, screen: Screen, stacks: Path, hang_timeout_s: float | None = None
+    planned: LaunchPlan,
+    screen: Screen,
+    stacks: Path,
+    hang_timeout_s: float | None = None,
+    early: Sequence[int] = (),
 ) -> Attempt:
     """Start what was planned, and wait until the last process has ended or all of them hang.
 
@@ -112,6 +116,7 @@ def attempt(
         screen: takes what they print.
         stacks: folder for the stacks of a hang.
         hang_timeout_s: seconds without progress that are a hang; None: learnt; 0: never.
+        early: signals that came before: the ranks get them once they listen.
     """
     own = planned.launcher == LOCAL
     master = planned.environ.get("MASTER_ADDR", "")
@@ -121,7 +126,11 @@ def attempt(
         environ = {HEARTBEAT: hangs.address}
         grace_s = HUNG_GRACE_S if own else process.GRACE_S
         watched = process.watch(
-            _children(planned, environ), screen.line, hangs=hangs.poll, hung_grace_s=grace_s
+            _children(planned, environ),
+            screen.line,
+            hangs=hangs.poll,
+            hung_grace_s=grace_s,
+            notices=process.Notices(hangs.all_began, early),
         )
         if not watched.hung:
             ended = print_failure(watched, screen, planned)

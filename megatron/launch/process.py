@@ -24,6 +24,7 @@ from megatron.launch.failure import TRACEBACK, Ended, FirstError, is_end_line, i
 
 SETTLE_S = 1.0  # others that fail for the same reason get this long to print it
 GRACE_S = 10.0
+NOTICE_S = 120.0  # programs without heartbeats get a signal after this time
 LINGER_S = 10.0  # a launcher may wait for ever for the peers of a rank that has failed
 TICK_S = 0.05
 DRAIN_S = 2.0
@@ -155,6 +156,35 @@ class _Running:
         return self.ended
 
 
+class Notices:
+    """SIGUSR1, sent long before a job's end, waits until the ranks listen: it would kill them.
+
+    Args:
+        listening: whether they do.
+        early: signals that came before the ranks were started.
+    """
+
+    def __init__(self, listening: Callable[[], bool], early: Sequence[int] = ()) -> None:
+        self._listening = listening
+        self._kept = [signal.SIGUSR1] * (signal.SIGUSR1 in early)
+        self._began = time.monotonic()
+        self._open = False
+
+    def keep(self, number: int) -> bool:
+        """Keep a signal for later; False: pass it on now."""
+        if self._open or number != signal.SIGUSR1:
+            return False
+        self._kept = [signal.SIGUSR1]
+        return True
+
+    def due(self) -> list[signal.Signals]:
+        """Those to pass on now."""
+        if self._open or not (self._listening() or time.monotonic() - self._began > NOTICE_S):
+            return []
+        self._open = True
+        return self._kept
+
+
 @dataclass
 class Watched:
     """How the children ended, and what happened meanwhile."""
@@ -172,6 +202,7 @@ def watch(
     idle_timeout_s: float | None = None,
     hangs: Hangs | None = None,
     hung_grace_s: float = GRACE_S,
+    notices: Notices | None = None,
 ) -> Watched:
     """Start children and wait until the last has ended.
 
@@ -184,17 +215,18 @@ def watch(
         idle_timeout_s: seconds without a line after which they count as hung; None: never.
         hangs: asked many times a second whether they hang; None: never.
         hung_grace_s: seconds between SIGTERM and SIGKILL once they hang.
+        notices: signals that wait until the children listen; None: none wait.
 
     Raises:
         OSError: one cannot be started; those started before it are ended.
     """
     running: list[_Running] = []
-    with forwarding_signals(running) as signals:
+    with forwarding_signals(running, notices) as signals:
         try:
             prepare = _die_with_parent()
             for child in children:
                 running.append(_Running(child, output, prepare))
-            asked = partial(hangs, signals) if hangs else None
+            asked = partial(_asked, hangs, notices, signals, running)
             hung = _wait(running, (grace_s, hung_grace_s), idle_timeout_s, asked)
         finally:
             for one in running:
@@ -204,11 +236,27 @@ def watch(
     return Watched([one.result() for one in running], signals, hung)
 
 
+def _asked(
+    hangs: Hangs | None,
+    notices: Notices | None,
+    signals: list[int],
+    running: Sequence[_Running],
+    failing: bool,
+) -> bool:
+    """Pass on the signals that are due; whether the children hang."""
+    hung = hangs is not None and hangs(signals, failing)
+    for number in notices.due() if notices else ():
+        signals.append(number)
+        for one in running:
+            one.send(number)
+    return hung
+
+
 def _wait(
     running: Sequence[_Running],
     grace_s: tuple[float, float],
     idle_timeout_s: float | None,
-    hangs: Callable[[bool], bool] | None,
+    hangs: Callable[[bool], bool],
 ) -> bool:
     """Read and poll until all have ended; True where they hung."""
     hung = False
@@ -226,7 +274,7 @@ def _wait(
                 one.lingers(now) or (one.ended is not None and one.ended.status) for one in running
             )
             silent = idle_timeout_s is not None and now - heard > idle_timeout_s
-            if not hung and (silent or (hangs is not None and hangs(failed))):
+            if not hung and (silent or hangs(failed)):
                 hung, stop_at = True, now
             elif failed and stop_at == float("inf") and kill_at == float("inf"):
                 stop_at = now + SETTLE_S
@@ -259,7 +307,9 @@ def _read(selector: selectors.BaseSelector, timeout_s: float) -> bool:
 
 
 @contextmanager
-def forwarding_signals(running: Sequence[_Running] = ()) -> Iterator[list[int]]:
+def forwarding_signals(
+    running: Sequence[_Running] = (), notices: Notices | None = None
+) -> Iterator[list[int]]:
     """Pass signals on to the children meanwhile; gives the list of those received.
 
     A SIGHUP that nohup has made us ignore stays ignored.
@@ -267,6 +317,8 @@ def forwarding_signals(running: Sequence[_Running] = ()) -> Iterator[list[int]]:
     came: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
+        if notices is not None and notices.keep(number):
+            return
         came.append(number)
         for one in running:
             one.send(number)

@@ -13,12 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 from megatron.config.errors import ConfigError, DataError
 from megatron.launch.failure import end_line
-from megatron.launch.ranks import EXPECTED, Ranks, find_ranks
+from megatron.launch.ranks import EXPECTED, find_ranks
 from megatron.launch.start import information, print_dry_run
 
 
-def begin(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Ranks, list[int]]:
-    """The place of this rank, and a list that SIGUSR1 is noted in until training listens.
+def begin(argv: Sequence[str], environ: Mapping[str, str]) -> list[int]:
+    """A list that SIGUSR1 is noted in until training listens.
 
     The other signals end a rank that has nothing to save, Ctrl-C without a traceback.
 
@@ -33,18 +33,18 @@ def begin(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Ranks, list[
         print(text, end="")
         raise SystemExit(0)
     try:
-        ranks = find_ranks(environ)
-        printed = print_dry_run(environ, argv, ranks)
+        printed = print_dry_run(environ, argv, find_ranks(environ))
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_status) from None
     if printed:
         raise SystemExit(0)
-    return ranks, came
+    return came
 
 
-def run_to_end(main: Callable[[], int], ranks: Ranks, environ: Mapping[str, str]) -> int:
+def run_to_end(main: Callable[[], int], environ: Mapping[str, str]) -> int:
     """Run `main`; returns its status, and tells it to our launcher."""
+    ranks = find_ranks(environ)
     try:
         status = main()
     except Exception:

@@ -31,7 +31,11 @@ _STEP = re.compile(r"step-(\d+)")
 
 
 def run_with_retries(
-    planned: LaunchPlan, screen: Screen, run: RunConfig, first_pause_s: float = FIRST_PAUSE_S
+    planned: LaunchPlan,
+    screen: Screen,
+    run: RunConfig,
+    first_pause_s: float = FIRST_PAUSE_S,
+    early: Sequence[int] = (),
 ) -> int:
     """Start the ranks and wait for their end, up to RETRIES more times; returns the last status.
 
@@ -43,18 +47,19 @@ def run_with_retries(
         screen: takes what the ranks print.
         run: the configuration.
         first_pause_s: seconds before the first retry.
+        early: signals that came before: the ranks get them.
     """
     blamed = Counter[str]()
     left_out: list[str] = []
     pauses = 0
     with process.forwarding_signals() as signals:
+        signals += early
         for number in range(1, run.launch.retries + 2):
             if planned.hostfile:
                 write_atomically(*planned.hostfile)
             before = newest_step(run.checkpoint_folder)
-            ended = attempt(
-                planned, screen, run.run_folder / STACKS_FOLDER, run.launch.hang_timeout
-            )
+            stacks = run.run_folder / STACKS_FOLDER
+            ended = attempt(planned, screen, stacks, run.launch.hang_timeout, signals)
             if number > run.launch.retries or is_final(ended):
                 return ended.status
             blamed.update(ended.hosts)

@@ -10,6 +10,7 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,8 +44,14 @@ SHOWN = ("torch", "deepspeed")
 REFUSED = (2, 3, 4)  # statuses of a start that was refused: setting, data, checkpoint
 
 
-def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
-    """Check or start a run; returns the exit status."""
+def main(argv: Sequence[str], environ: Mapping[str, str], early: Sequence[int] = ()) -> int:
+    """Check or start a run; returns the exit status.
+
+    Args:
+        argv: the command line without the program's name.
+        environ: the environment's variables.
+        early: signals that came, or come, before the ranks are started: they get them then.
+    """
     only_check = argv[:1] == ["--check"]
     argv = argv[1:] if only_check else argv
     printed = NOTHING_TO_START if only_check else 0
@@ -60,7 +67,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         if only_check:
             return 0
         launch_plan.require_launcher(planned, shutil.which)
-        return start(resolved, environ, argv, location)
+        return start(resolved, environ, argv, location, early)
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
@@ -98,7 +105,11 @@ def check(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Location, Re
 
 
 def start(
-    resolved: Resolved, environ: Mapping[str, str], argv: Sequence[str], location: Location
+    resolved: Resolved,
+    environ: Mapping[str, str],
+    argv: Sequence[str],
+    location: Location,
+    early: Sequence[int] = (),
 ) -> int:
     """Own the run, start the ranks and wait until they have ended; returns their status.
 
@@ -122,7 +133,7 @@ def start(
             write_atomically(*planned.hostfile)
         for line in _headlines(resolved, planned):
             screen.print(line)
-        status = run_with_retries(planned, screen, resolved.run)
+        status = run_with_retries(planned, screen, resolved.run, early=early)
         if status and status not in REFUSED:
             screen.keep()
         return status
@@ -289,4 +300,6 @@ def _require_job(resolved: Resolved, location: Location) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], os.environ))
+    early: list[int] = []
+    signal.signal(signal.SIGUSR1, lambda number, frame: early.append(number))
+    sys.exit(main(sys.argv[1:], os.environ, early))

@@ -174,7 +174,7 @@ def test_signals_at_every_moment(data: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("number", [TERM, INT, USR1, HUP])
+@pytest.mark.parametrize("number", [TERM, INT, HUP])
 def test_a_signal_while_the_ranks_import(number: int, data: str, tmp_path: Path) -> None:
     """Ranks of their own interpreters, seconds before there is a handler of ours."""
     python = {"FAULTS_PYTHON": sys.executable}
@@ -187,6 +187,19 @@ def test_a_signal_while_the_ranks_import(number: int, data: str, tmp_path: Path)
     assert ended.status == 128 + number, ended.output
     assert "Traceback" not in ended.output and signal.Signals(number).name in ended.last_line
     assert time.monotonic() - began < MARGIN_S * load()
+
+
+@pytest.mark.long
+def test_a_notice_while_the_ranks_import_is_kept(data: str, tmp_path: Path) -> None:
+    """SIGUSR1 comes long before the end of a job: it stops the run at its first step."""
+    python = {"FAULTS_PYTHON": sys.executable, "TRAIN_ITERS": "1000000"}
+    with started(tmp_path / "run", DATA_FILE_LIST=data, **LAYOUTS["tp2"], **python) as run:
+        run.wait_until(lambda: "launch command" in run.output)
+        time.sleep(0.7)
+        run.signal(USR1)
+        ended = run.wait()
+    assert ended.status == 0, ended.output
+    assert len(committed(tmp_path / "run")) == 1 and len(steps(tmp_path / "run")) < 100
 
 
 @pytest.mark.long
