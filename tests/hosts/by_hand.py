@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pretrain_gpt_alcf
-from megatron.launch.ranks import free_port
+from megatron.launch.ranks import find_ranks, free_port
 
 RANKS = 4
 LIMIT_S = 90.0
@@ -67,14 +67,6 @@ def families(rank: int, folder: Path) -> dict[str, dict[str, str]]:
         },
         # The layout of the hosts that torchrun starts on: see test_same_losses.py.
         "pipeline": {**torchrun, "LOCAL_WORLD_SIZE": all_ranks, "PP": "2"},
-        # Launchers whose number of ranks nothing tells: none may train.
-        "pals-uncounted": {"PALS_RANKID": one, "PALS_LOCAL_RANKID": one},
-        "pmix-uncounted": {"PMIX_RANK": one, "PMIX_LOCAL_RANK": one},
-        "pmi-uncounted": {"PMI_RANK": one, "PMI_LOCAL_RANK": one},
-        "hydra-uncounted": {"PMI_RANK": one, "MPI_LOCALRANKID": one},
-        "open-mpi-uncounted": {"OMPI_COMM_WORLD_RANK": one, "OMPI_COMM_WORLD_LOCAL_RANK": one},
-        "slurm-uncounted": {"SLURM_STEP_ID": "0", "SLURM_PROCID": one, "SLURM_LOCALID": one},
-        "torchrun-uncounted": {"RANK": one, "LOCAL_RANK": one},
     }
 
 
@@ -91,7 +83,7 @@ def start(environ: Mapping[str, str], output: Path) -> int:
         os.dup2(file, 2)
         os.environ.clear()
         os.environ.update(environ)
-        status = pretrain_gpt_alcf.main([])
+        status = pretrain_gpt_alcf.main([], find_ranks(os.environ))
     except BaseException:
         traceback.print_exc()
     finally:

@@ -1,4 +1,4 @@
-"""The hosts of these tests, made once; without what they need the tests are skipped, with the reason."""
+"""The hosts of these tests, made once; what they need and is missing is why a test is skipped."""
 
 from __future__ import annotations
 

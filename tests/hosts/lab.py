@@ -1,4 +1,4 @@
-"""Several hosts on one machine: namespaces joined by a bridge, with sshd and a real Slurm on demand.
+"""Several hosts on one machine: namespaces joined by a bridge, with sshd and a real Slurm.
 
 A host is a process with its own network, name, processes, /tmp, /run and /dev/shm; files elsewhere,
 and the folders of `shared`, are the machine's. Each ends when the pipe to its first process closes:

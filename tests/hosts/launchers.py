@@ -61,9 +61,7 @@ class Launcher:
         return [*ours, "-n", "4", "-ppn", "2", "--", sys.executable, *program]
 
     @contextlib.contextmanager
-    def started(
-        self, program: list[str], **environ: str
-    ) -> Iterator[subprocess.Popen[str]]:
+    def started(self, program: list[str], **environ: str) -> Iterator[subprocess.Popen[str]]:
         """`program` on the four ranks, as our launcher starts it; killed at the block's end."""
         assert self.made is not None
         host, words, variables = self.command(self.launch(program))
@@ -71,12 +69,10 @@ class Launcher:
         with lab.ended(process):
             yield process
 
-    def run(
-        self, program: list[str], timeout: float = 60, **environ: str
-    ) -> subprocess.CompletedProcess[str]:
+    def run(self, program: list[str], **environ: str) -> subprocess.CompletedProcess[str]:
         """The same, to its end."""
         with self.started(program, **environ) as process:
-            out, _ = process.communicate(timeout=timeout)
+            out, _ = process.communicate(timeout=RUN_S)
             return subprocess.CompletedProcess(program, process.returncode, out, "")
 
 
@@ -90,6 +86,7 @@ def pbs(nodes: Path) -> dict[str, str]:
     }
 
 
+RUN_S = 120.0  # a probe takes 2 s
 MPICH, OPEN_MPI = "mpiexec.hydra", "mpirun.openmpi"
 
 LAUNCHERS = (

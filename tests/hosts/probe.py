@@ -1,22 +1,25 @@
-"""A rank without torch: notes who it is, meets the others, then waits, fails or stops.
+"""A training rank without torch: notes who it is, meets the others, waits, fails or stops.
 
-    probe.py FOLDER                     write FOLDER/<rank>.json and end
-    probe.py FOLDER fail RANK HOW       rank RANK ends: HOW is a status, `traceback` or `kill`
-    probe.py FOLDER stop                wait for a signal, save as a run does, end with 0
+probe.py FOLDER                     write FOLDER/<rank>.json and end
+probe.py FOLDER fail RANK HOW       rank RANK ends: HOW is a status, `traceback` or `kill`
+probe.py FOLDER stop                wait for a signal, save as a run does, end with 0
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import signal
 import socket
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
-from megatron.launch.ranks import Ranks, find_ranks, rendezvous
+from megatron.launch.rank_process import begin, run_to_end
+from megatron.launch.ranks import Ranks, rendezvous
 
 MEET_S = 20.0
 WAIT_S = 60.0
@@ -24,8 +27,7 @@ SAVE_S = 2.2  # longer than Open MPI waits between SIGTERM and SIGKILL
 KEPT = ("MASTER_", "NCCL_", "GLOO_", "FI_", "DS_", "MEGATRON_", "CCL_", "OMP_")
 
 
-def main(folder: Path, mode: str = "", *more: str) -> int:
-    ranks = find_ranks(os.environ)
+def main(ranks: Ranks, folder: Path, mode: str = "", *more: str) -> int:
     meeting = rendezvous(os.environ)
     signals: list[int] = []
     if mode == "stop":
@@ -44,7 +46,7 @@ def main(folder: Path, mode: str = "", *more: str) -> int:
     meet(ranks, meeting)
     (folder / f"{ranks.rank}.json").write_text(json.dumps(about), encoding="utf-8")
     all_there(folder, ranks)
-    print(f"rank {ranks.rank} of {ranks.world_size} is there", flush=True)
+    print(f"rank {ranks.rank} of {ranks.world_size} is there")
     if mode == "fail":
         return fail(ranks, int(more[0]), more[1])
     if mode == "stop":
@@ -53,7 +55,7 @@ def main(folder: Path, mode: str = "", *more: str) -> int:
 
 
 def meet(ranks: Ranks, meeting: str) -> None:
-    """All ranks reach the address that the run would use; rank 0 listens there, or torchrun does."""
+    """All ranks reach the address of the run, where rank 0 listens, or torchrun does."""
     host, port = meeting.removeprefix("tcp://").rsplit(":", 1)
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     with contextlib.ExitStack() as stack:
@@ -106,4 +108,9 @@ def stop(folder: Path, ranks: Ranks, signals: list[int]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), *sys.argv[2:]))
+    for stream in (sys.stdout, sys.stderr):  # as in training: lines arrive whole
+        assert isinstance(stream, io.TextIOWrapper)
+        stream.reconfigure(line_buffering=True, write_through=False)
+    place, _ = begin([], os.environ)
+    told = partial(main, place, Path(sys.argv[1]), *sys.argv[2:])
+    sys.exit(run_to_end(told, place, os.environ))

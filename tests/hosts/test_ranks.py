@@ -68,7 +68,7 @@ def test_the_failing_ranks_error_is_last(
     # torchrun's own status is 1, whatever its ranks' are.
     assert done.returncode == status or (launcher.word == "torchrun" and done.returncode)
     assert words in last, done.stdout
-    assert f"rank {failing}" in last
+    assert f"rank {failing}" in last or (how == "kill" and "n2" in last)  # or its host
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])

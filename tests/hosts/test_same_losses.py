@@ -1,8 +1,9 @@
-"""Four ranks, started by each launcher for real and by hand: one run, the same losses bit for bit."""
+"""Four ranks, started by each launcher for real and by hand: one run, the same losses."""
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -16,8 +17,21 @@ from tests.hosts.conftest import require
 from tests.hosts.training import ROOT, TRAIN, assert_same, environment, steps
 
 COUNTED = ("torchrun", "pals", "pmix", "pmi", "hydra", "open-mpi", "slurm")
-UNCOUNTED = ("pals", "pmix", "pmi", "hydra", "open-mpi", "slurm", "torchrun")
+# Rank and local rank, and nothing that tells how many there are.
+UNCOUNTED = {
+    "pals": ("PALS_RANKID", "PALS_LOCAL_RANKID"),
+    "pmix": ("PMIX_RANK", "PMIX_LOCAL_RANK"),
+    "pmi": ("PMI_RANK", "PMI_LOCAL_RANK"),
+    "hydra": ("PMI_RANK", "MPI_LOCALRANKID"),
+    "open-mpi": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    "slurm": ("SLURM_PROCID", "SLURM_LOCALID"),
+    "torchrun": ("RANK", "LOCAL_RANK"),
+}
+ALSO = {"slurm": {"SLURM_STEP_ID": "0"}}
 REFUSED_S = 5.0
+BY_HAND_S = 500.0  # 40 s on two quiet cores
+
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +47,7 @@ def by_hand(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=BY_HAND_S,
         check=True,
     )
     said = [json.loads(line) for line in done.stdout.splitlines()]
@@ -50,32 +64,30 @@ def test_started_by_hand(by_hand: Path, family: str) -> None:
 
 
 @pytest.mark.parametrize("family", UNCOUNTED)
-def test_ranks_that_nobody_counts_do_not_train(by_hand: Path, family: str) -> None:
-    name = f"{family}-uncounted"
-    said = json.loads((by_hand / "said.json").read_text())[name]
-    text = (by_hand / f"{name}.txt").read_text()
-    assert said["statuses"] == [2, 2, 2, 2], text
-    assert said["seconds"] < REFUSED_S
-    assert text.count("error: ") >= 4 and "Traceback" not in text
-    assert not list((by_hand / name).iterdir())
-
-
-def test_a_program_that_nobody_counts_ends_in_time(tmp_path: Path) -> None:
-    """The same with its start: the best of some, other work on the machine is not its own."""
-    environ = environment(tmp_path, PALS_RANKID="0", PALS_LOCAL_RANKID="0")
+def test_ranks_that_nobody_counts_do_not_train(tmp_path: Path, family: str) -> None:
+    """Each of four refuses within seconds; the best of some, other work is not its own."""
+    environ = environment(tmp_path)
     del environ["WORLD_SIZE"]
-    best = 99.0
-    for _ in range(3):
+    times = [math.inf]
+    while min(times) > REFUSED_S and len(times) < 4:
         began = time.monotonic()
-        done = subprocess.run(
-            training.PRETRAIN, env=environ, capture_output=True, text=True, timeout=60, check=False
-        )
-        best = min(best, time.monotonic() - began)
-        assert done.returncode == 2, done.stderr
-        assert "PALS_RANKID" in done.stderr
-        if best < REFUSED_S:
-            return
-    raise AssertionError(f"{best:.1f} s")
+        processes = [
+            subprocess.Popen(
+                training.PRETRAIN,
+                env=environ | dict.fromkeys(UNCOUNTED[family], str(rank)) | ALSO.get(family, {}),
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(4)
+        ]
+        for process in processes:
+            _, said = process.communicate(timeout=60)
+            assert process.returncode == 2, said
+            assert said.startswith("error: ") and UNCOUNTED[family][0] in said
+            assert "Traceback" not in said
+        times.append(time.monotonic() - began)
+    assert min(times) < REFUSED_S, times
+    assert not list(tmp_path.iterdir())
 
 
 def test_our_own_launcher(by_hand: Path, tmp_path: Path) -> None:

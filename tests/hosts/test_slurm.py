@@ -16,6 +16,8 @@ from tests.hosts.training import ROOT, assert_same, environment, steps
 STARTED_S = 150.0
 LONG = 40  # steps; a signal comes before the last one
 
+pytestmark = pytest.mark.timeout(600)
+
 
 class Job:
     """A job of train_alcf.sh on two hosts."""
@@ -25,7 +27,8 @@ class Job:
         words = ["sbatch", "--parsable", "-N", "2", "-o", str(folder / "out"), *options]
         variables = environment(folder, **environ)
         variables["PATH"] = f"{made.folder / 'bin'}:{variables['PATH']}"
-        done = made.run(lab.HEAD, *words, str(ROOT / "train_alcf.sh"), cwd=ROOT, **variables)
+        words.append(str(ROOT / "train_alcf.sh"))
+        done = made.run(lab.HEAD, *words, timeout=60, cwd=ROOT, **variables)
         assert done.returncode == 0, done.stdout
         self.id = done.stdout.strip()
 
