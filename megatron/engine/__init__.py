@@ -30,6 +30,7 @@ from megatron.engine.interface import (
     MakeOptimizer,
     MicroBatches,
 )
+from megatron.engine.older import reject_overflows
 from megatron.engine.patches import patch_new_group, patch_partition_tables, require_accelerator
 from megatron.engine.pipeline import PipelineEngine
 from megatron.engine.pipeline_module import pipeline_module
@@ -174,6 +175,7 @@ def start_engine(
             mpu=mpu,
             dist_init_required=False,
         )
+    reject_overflows(zero)
     return kind(module, optimizer, started, zero, loss, groups, device, replica)
 
 
