@@ -83,9 +83,9 @@ def check(
         left_out = [audit for audit in audits.values() if audit.left_out]
         if left_out:
             print(
-                f"{len(left_out)} file(s) are read as Megatron-DeepSpeed read them: documents begin "
-                f"early, {sum(audit.left_out for audit in left_out):,} tokens at the ends are left "
-                f"out, e.g. {left_out[0].prefix}"
+                f"{len(left_out)} file(s) are read as Megatron-DeepSpeed read them: documents "
+                f"begin early, {sum(audit.left_out for audit in left_out):,} tokens at the ends "
+                f"are left out, e.g. {left_out[0].prefix}"
             )
         for _, line in problems:
             print(f"BAD: {line}")
