@@ -80,6 +80,13 @@ def check(
             print(
                 "their ids are compared with no vocabulary: give --tokenizer-type or --vocab-size"
             )
+        left_out = [audit for audit in audits.values() if audit.left_out]
+        if left_out:
+            print(
+                f"{len(left_out)} file(s) are read as Megatron-DeepSpeed read them: documents "
+                f"begin early, {sum(audit.left_out for audit in left_out):,} tokens at the ends "
+                f"are left out, e.g. {left_out[0].prefix}"
+            )
         for _, line in problems:
             print(f"BAD: {line}")
         print(f"{len(prefixes)} files, {len({prefix for prefix, _ in problems})} bad")

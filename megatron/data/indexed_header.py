@@ -141,7 +141,8 @@ def _checked(
     if rest == 0 and 0 < left_out <= documents:
         # Megatron-DeepSpeed's tool writes the token of --append-eod without counting it.
         reason = f", {left_out} tokens less for {documents} documents (uncounted EOD?)"
-        fix = f"mend the index with `python3 tools/mend_index.py {tokens.removesuffix('.bin')}`"
+        prefix = tokens.removesuffix(".bin")
+        fix = f"mend the index with `python3 tools/mend_index.py {prefix}`, or {REMAKE}"
     raise DataError(
         f"{tokens} has {token_bytes} bytes, its index ends at {header.tokens} x "
         f"{header.item_bytes} = {end}{reason}; {fix}"

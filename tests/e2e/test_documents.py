@@ -8,7 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from megatron.analysis import sample_loss
+from megatron.analysis.sample_loss import SampleLosses
 from megatron.config.errors import DataError
 from megatron.data.indexed import IndexedWriter
 from tests.e2e.recorded import VOCAB_SIZE, train_recorded
@@ -65,6 +68,25 @@ def test_every_layout_logs_the_same(layout: dict[str, str], ranks: int, tmp_path
         if one["event"] == "step":
             assert many["grad_norm"] == pytest.approx(one["grad_norm"], abs=1e-5)
             assert many["corpus_loss"] == pytest.approx(one["corpus_loss"], abs=1e-5)
+
+
+@pytest.mark.long
+def test_the_loss_of_a_sample_is_that_of_its_documents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged(tmp_path / "run", write_data(tmp_path), {"TRAIN_ITERS": "1", "EVAL_INTERVAL": "0"}, 1)
+    folder = tmp_path / "run/checkpoints/step-00000001"
+    sample = torch.randint(0, EOD - 1, (17,), generator=torch.Generator().manual_seed(1))
+    sample[torch.tensor([3, 4, 11])] = EOD
+    (got,) = SampleLosses(folder, EOD).losses([sample])
+    monkeypatch.setattr(sample_loss, "documents_followed", lambda *_: None)
+    plain = SampleLosses(folder)
+    total, count = 0.0, 0
+    for first, last in ((0, 3), (5, 11), (12, 16)):  # the losses at EODs do not count
+        part = sample[first : last + 1]
+        total += plain.losses([part])[0] * (last - first)
+        count += last - first
+    assert got == pytest.approx(total / count, abs=1e-5)
 
 
 def test_data_without_the_end_of_documents_is_refused(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from megatron.data.indexed import IndexedDataset
 from megatron.data.indexed_header import left_out_path, read_header
 from megatron.data.prepare.checks import check_files
 from megatron.data.prepare.merge import merge_pairs
-from tools import mend_index
+from tools import check_data, mend_index
 
 EOD = 9
 Document = list[list[int]]  # sentences, without the EOD
@@ -152,6 +152,8 @@ def test_what_is_left_out_is_said_and_can_be_undone(tmp_path, capsys):
     report = check_files(parse_data_list(listed), 10)
     assert not report.problems
     assert "3 tokens at the ends are left out" in report.warnings()[-1]
+    assert check_data.main([str(listed), "--deep"]) == 0
+    assert "3 tokens at the ends are left out" in capsys.readouterr().out
     with pytest.raises(DataError, match="3 tokens that its index leaves out"):
         merge_pairs([prefix], str(tmp_path / "merged"))
     with open(f"{prefix}.bin", "ab") as file:

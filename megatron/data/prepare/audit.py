@@ -36,6 +36,7 @@ class Audit:
         eod_share: of the tokens seen; None where the end-of-document id is not known.
         digest: of the content: of all of it if deep, else of size and ends.
         problems: one line each, with file and fix.
+        left_out: tokens at the end that are never read.
     """
 
     prefix: str
@@ -46,6 +47,7 @@ class Audit:
     eod_share: float | None = None
     digest: str = ""
     problems: tuple[str, ...] = ()
+    left_out: int = 0
 
 
 def audit_file(
@@ -102,6 +104,7 @@ def audit_file(
         ends / seen if eod is not None and seen else None,
         digest.hexdigest() if deep else data_digest(prefix),
         tuple(problems),
+        dataset.header.left_out,
     )
 
 
@@ -125,8 +128,8 @@ def duplicates(audits: Iterable[Audit], deep: bool) -> list[tuple[str, str]]:
 def _all(dataset: IndexedDataset) -> Iterator[tuple[int, TokenArray]]:
     """Every token, in blocks; read, so that pages do not stay in the process."""
     with open(f"{dataset.prefix}.bin", "rb") as file:
-        start = 0
-        while len(tokens := np.fromfile(file, dataset.dtype, _BLOCK)):
+        start, end = 0, dataset.header.tokens  # what is left out after it is never read
+        while len(tokens := np.fromfile(file, dataset.dtype, min(_BLOCK, end - start))):
             yield start, tokens
             start += len(tokens)
 
