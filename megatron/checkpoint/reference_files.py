@@ -253,7 +253,7 @@ def _partitioned(
             parts = _partitions(path, content, stage, weights_only)
             steps |= {part.step for part in parts if part.step is not None}
             found = (
-                _even_runs(parts, groups, number, len(files))
+                _even_runs(path, parts, groups, number, len(files))
                 if stage == 3
                 else _mapped_runs(path, parts, content)
             )
@@ -347,15 +347,21 @@ def _mapped_runs(
             f"{path} says not which parameters it holds (no param_slice_mappings; its DeepSpeed is "
             f"older than 0.8): {WEIGHTS_ONLY} imports the weights alone"
         )
+    _require_groups(path, len(parts), len(mappings))
     for part, mapping in zip(parts, mappings, strict=True):
         for name, address in mapping.items():
             yield name, _Run(part, int(address.start), int(address.numel))
 
 
 def _even_runs(
-    parts: list[_Partition], groups: list[dict[str, tuple[int, ...]]], rank: int, ranks: int
+    path: Path,
+    parts: list[_Partition],
+    groups: list[dict[str, tuple[int, ...]]],
+    rank: int,
+    ranks: int,
 ) -> Iterator[tuple[str, _Run]]:
     """ZeRO 3: each parameter is divided evenly, the last part padded."""
+    _require_groups(path, len(parts), len(groups))
     for part, shapes in zip(parts, groups, strict=True):
         start = 0
         for name, shape in shapes.items():
@@ -363,6 +369,11 @@ def _even_runs(
             each = -(-size // ranks)
             yield name, _Run(part, start, max(0, min(each, size - rank * each)))
             start += each
+
+
+def _require_groups(path: Path, found: int, named: int) -> None:
+    if found != named:
+        raise ValueError(f"{path} holds {found} parameter groups, but names those of {named}")
 
 
 def _joined(runs: list[_Run], shape: tuple[int, ...], what: str, state: str) -> Tensor:

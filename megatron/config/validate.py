@@ -406,8 +406,8 @@ def check_beginning(draft: Draft) -> Iterator[str]:
     if Path(load.value).resolve() == own.resolve():
         chosen = next((one.name for one in (save, run_dir) if one.value), run_name.name)
         yield (
-            f"{finetune.name}=1 begins a new run, but {load} is the folder that this run saves to. Set "
-            f"another {chosen}"
+            f"{finetune.name}=1 begins a new run, but {load} is the folder that this run saves "
+            f"to. Set another {chosen}"
         )
 
 

@@ -211,6 +211,16 @@ def test_damaged_and_mixed_files_are_refused_by_name(
     refused(tmp_path / "reference", *words)
 
 
+def test_replicas_that_differ_are_named(
+    sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(sound, tmp_path / "reference")
+    a_changed_weight(tmp_path / "reference" / "global_step5" / MODEL)
+    require_equal(imported(tmp_path / "reference", tmp_path / "run"), known())
+    said = capsys.readouterr().err
+    assert "final_layernorm.weight: weight differs between tensor-parallel ranks" in said
+
+
 @pytest.mark.parametrize(
     ("args", "word"),
     [

@@ -93,6 +93,8 @@ def test_a_changed_state(tmp_path):
     before, now = record(tmp_path), record(tmp_path / "b", {"news": [401, 120], "more": [300]})
     fresh = continue_data(RunState(), before, False, "runs/a")
     assert [(s.samples, s.record) for s in fresh.data] == [(0, before)]
+    imported = continue_data(RunState(5, 50, 400), before, False, "runs/a")
+    assert imported.data == fresh.data, "its 50 samples count as drawn: sample 50 is next"
     later = RunState(5, 50, 400, data=fresh.data)
     assert continue_data(later, before, False, "runs/a") == later
     with pytest.raises(DataError, match=r"runs/a was (.|\n)*- file code/part0(.|\n)*--allow"):
