@@ -91,7 +91,6 @@ class ZeroEngine(Engine):
         each = engine.train_micro_batch_size_per_gpu() * engine.dp_world_size
         engine.set_train_batch_size(steps * each)
         engine.micro_steps = 0  # DeepSpeed ends a step where this is a multiple of `steps`
-        self._zero.gradient_accumulation_steps = steps  # with the optimizer on the host
 
     def set_learning_rate(self, rate: float) -> None:
         for group in self._zero.param_groups:

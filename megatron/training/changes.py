@@ -6,16 +6,16 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from megatron.config.schedule import STYLES, learning_rate
-from megatron.config.schema import OptimizerConfig, RunConfig, by_key
+from megatron.config.pace import learning_rates
+from megatron.config.schedule import STYLES
+from megatron.config.schema import OptimizerConfig, RunConfig, TrainConfig, by_key
 
 NUMBERS = (
     "model.seq_length",
     "train.global_batch_size", "train.train_iters", "train.seed", "train.dtype",
     "train.grad_reduce_in_bf16", "train.rampup_batch_size",
     "optimizer.learning_rate", "optimizer.min_learning_rate", "optimizer.lr_decay_style",
-    "optimizer.lr_warmup_fraction", "optimizer.lr_warmup_iters", "optimizer.lr_warmup_tokens",
-    "optimizer.lr_warmup_samples", "optimizer.lr_decay_samples", "optimizer.lr_decay_tokens",
+    "optimizer.lr_warmup_fraction",
     "optimizer.lr_finder", "optimizer.lr_decay_iters", "optimizer.lr_cooldown_fraction",
     "optimizer.lr_constant", "optimizer.lr_constant_fraction", "optimizer.lr_timescale",
     "optimizer.lr_decay_fraction", "optimizer.adam_beta1", "optimizer.adam_beta2",
@@ -60,6 +60,9 @@ SAME_NUMBERS = (
     "train.no_flash_attention",
     "train.train_tokens",  # TRAIN_ITERS follows from it
     "train.train_samples", "train.exit_duration_mins", "train.exit_interval",
+    # LR_WARMUP_FRAC and LR_DECAY_ITERS follow from them.
+    "optimizer.lr_warmup_iters", "optimizer.lr_warmup_samples", "optimizer.lr_warmup_tokens",
+    "optimizer.lr_decay_samples", "optimizer.lr_decay_tokens",
     "data.cache_path", "data.allow_data_change",
     "checkpoint.run_name", "checkpoint.run_dir", "checkpoint.save", "checkpoint.load",
     "checkpoint.save_interval", "checkpoint.exit_on_missing_checkpoint", "checkpoint.async_save",
@@ -87,19 +90,29 @@ def _style(start: str) -> Callable[[Mapping[str, Any]], bool]:
     return lambda settings: str(settings.get("optimizer.lr_decay_style")).startswith(start)
 
 
+def _grows(settings: Mapping[str, Any]) -> bool:
+    return str(settings.get("optimizer.weight_decay_incr_style", "constant")) != "constant"
+
+
 def _acting_policy(settings: Mapping[str, Any]) -> bool:
     return settings.get("stability.spike_policy") in ("skip", "rollback")
 
 
 _USED_WHERE: dict[str, Callable[[Mapping[str, Any]], bool]] = {
     "optimizer.sgd_momentum": _optimizer("sgd"),
+    "optimizer.muon_momentum": _optimizer("muon"),
     "optimizer.sophia_rho": _optimizer("sophiag"),
+    "optimizer.sophia_beta1": _optimizer("sophiag"),
+    "optimizer.sophia_beta2": _optimizer("sophiag"),
     "optimizer.sophia_hessian_interval": _optimizer("sophiag"),
     "optimizer.lr_cooldown_fraction": _style("infinite-"),
     "optimizer.lr_constant": _style("infinite-"),
     "optimizer.lr_constant_fraction": _style("infinite-"),
     "optimizer.lr_timescale": _style("infinite-inv-square-root"),
     "optimizer.lr_decay_fraction": _style("warmup-stable-decay"),
+    "optimizer.weight_decay": lambda settings: not _grows(settings),
+    "optimizer.start_weight_decay": _grows,
+    "optimizer.end_weight_decay": _grows,
     "stability.spike_policy": _acting_policy,
     "stability.spike_threshold": _acting_policy,
     "stability.spike_window": _acting_policy,
@@ -141,7 +154,7 @@ def changes_text(run: RunConfig, stored: Mapping[str, Any], done: int) -> str:
     for name, old, new, idle in rows:
         note = "   (no effect: the weights are the checkpoint's)" if idle else ""
         lines.append(f"  {name:{width}}  {_text(old)} -> {_text(new)}{note}")
-    rates = _rates(run.optimizer, stored.get("optimizer", {}), done + 1)
+    rates = _rates(run, stored, done + 1)
     if rates:
         lines.append(f"  the learning rate of step {done + 1}: {rates[0]:.6g} -> {rates[1]:.6g}")
     return "\n".join(lines)
@@ -161,6 +174,9 @@ def _flat(sections: Mapping[str, Any]) -> dict[str, Any]:
     for section, fields in sections.items():
         if isinstance(fields, Mapping):
             values |= {f"{section}.{name}": value for name, value in fields.items()}
+    for name in ("beta1", "beta2"):  # sophiag had Adam's before it had its own
+        if f"sophia_{name}" not in sections.get("optimizer", {}):
+            values[f"optimizer.sophia_{name}"] = values.get(f"optimizer.adam_{name}")
     return values
 
 
@@ -169,19 +185,22 @@ def _is_used(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> boo
     return used is None or used(before) or used(now)
 
 
-def _rates(
-    now: OptimizerConfig, stored: Mapping[str, Any], step: int
-) -> tuple[float, float] | None:
+def _rates(run: RunConfig, stored: Mapping[str, Any], step: int) -> tuple[float, float] | None:
     """The rate of a step by the stored schedule and by this one; None where they agree."""
-    names = {field.name for field in dataclasses.fields(OptimizerConfig)}
-    known = {name: value for name, value in stored.items() if name in names}
-    before = dataclasses.replace(now, **known)
-    if before.lr_decay_style not in STYLES:
+    before = run
+    for section, kind in (("optimizer", OptimizerConfig), ("train", TrainConfig)):
+        names = {field.name for field in dataclasses.fields(kind)}
+        known = {name: v for name, v in stored.get(section, {}).items() if name in names}
+        part = dataclasses.replace(getattr(run, section), **known)
+        before = dataclasses.replace(before, **{section: part})
+    if before.optimizer.lr_decay_style not in STYLES:
         return None
-    rates = learning_rate(step, before), learning_rate(step, now)
+    rates = learning_rates(before)(step), learning_rates(run)(step)
     return rates if rates[0] != rates[1] else None
 
 
 def _text(value: Any) -> str:
     """A value as a user would set it."""
+    if value is None:
+        return "unset"
     return str(int(value)) if isinstance(value, bool) else str(value)

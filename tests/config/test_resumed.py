@@ -47,6 +47,17 @@ COMMANDS: list[tuple[tuple[str, ...], dict[str, Any]]] = [
     ((), {"MODEL_ARCH": "Llama-3.2-1B", "DATA_FILE_LIST": "my.txt", "TRAIN_ITERS": 9}),
     ((), {"CKPT_DIR": "elsewhere", "LOAD": "another", "SAVE_INTERVAL": 7, "RUN_DIR": "mine"}),
     ((), {"ROPE_SCALING": "llama3", "HEAD_DIM": 16, "OPT": "sgd", "COMPILE": "off"}),
+    (
+        (),
+        {
+            "GLOBAL_BATCH": 8,
+            "MICRO_BATCH": 2,
+            "RAMPUP_BATCH_SIZE": "2 2 12",
+            "TRAIN_SAMPLES": 99,
+            "LR_WARMUP_TOKENS": 640,
+            "LR_DECAY_SAMPLES": 90,
+        },
+    ),
     ((), {"SPIKE_POLICY": "skip", "KEEP_LAST": 3, "RETRIES": 2, "HANG_TIMEOUT": 0}),
 ]
 
@@ -154,6 +165,26 @@ def test_steps_and_tokens_stand_in_for_each_other() -> None:
     started(RUN_NAME="tokens", TRAIN_TOKENS=2048 * 50)
     assert resumed("tokens", TRAIN_ITERS=7).run.train.train_tokens == 2048 * 7
     assert resumed("tokens", GLOBAL_BATCH=32).run.train.train_iters == 25
+
+
+def test_one_of_several_ways_to_give_a_length_takes_the_place_of_another() -> None:
+    before = started(GLOBAL_BATCH=8, TRAIN_SAMPLES=800, LR_WARMUP_ITERS=10, LR_DECAY_SAMPLES=400)
+    assert (before.train.train_iters, before.optimizer.lr_warmup_fraction) == (100, 0.2)
+    longer = resumed(before.run_folder, TRAIN_ITERS=150).run
+    assert (longer.train.train_iters, longer.train.train_samples) == (150, None)
+    assert (longer.optimizer.lr_decay_iters, longer.optimizer.lr_warmup_fraction) == (50, 0.2)
+    other = resumed(before.run_folder, LR_WARMUP_FRAC=0.5, LR_DECAY_ITERS=80).run.optimizer
+    assert (other.lr_warmup_fraction, other.lr_decay_iters, other.lr_warmup_iters) == (
+        0.5,
+        80,
+        None,
+    )
+
+
+def test_a_search_does_not_resume() -> None:
+    before = started(TRAIN_ITERS=9)
+    with pytest.raises(ConfigError, match="LR_FINDER searches from step 1"):
+        resumed(before.run_folder, LR_FINDER=1)
 
 
 def test_another_job_has_other_hosts() -> None:

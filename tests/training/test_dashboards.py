@@ -63,6 +63,16 @@ def test_tensorboard_holds_every_number(tmp_path: Path) -> None:
         assert [v for _, v in read] == pytest.approx([v for _, v in points], rel=1e-6)
 
 
+def test_the_folder_of_tensorboard_is_the_users(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path / "run", tensorboard_dir=str(tmp_path / "elsewhere"))
+    tracker = dashboards.start_tensorboard(run, 0)
+    assert tracker is not None
+    tracker.log(make.step(1, 3.0))
+    tracker.close()
+    assert "loss/lm_loss" in {n.replace(" ", "_") for n in read_tensorboard(tmp_path / "elsewhere")}
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_resumed_tensorboard_forgets_what_is_done_again(tmp_path: Path) -> None:
     for start, losses in ((0, {1: 3.0, 2: 9.0, 3: 9.0}), (1, {2: 2.0})):
         tracker = dashboards.start_tensorboard(tiny_run(tmp_path), start)
@@ -116,8 +126,8 @@ def offline_runs(folder: Path) -> list[Path]:
     return sorted((folder / "wandb").glob("offline-run-*/run-*.wandb"))
 
 
-def wandb_run(folder: Path, records: list[dict[str, Any]]) -> RunConfig:
-    run = tiny_run(folder, wandb_mode="offline")
+def wandb_run(folder: Path, records: list[dict[str, Any]], **log: Any) -> RunConfig:
+    run = tiny_run(folder, wandb_mode="offline", **log)
     tracker = dashboards.start_wandb(run, 0)
     assert tracker is not None
     for record in records:
@@ -150,6 +160,10 @@ def test_offline_wandb_is_read_back_and_resumes_under_its_id(tmp_path: Path) -> 
     identity = wandb_folder.run(path).run_id
     assert wandb_folder.run(path).project == "AuroraGPT"
     assert wandb_folder.run(path).display_name == tmp_path.name
+    named = tmp_path / "named"
+    named.mkdir()
+    wandb_run(named, [make.step(1)], wandb_exp_name="chosen")
+    assert wandb_folder.run(offline_runs(named)[0]).display_name == "chosen"
     assert (tmp_path / "wandb" / "run_id").read_text().strip() == identity
 
     wandb_run(tmp_path, [make.step(5)])

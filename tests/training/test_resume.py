@@ -13,6 +13,7 @@ from megatron.checkpoint.retention import KEEP_ALL
 from megatron.checkpoint.saver import Saver
 from megatron.checkpoint.state import RunState
 from megatron.config.errors import ConfigError
+from megatron.config.pace import learning_rates
 from megatron.config.schedule import learning_rate
 from megatron.config.schema import RunConfig, options
 from megatron.parallel.control import ALONE
@@ -51,9 +52,24 @@ CHOSEN = {
     "train.dtype": "bf16",
     "optimizer.lr_decay_style": "linear",
     "stability.spike_policy": "rollback",
+    "optimizer.weight_decay_incr_style": "cosine",
+    "optimizer.start_weight_decay": 0.3,
+    "optimizer.end_weight_decay": 0.3,
+    "model.word_embedding_init_std": 0.3,
+    "train.rampup_batch_size": "2 2 8",
+}
+GROWING = {
+    "optimizer__weight_decay_incr_style": "linear",
+    "optimizer__start_weight_decay": 0.1,
+    "optimizer__end_weight_decay": 0.2,
 }
 IN_USE = {
     "optimizer.sgd_momentum": {"optimizer__optimizer": "sgd"},
+    "optimizer.muon_momentum": {"optimizer__optimizer": "muon"},
+    "optimizer.sophia_beta1": {"optimizer__optimizer": "sophiag"},
+    "optimizer.sophia_beta2": {"optimizer__optimizer": "sophiag"},
+    "optimizer.start_weight_decay": GROWING,
+    "optimizer.end_weight_decay": GROWING,
     "optimizer.sophia_rho": {"optimizer__optimizer": "sophiag"},
     "optimizer.sophia_hessian_interval": {"optimizer__optimizer": "sophiag"},
     "optimizer.lr_cooldown_fraction": {"optimizer__lr_decay_style": "infinite-cosine"},
@@ -81,7 +97,8 @@ def test_each_change_of_numbers_is_said_by_its_variable(key: str, tmp_path: Path
     now = with_settings(before, **{key.replace(".", "__"): new})
     option = next(option for option in options() if option.key == key)
     plain = {True: "1", False: "0"}
-    wanted = f"{option.name}  {plain.get(old, old) if isinstance(old, bool) else old} -> "
+    shown = plain.get(old, old) if isinstance(old, bool) else "unset" if old is None else old
+    wanted = f"{option.name}  {shown} -> "
     assert wanted in text(before, now)
     assert text(before, before) == ""
     assert ("no effect" in text(before, now)) == (key in AT_START)
@@ -104,6 +121,21 @@ def test_the_rate_of_the_next_step_is_shown_under_both_schedules(tmp_path: Path)
     assert "  TRAIN_ITERS     100 -> 50" in lines and "  LR_DECAY_ITERS  100 -> 50" in lines
     assert lines[-1] == f"  the learning rate of step 11: {old:.6g} -> {new:.6g}"
     assert "the learning rate" not in text(before, with_settings(before, optimizer__adam_eps=1e-8))
+
+
+def test_sophia_had_adams_betas_before_it_had_its_own(tmp_path: Path) -> None:
+    run = with_settings(tiny_run(tmp_path), optimizer__optimizer="sophiag")
+    stored = run.to_dict()
+    del stored["optimizer"]["sophia_beta1"], stored["optimizer"]["sophia_beta2"]
+    lines = changes.changes_text(run, stored, 3)
+    assert "SOPHIA_BETA1  0.9 -> 0.965" in lines and "SOPHIA_BETA2  0.95 -> 0.99" in lines
+
+
+def test_the_next_rate_of_a_growing_batch(tmp_path: Path) -> None:
+    before = tiny_run(tmp_path)
+    now = with_settings(before, train__rampup_batch_size="2 2 40")
+    old, new = learning_rates(before)(11), learning_rates(now)(11)
+    assert old != new and f"step 11: {old:.6g} -> {new:.6g}" in text(before, now)
 
 
 def test_an_older_manifest_lacks_sections_and_fields(tmp_path: Path) -> None:
