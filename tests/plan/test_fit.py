@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from megatron.config.resolve import Resolved, Site
+from megatron.config.resolve import Resolved, Site, resolve
 from megatron.config.schema import RunConfig
 from megatron.launch.machines import MACHINES, Machine
-from megatron.plan.fit import USABLE, changed, changes, cheapest, fits, resolve_to_fit, verdict
+from megatron.plan.fit import USABLE, changed, changes, cheapest, fits, fitted, verdict
 from megatron.plan.memory import memory_per_rank
 from megatron.plan.report import dry_run_text
-from tests.config.helpers import configured
+from tests.config.helpers import configured, resolved
 
 HOSTS = (1, 2, 16, 256)
 
@@ -28,7 +28,8 @@ def at(machine: str, hosts: int = 1, **environ: object) -> Resolved:
     """A dry run at a machine."""
     entry = next(entry for entry in MACHINES if entry.name == machine)
     texts = {"DRY_RUN": "1"} | {name: str(value) for name, value in environ.items()}
-    return resolve_to_fit(texts, [], site_of(entry, hosts))
+    site = site_of(entry, hosts)
+    return fitted(resolve(texts, [], site), texts, [], site)
 
 
 @pytest.mark.parametrize("hosts", HOSTS)
@@ -85,8 +86,7 @@ def test_the_dry_run_says_all_of_it() -> None:
         assert word in text
     assert "\nfits: 32." in dry_run_text(at("polaris", 2), "")
     assert "fits the device's memory" in dry_run_text(at("polaris", 2), "")
-    unknown = resolve_to_fit({"DRY_RUN": "1"}, [], Site())
-    assert "the memory of a device is not known here" in dry_run_text(unknown, "")
+    assert "the memory of a device is not known here" in dry_run_text(resolved(), "")
     assert at("aurora", DEVICE="cpu").device_gib == 0
 
 
