@@ -71,7 +71,7 @@ def _has_begun(run: RunConfig) -> bool:
     """Whether steps were taken in the run's folder; a start that made none may be corrected."""
     if not (run.run_folder / RUN_FILE).is_file():
         return False
-    if any((run.run_folder / "checkpoints").glob("step-*")):
+    if any(run.checkpoint_folder.glob("step-*")):
         return True
     try:
         with (run.run_folder / METRICS_FILE).open(encoding="utf-8") as lines:
