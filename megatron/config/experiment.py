@@ -22,7 +22,7 @@ from megatron.config.table import value_text
 METRICS_FILE = "metrics.jsonl"
 LENGTH = "model.seq_length"
 LIST = "data.data_file_list"
-DATA = ("data.order", "data.tokenizer_type", "data.tokenizer_model", LIST)
+DATA = ("data.order", "data.tokenizer_type", "data.tokenizer_model", LIST, LENGTH)
 COMPARED = (
     "train.seed", "train.dtype", "train.grad_reduce_in_bf16", "train.rampup_batch_size",
     "data.eod_mask_loss", "data.reset_position_ids", "data.reset_attention_mask", *DATA,
@@ -71,7 +71,7 @@ def _has_begun(run: RunConfig) -> bool:
     """Whether steps were taken in the run's folder; a start that made none may be corrected."""
     if not (run.run_folder / RUN_FILE).is_file():
         return False
-    if any((run.run_folder / "checkpoints").glob("step-*")):
+    if any(run.checkpoint_folder.glob("step-*")):
         return True
     try:
         with (run.run_folder / METRICS_FILE).open(encoding="utf-8") as lines:
@@ -93,7 +93,7 @@ def _differs(key: str, before: ResumedRun, now: ResumedRun) -> bool:
     compared = key in COMPARED or section in ("model", "optimizer")
     if old == new or not compared or key in FREE:
         return False
-    if section == "data" and key in DATA and now.values["data.allow_data_change"]:
+    if key in DATA and now.values["data.allow_data_change"]:
         return False
     if key == LIST and not _other_content(old, new):
         return False

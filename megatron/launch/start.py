@@ -22,7 +22,7 @@ from megatron import __version__
 from megatron.checkpoint.atomic import write_atomically
 from megatron.config import table
 from megatron.config.errors import ConfigError, DataError
-from megatron.config.resolve import Resolved
+from megatron.config.resolve import Resolved, resolve
 from megatron.config.schema import RunConfig, read_run
 from megatron.config.validate import WORLD
 from megatron.launch import launch_plan, starts
@@ -37,7 +37,7 @@ from megatron.launch.screen import Screen
 from megatron.launch.site import Location, find_location, site
 from megatron.launch.versions import SINCE, compare, installed, lacking
 from megatron.plan import report
-from megatron.plan.fit import resolve_to_fit
+from megatron.plan.fit import fitted
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ROOT / "pretrain_gpt_alcf.py"
@@ -98,7 +98,8 @@ def check(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Location, Re
     """
     _refuse_nested(environ)
     location = find_location(environ, argv)
-    resolved = resolve_to_fit(environ, argv, site(environ, argv, location))
+    place = site(environ, argv, location)
+    resolved = fitted(resolve(environ, argv, place), environ, argv, place)
     planned = plan_of(resolved.run, environ, location)
     if not resolved.run.log.dry_run:
         _require_job(resolved, location)
@@ -223,7 +224,8 @@ def configuration(
             yield run, config
         return
     environ = {**environ, "WORLD_SIZE": str(ranks.world_size)}
-    resolved = resolve_to_fit(environ, argv, site(environ, argv, location))
+    place = site(environ, argv, location)
+    resolved = fitted(resolve(environ, argv, place), environ, argv, place)
     resolved.sources[WORLD] = f"ranks started by {ranks.family}"
     if ranks.rank > 0:
         yield resolved.run, None

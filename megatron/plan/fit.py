@@ -116,12 +116,15 @@ def cheapest(run: RunConfig, device_gib: float, fixed: Sequence[str] = ()) -> Ch
     )
 
 
-def resolve_to_fit(environ: Mapping[str, str], argv: Sequence[str], site: Site) -> Resolved:
-    """`resolve`, where what nobody has set is chosen such that the run fits the machine's devices.
+def fitted(
+    found: Resolved, environ: Mapping[str, str], argv: Sequence[str], site: Site
+) -> Resolved:
+    """What was resolved, with what nobody has set chosen such that the run fits the devices.
 
-    Args, errors: as `resolve`.
+    Args:
+        found: what `resolve` made of the other three.
+        environ, argv, site: as `resolve` has them.
     """
-    found = resolve(environ, argv, site)
     if not found.device_gib or fits(found.run, found.device_gib):
         return found
     free = ("default", f"machine {site.machine}", "GLOBAL_BATCH / (MICRO_BATCH x DP)")
@@ -132,18 +135,17 @@ def resolve_to_fit(environ: Mapping[str, str], argv: Sequence[str], site: Site) 
     ]
     change = cheapest(found.run, found.device_gib, fixed)
     if change:
-        fitted = resolve(
-            environ, argv, dataclasses.replace(site, defaults={**site.defaults, **change})
-        )
-        if fits(fitted.run, found.device_gib):
+        preferred = {**site.defaults, **change}
+        chosen = resolve(environ, argv, dataclasses.replace(site, defaults=preferred))
+        if fits(chosen.run, found.device_gib):
             for name in change:
-                fitted.sources[schema.by_variable()[name].key] = "fits the device's memory"
+                chosen.sources[schema.by_variable()[name].key] = "fits the device's memory"
             words = assignments(change)
-            fitted.notes.append(
+            chosen.notes.append(
                 f"{words} so that the run fits {found.device_gib:g} GiB per device; a value that "
                 "you set wins"
             )
-            return fitted
+            return chosen
     found.warnings.append(". ".join(verdict(found.run, found.device_gib)))
     return found
 

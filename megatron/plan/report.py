@@ -68,6 +68,8 @@ def memory_text(run: RunConfig, device_gib: float = 0.0) -> str:
     estimate = memory_per_rank(run)
     rows = [(part, f"{size / GIB:.3f} GiB") for part, size in estimate._asdict().items()]
     table = _columns([*rows, ("total", f"{estimate.total / GIB:.3f} GiB")])
+    if estimate.activations == 0:
+        table += "\nthe peak is the reduction of the gradients, when activations are freed"
     known = verdict(run, device_gib) if device_gib else ["the memory of a device is not known here"]
     return "\n".join([table, *known])
 

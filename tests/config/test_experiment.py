@@ -148,6 +148,12 @@ def test_a_list_that_moved_is_the_same_data(here: Path) -> None:
     accepted(**settings, DATA_FILE_LIST="c.txt", ALLOW_DATA_CHANGE=1)
 
 
+def test_a_new_data_stage_may_have_longer_samples() -> None:
+    trained(**NAME)
+    assert "ALLOW_DATA_CHANGE=1 begins a new data stage" in refusal(**NAME, SEQ=256)
+    accepted(**NAME, SEQ=256, ALLOW_DATA_CHANGE=1)
+
+
 def test_a_damaged_record_is_left_to_the_checkpoint() -> None:
     run = trained(**NAME)
     (run.run_folder / "run.json").write_text("{")

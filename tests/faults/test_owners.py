@@ -75,7 +75,8 @@ def test_a_refused_start_changes_no_file(data: str, tmp_path: Path) -> None:
         pytest.param({"HIDDEN": "64"}, 2, id="another model"),
         pytest.param({"OPT": "sgd"}, 2, id="another optimizer", marks=pytest.mark.long),
         pytest.param({"DATA_FILE_LIST": "/nowhere/list.txt"}, 3, id="no data"),
-        pytest.param({"SEQ": "32"}, 3, id="other data", marks=pytest.mark.long),
+        pytest.param({"SEQ": "32"}, 2, id="another length", marks=pytest.mark.long),
+        pytest.param({"VAL_SPLIT": "99"}, 3, id="other data", marks=pytest.mark.long),
         pytest.param(
             {"TRAIN_RANGE_TO_SKIP": "3 4"}, 2, id="a passed range", marks=pytest.mark.long
         ),

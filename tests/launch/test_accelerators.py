@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron.launch.accelerators import VISIBLE, count_accelerators, promise
+from megatron.launch import accelerators
+from megatron.launch.accelerators import VISIBLE, count_accelerators, memory_gib, promise
 from megatron.launch.machines import MACHINES
 
 
@@ -99,3 +100,32 @@ def test_a_drivers_files_promise_accelerators(tmp_path: Path) -> None:
 def test_a_machine_with_devices_has_their_vendor() -> None:
     for machine in MACHINES:
         assert (machine.vendor in VISIBLE) == bool(machine.devices_per_host)
+
+
+def _answering(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    tool = folder / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\n{script}\n", encoding="ascii")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+
+@pytest.mark.parametrize(
+    ("script", "gib"),
+    [
+        ("echo 81920; echo 40960", 40.0),
+        ("echo 'Failed to initialize NVML'", 0.0),
+        ("echo '[N/A]'; exit 9", 0.0),
+        ("exec sleep 20", 0.0),
+    ],
+)
+def test_memory_of_a_gpu(
+    script: str, gib: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _answering(tmp_path, monkeypatch, script)
+    monkeypatch.setattr(accelerators, "NVIDIA_SMI_TIMEOUT_S", 0.3 if "sleep" in script else 5.0)
+    assert memory_gib() == gib
+
+
+def test_memory_where_no_driver_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert memory_gib() == 0.0
