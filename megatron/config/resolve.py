@@ -21,6 +21,7 @@ from megatron.config import (
     rope_scaling,
     schema,
     skip,
+    strays,
     update_rules,
     validate,
 )
@@ -101,17 +102,17 @@ def resolve(environ: Mapping[str, str], argv: Sequence[str], site: Site) -> Reso
     if before:
         changes = resumed.changes(before, run, draft.sources)
         notes.append(f"resumes {before.folder} with its own configuration; changed: {changes}")
-    strays = hints.strays(environ, run.launch.ignore_variables)
+    named = strays.found(environ, run.launch.ignore_variables)
     if not run.log.dry_run:
         if site.in_job:
-            hints.require_no_strays(strays)
+            strays.require_none(named)
         _require_ready(run, draft, site)
     return Resolved(
         run,
         draft.sources,
-        [stray.text for stray in strays] + hints.warnings(run),
+        [stray.text for stray in named] + hints.warnings(run),
         notes + hints.notes(run),
-        tuple(stray.text for stray in strays if stray.in_vain),
+        tuple(stray.text for stray in named if stray.in_vain),
     )
 
 
