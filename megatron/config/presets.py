@@ -6,8 +6,7 @@ Every value can be overridden by its variable or flag. Names are matched without
 from __future__ import annotations
 
 import difflib
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron.config.errors import ConfigError
@@ -86,37 +85,6 @@ PRESETS: dict[str, Preset] = {
 # fmt: on
 
 
-ARCH, LAYERS = "model.model_arch", "model.num_layers"
-LABELLED = "the label in MODEL_ARCH"
-"""Source of a number of layers that a printed label holds."""
-
-# Names that stand for several.
-SEVERAL: dict[str, tuple[str, ...]] = {
-    "3b": ("llama3-3B", "smollm3-3B"),
-    "1b": ("Llama-3.2-1B",),
-    "8b": ("Llama-3.1-8B",),
-    "llama-7b": ("7B", "Llama-3.1-8B"),
-}
-
-
-def with_labels(settings: Sequence[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
-    """(key, text, name) settings, a printed label divided into MODEL_ARCH and NLAYERS.
-
-    `llama3-3B-nLayers14` is llama3-3B with 14 layers.
-    """
-    found = []
-    for key, text, name in settings:
-        label = re.fullmatch(r"(.+)-nLayers(\d+)", text.strip(), re.I) if key == ARCH else None
-        if label:
-            short = {preset.label.partition("-nLayers")[0].lower(): own
-                     for own, preset in PRESETS.items()}  # fmt: skip
-            found.append((ARCH, short.get(label[1].lower(), label[1]), name))
-            found.append((LAYERS, label[2], LABELLED))
-        else:
-            found.append((key, text, name))
-    return found
-
-
 def find(name: str, variable: str = "MODEL_ARCH") -> str:
     """The key in `PRESETS` of any accepted spelling.
 
@@ -128,9 +96,11 @@ def find(name: str, variable: str = "MODEL_ARCH") -> str:
     }
     key = spellings.get(name.lower())
     if key is None:
-        close = difflib.get_close_matches(name.lower(), spellings, n=1)
-        meant = SEVERAL.get(name.lower()) or ([spellings[close[0]]] if close else [])
-        nearest = f" Did you mean {' or '.join(meant)}?" if meant else ""
+        near = [key for key in PRESETS if key.lower().endswith(f"-{name.lower()}")]
+        near = near or [
+            spellings[s] for s in difflib.get_close_matches(name.lower(), spellings, n=1)
+        ]
+        nearest = f" Did you mean {' or '.join(near)}?" if near else ""
         raise ConfigError(
             f"{variable}={name} is not a known architecture.{nearest} Known: {', '.join(PRESETS)}. "
             "For another shape set NLAYERS, HIDDEN, HEADS, NUM_KV_HEAD, FFN_HIDDEN_SIZE and SEQ "

@@ -26,6 +26,7 @@ from megatron.config import (
     validate,
 )
 from megatron.config.errors import ConfigError
+from megatron.config.labels import with_labels
 from megatron.config.option import Draft
 from megatron.config.schema import SECTIONS, RunConfig
 from megatron.data import data_list
@@ -44,18 +45,18 @@ class Site:
     Attributes:
         machine: name of the machine.
         is_hpc: a known HPC machine: its defaults are those of production runs.
+        in_job: a scheduler's job, whose warnings nobody reads in time.
         num_hosts: hosts of the job.
         devices_per_host: accelerators per host; 0: none.
         defaults: variable -> value that this machine prefers.
-        in_job: a scheduler's job, whose warnings nobody reads in time.
     """
 
     machine: str = "generic"
     is_hpc: bool = False
+    in_job: bool = field(default=False, kw_only=True)
     num_hosts: int = 1
     devices_per_host: int = 0
     defaults: Mapping[str, str] = field(default_factory=dict)
-    in_job: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,17 +64,17 @@ class Resolved:
     """A complete configuration and where it came from.
 
     Attributes:
+        in_vain: those warnings that say that a variable was meant and is not read.
         sources: option key (`section.field`) -> where its value came from.
         warnings: what the user probably did not mean.
         notes: what the user should know.
-        in_vain: those warnings that say that a variable was meant and is not read.
     """
 
     run: RunConfig
+    in_vain: tuple[str, ...] = field(default=(), kw_only=True)
     sources: dict[str, str]
     warnings: list[str]
     notes: list[str]
-    in_vain: tuple[str, ...] = ()
 
 
 def resolve(environ: Mapping[str, str], argv: Sequence[str], site: Site) -> Resolved:
@@ -112,7 +113,7 @@ def resolve(environ: Mapping[str, str], argv: Sequence[str], site: Site) -> Reso
         draft.sources,
         [stray.text for stray in named] + hints.warnings(run),
         notes + hints.notes(run),
-        tuple(stray.text for stray in named if stray.in_vain),
+        in_vain=tuple(stray.text for stray in named if stray.in_vain),
     )
 
 
@@ -121,7 +122,7 @@ def _given(environ: Mapping[str, str], argv: Sequence[str]) -> tuple[Draft, list
     draft, problems = Draft(schema.by_key()), []
     line = flags.read_command_line(argv)
     problems += line.problems
-    flagged = presets.with_labels(line.settings)
+    flagged = with_labels(line.settings)
     problems += _give_all(draft, flagged)
     variables = [
         (option.key, environ[name], name)
@@ -129,7 +130,7 @@ def _given(environ: Mapping[str, str], argv: Sequence[str]) -> tuple[Draft, list
         for name in option.env
         if environ.get(name, "").strip()
     ]
-    given = [setting for setting in presets.with_labels(variables) if setting[0] not in draft.given]
+    given = [setting for setting in with_labels(variables) if setting[0] not in draft.given]
     problems += _give_all(draft, given)
     if problems:
         raise ConfigError("\n".join(problems))

@@ -104,7 +104,7 @@ def _reference_spellings() -> dict[str, tuple[str, bool]]:
     """The reference's flags written as variables: what holds, and whether that matters."""
     noted = {**ALWAYS, **ALWAYS_VALUED, **{flag: f"only {v[0]} works" for flag, v in ONLY.items()}}
     refused = {flag: f"{flag} is not offered: {what}" for flag, what in REFUSED.items()}
-    outside = {flag: f"this is not for {flag}: {what}" for flag, what in OUTSIDE.items()}
+    outside = {flag: f"{flag} is not for this program: {what}" for flag, what in OUTSIDE.items()}
     classes = ((noted, False), (outside, False), (refused, True))
     return {
         _as_variable(flag): (text, matters)
