@@ -79,7 +79,8 @@ def test_a_chain_on_slurm(spooler: Path, tmp_path: Path, monkeypatch: pytest.Mon
     lines = [line[8:] for line in script.read_text().splitlines() if line.startswith("#SBATCH ")]
     assert lines == [
         "--job-name=r", "--account=m1", "--qos=regular", "--nodes=2", "--time=1:00:00",
-        f"--output={script.parent}/%x-%j.log", "--signal=B:USR1@300", "--constraint=gpu", "--mail-type=END",
+        f"--output={script.parent}/%x-%j.log", "--signal=B:USR1@300", "--constraint=gpu",
+        "--mail-type=END",
     ]  # fmt: skip
     assert spooler.read_text().splitlines() == [
         f"sbatch --parsable {script}",
