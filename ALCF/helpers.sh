@@ -45,7 +45,7 @@ load_modules() {
   [[ -z "${CONDA_PREFIX:-}" ]] || return 0
   [[ -z "${VIRTUAL_ENV:-}" ]] || is_on_top "$VIRTUAL_ENV" || return 0
   echo "loading the modules of $machine"
-  local options=$-
+  local flags=$-
   set +u # module files use variables that are not set
   case "$machine" in
     aurora | sunspot) module load frameworks ;;
@@ -61,7 +61,7 @@ load_modules() {
     perlmutter) module load pytorch ;;
     frontier) module load rocm ;;
   esac || echo "warning: the modules of $machine could not be loaded" >&2
-  case $options in *u*) set -u ;; esac
+  case $flags in *u*) set -u ;; esac
 }
 
 # Whether a virtual environment adds to another Python's packages.

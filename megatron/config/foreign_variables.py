@@ -1,6 +1,6 @@
 """Variables that are no option here, and what holds: other frameworks' words, the reference's own.
 
-Data only; hints.py finds them in an environment.
+Data only; strays.py finds them in an environment.
 """
 
 from __future__ import annotations

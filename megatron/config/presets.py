@@ -7,10 +7,8 @@ where that leaves one preset, without regard to case.
 from __future__ import annotations
 
 import difflib
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from megatron.config.errors import ConfigError
 
@@ -95,38 +93,9 @@ PRESETS: dict[str, Preset] = {
 # fmt: on
 
 
-ARCH, LAYERS = "model.model_arch", "model.num_layers"
-LABELLED = "the label in MODEL_ARCH"
-"""Source of a number of layers that a printed label holds."""
-
 ALIKE = {"SmolLM3-3B": "smollm3-3B", "Llama-3.2-3B": "llama3-3B"}
 """Models of the Hub that are easily taken for a shape of the launcher's: the same blocks, but the
 Hub's are tied, with rotary settings and a vocabulary of their own."""
-
-IN_LABELS: Mapping[str, tuple[str, Value]] = {
-    "NLAYERS": ("nLayers", 0), "HIDDEN": ("hidden", 0), "HEADS": ("heads", 0),
-    "NUM_KV_HEAD": ("kv", 0), "HEAD_DIM": ("headDim", 0), "FFN_HIDDEN_SIZE": ("ffn", 0),
-    "NOPE_INTERVAL": ("nope", 0), "TIE_EMBEDDINGS": ("tied", False), "ARCHITECTURE": ("", "llama"),
-}  # fmt: skip
-"""What a label shows where it differs from the preset's: its word, and a preset's usual value."""
-
-
-def with_labels(settings: Sequence[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
-    """(key, text, name) settings, a printed label divided into MODEL_ARCH and NLAYERS.
-
-    `llama3-3B-nLayers14` is llama3-3B with 14 layers.
-    """
-    found = []
-    for key, text, name in settings:
-        label = re.fullmatch(r"(.+)-nLayers(\d+)", text.strip(), re.I) if key == ARCH else None
-        if label:
-            short = {preset.label.partition("-nLayers")[0].lower(): own
-                     for own, preset in PRESETS.items()}  # fmt: skip
-            found.append((ARCH, short.get(label[1].lower(), label[1]), name))
-            found.append((LAYERS, label[2], LABELLED))
-        else:
-            found.append((key, text, name))
-    return found
 
 
 def find(name: str, variable: str = "MODEL_ARCH") -> str:
@@ -173,44 +142,3 @@ def alike_note(key: str) -> str | None:
         return None
     other = twins[key]
     return f"MODEL_ARCH={key} is {_described(key)}; {other} is {_described(other)}"
-
-
-def label(key: str, values: Mapping[str, Any]) -> str:
-    """The name that logs and run names show, e.g. `llama3-3B-nLayers4`, `debug-nLayers8-kv4`.
-
-    It is the preset's, with what differs from it; that of another AuroraGPT preset where all agrees
-    with it (a 70B made of integers); and the family's, with all integers, where another width makes
-    the size in the preset's name untrue.
-
-    Args:
-        key: of the preset.
-        values: of the variables in `IN_LABELS`.
-    """
-    own = [key] + [name for name, preset in PRESETS.items() if "VOCAB_SIZE" not in preset.values]
-    same = [name for name in own if not _differing(name, values)]
-    base = PRESETS[same[0] if same else key]
-    words = {} if same else _differing(key, values)
-    shown = base.label.format(layers=values["NLAYERS"])
-    if "{layers}" in base.label:
-        words.pop("NLAYERS", None)
-    if "HIDDEN" in words and re.search(r"\d[BM]\b|-mini\b", shown):
-        shown = str(values["ARCHITECTURE"])
-        words = {name: values[name] for name in SHAPE[:-1]} | words
-        words.pop("ARCHITECTURE", None)
-    return "-".join([shown, *(_word(name, value) for name, value in words.items())])
-
-
-def _differing(key: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """What of `values` is not the preset's; the number of layers is part of some labels."""
-    preset = PRESETS[key]
-    return {
-        name: values[name]
-        for name, (_, usual) in IN_LABELS.items()
-        if (values[name] or usual) != preset.values.get(name, usual)
-    }
-
-
-def _word(name: str, value: Any) -> str:
-    if isinstance(value, bool):
-        return "tied" if value else "untied"
-    return f"{IN_LABELS[name][0]}{value or 'Off'}"

@@ -23,10 +23,12 @@ from megatron.config import (
     schedule_lengths,
     schema,
     skip,
+    strays,
     update_rules,
     validate,
 )
 from megatron.config.errors import ConfigError
+from megatron.config.labels import label, with_labels
 from megatron.config.option import Draft
 from megatron.config.schema import SECTIONS, RunConfig
 from megatron.data import data_list
@@ -55,19 +57,19 @@ class Site:
     Attributes:
         machine: name of the machine.
         is_hpc: a known HPC machine: its defaults are those of production runs.
+        in_job: a scheduler's job, whose warnings nobody reads in time.
         num_hosts: hosts of the job.
         devices_per_host: accelerators per host; 0: none.
         defaults: variable -> value that this machine prefers.
-        in_job: a scheduler's job, whose warnings nobody reads in time.
         device_gib: memory of an accelerator in GiB; 0: not known, or there is none.
     """
 
     machine: str = "generic"
     is_hpc: bool = False
+    in_job: bool = field(default=False, kw_only=True)
     num_hosts: int = 1
     devices_per_host: int = 0
     defaults: Mapping[str, str] = field(default_factory=dict)
-    in_job: bool = False
     device_gib: float = 0.0
 
 
@@ -76,18 +78,18 @@ class Resolved:
     """A complete configuration and where it came from.
 
     Attributes:
+        in_vain: those warnings that say that a variable was meant and is not read.
         sources: option key (`section.field`) -> where its value came from.
         warnings: what the user probably did not mean.
         notes: what the user should know.
-        in_vain: those warnings that say that a variable was meant and is not read.
         device_gib: memory of an accelerator in GiB; 0: not known, or the ranks use none.
     """
 
     run: RunConfig
+    in_vain: tuple[str, ...] = field(default=(), kw_only=True)
     sources: dict[str, str]
     warnings: list[str]
     notes: list[str]
-    in_vain: tuple[str, ...] = ()
     device_gib: float = 0.0
 
 
@@ -122,13 +124,13 @@ def resolve(environ: Mapping[str, str], argv: Sequence[str], site: Site) -> Reso
     if before:
         changes = resumed.changes(before, run, draft.sources)
         notes.append(f"resumes {before.folder} with its own configuration; changed: {changes}")
-    strays = hints.strays(environ, run.launch.ignore_variables)
-    warnings = [stray.text for stray in strays] + hints.warnings(run)
+    named = strays.found(environ, run.launch.ignore_variables)
+    warnings = [stray.text for stray in named] + hints.warnings(run)
     if before is None:
         _compare_experiments(run, draft, warnings, notes)
     if not run.log.dry_run:
         if site.in_job:
-            hints.require_no_strays(strays)
+            strays.require_none(named)
         _require_ready(run, draft, site)
     device_gib = 0.0 if run.launch.device == "cpu" else site.device_gib
     return Resolved(
@@ -136,8 +138,8 @@ def resolve(environ: Mapping[str, str], argv: Sequence[str], site: Site) -> Reso
         draft.sources,
         warnings,
         notes + hints.notes(run),
-        tuple(stray.text for stray in strays if stray.in_vain),
         device_gib,
+        in_vain=tuple(stray.text for stray in named if stray.in_vain),
     )
 
 
@@ -146,7 +148,7 @@ def _given(environ: Mapping[str, str], argv: Sequence[str]) -> tuple[Draft, list
     draft, problems = Draft(schema.by_key()), []
     line = flags.read_command_line(argv)
     problems += line.problems
-    flagged = presets.with_labels(line.settings)
+    flagged = with_labels(line.settings)
     problems += _give_all(draft, flagged)
     variables = [
         (option.key, environ[name], name)
@@ -154,7 +156,7 @@ def _given(environ: Mapping[str, str], argv: Sequence[str]) -> tuple[Draft, list
         for name in option.env
         if environ.get(name, "").strip()
     ]
-    given = [setting for setting in presets.with_labels(variables) if setting[0] not in draft.given]
+    given = [setting for setting in with_labels(variables) if setting[0] not in draft.given]
     problems += _give_all(draft, given)
     if problems:
         raise ConfigError("\n".join(problems))
@@ -252,7 +254,6 @@ def _fill_tokenizer(draft: Draft, environ: Mapping[str, str]) -> None:
 def _fill_derived(draft: Draft) -> None:
     """Fill values that follow from others."""
     hidden, seq = draft.get("model.hidden_size"), draft.get("model.seq_length")
-    by_name = schema.by_variable()
     draft.fill("model.init_method_std", math.sqrt(2 / (5 * hidden)), "sqrt(2 / (5 HIDDEN))")
     scaling, ranges = "model.rope_scaling", "data.train_range_to_skip"
     if draft.get(scaling):
@@ -263,12 +264,10 @@ def _fill_derived(draft: Draft) -> None:
     least, rate = "optimizer.min_learning_rate", draft.get("optimizer.learning_rate")
     if draft.sources[least].startswith("preset ") and draft.get(least) > rate:
         draft.replace(least, rate / 10, "LR / 10: the preset's is above LR")
-    label = presets.label(
-        draft.get(ARCH), {name: draft.get(by_name[name].key) for name in presets.IN_LABELS}
-    )
+    model = label(draft.get(ARCH), draft.get)
     stem = Path(draft.get("data.data_file_list")).stem
     stem += "-lr-finder" if draft.get(FINDER) else ""  # a later run must not take it for its own
-    draft.fill("checkpoint.run_name", f"{label}-seq{seq}-{stem}", "<label>-seq<SEQ>-<data list>")
+    draft.fill("checkpoint.run_name", f"{model}-seq{seq}-{stem}", "<label>-seq<SEQ>-<data list>")
 
 
 def _build(draft: Draft, site: Site) -> RunConfig:

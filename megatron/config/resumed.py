@@ -14,8 +14,8 @@ from typing import Any
 
 from megatron.config import batch, schedule_lengths, schema
 from megatron.config.errors import ConfigError
+from megatron.config.labels import LABELLED
 from megatron.config.option import Draft, Option
-from megatron.config.presets import LABELLED
 from megatron.config.reference_flags import RENAMED, SHORTHANDS
 from megatron.config.schema import RUN_FILE, RunConfig
 from megatron.config.table import value_text
@@ -57,7 +57,7 @@ class ResumedRun:
         others = {**SHORTHANDS, **RENAMED}
         own = (*option.env, *option.flags, *(f for f, (to, _) in others.items() if to == key))
         split = source == "--split" and key.endswith("_split")
-        return source in own or split or (source == LABELLED and key == "model.num_layers")
+        return source in own or split or source == LABELLED
 
     def was_derived(self, key: str) -> bool:
         """Whether it followed from other values, or from where the ranks ran."""

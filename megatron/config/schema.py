@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.config import batch_sizes, presets, skip, update_rules
+from megatron.config import batch_sizes, labels, skip, update_rules
 from megatron.config.errors import ConfigError
 from megatron.config.layout import Layout
 from megatron.config.option import Option, option
@@ -310,9 +310,9 @@ class RunConfig:
     @property
     def label(self) -> str:
         """Name of the model as the log's ARCHITECTURE box and the default run name show it."""
-        fields = ((name, by_variable()[name].key.partition(".")[2]) for name in presets.IN_LABELS)
-        values = {name: getattr(self.model, field) for name, field in fields}
-        return presets.label(self.model.model_arch, values)
+        return labels.label(
+            self.model.model_arch, lambda key: getattr(self.model, key.partition(".")[2])
+        )
 
     @property
     def run_folder(self) -> Path:

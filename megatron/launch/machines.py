@@ -38,11 +38,11 @@ class Machine:
         cores_per_rank: where cores are bound by depth (mpiexec) or by task (srun); 0: not given.
         srun_options: further options of srun.
         domain: appended to the short name of the first host to reach it over the fast network.
+        directives: of every job script, beside those of its size and owner.
         environment: set unless the user has set it.
         mpi_environment: likewise, only where mpiexec starts the ranks.
         mpi4py_environment: likewise, and only where mpi4py is there: each rank then initialises MPI
             with it before torch.distributed.
-        directives: of every job script, beside those of its size and owner.
         is_hpc: its runs are production runs by default.
         defaults: number of hosts -> variables that the machine prefers.
     """
@@ -60,10 +60,10 @@ class Machine:
     cores_per_rank: int = 0
     srun_options: tuple[str, ...] = ()
     domain: str = ""
+    directives: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     mpi_environment: Mapping[str, str] = field(default_factory=dict)
     mpi4py_environment: Mapping[str, str] = field(default_factory=dict)
-    directives: tuple[str, ...] = ()
     is_hpc: bool = True
     defaults: Defaults = _no_defaults
 
@@ -140,10 +140,10 @@ AURORA = Machine(
     device_gib=64,  # a tile of a Max 1550
     cpu_bind=AURORA_CORES,
     domain=".hsn.cm.aurora.alcf.anl.gov",
+    directives=("-l filesystems=home:flare",),
     environment=AURORA_ENVIRONMENT,
     mpi_environment=AURORA_MPI_ENVIRONMENT,
     mpi4py_environment=AURORA_MPI4PY_ENVIRONMENT,
-    directives=("-l filesystems=home:flare",),
     defaults=_aurora_defaults,
 )
 POLARIS = Machine(
@@ -158,8 +158,8 @@ POLARIS = Machine(
     cpu_bind="depth",
     cores_per_rank=8,
     domain=".hsn.cm.polaris.alcf.anl.gov",
-    environment=SLINGSHOT_NVIDIA_ENVIRONMENT,
     directives=("-l filesystems=home:eagle",),
+    environment=SLINGSHOT_NVIDIA_ENVIRONMENT,
     defaults=_polaris_defaults,
 )
 SUNSPOT_HOSTS = (r"sunspot.*", r"uan-?\d+", rf"x1\d{{3}}{XNAME}", r".*\.sunspot\.alcf\.anl\.gov")

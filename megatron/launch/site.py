@@ -155,10 +155,10 @@ def site(
     return Site(
         machine=place.machine.name,
         is_hpc=place.machine.is_hpc,
+        in_job=place.job.scheduler != "none",
         num_hosts=hosts,
         devices_per_host=place.devices_per_host,
         defaults=place.machine.defaults(hosts),
-        in_job=place.job.scheduler != "none",
         device_gib=_device_gib(place),
     )
 

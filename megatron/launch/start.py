@@ -140,10 +140,10 @@ def start(
         for line in _headlines(resolved, planned):
             screen.print(line)
         status = run_with_retries(planned, screen, resolved.run, early=early)
-        for line in resolved.in_vain:  # the first lines are far away by now
-            screen.print(f"WARNING: {line}")
         if status and status not in REFUSED:
             screen.keep()
+        for line in resolved.in_vain:  # the first lines are far away by now
+            screen.print(f"WARNING: {line}")
         return status
 
 

@@ -37,7 +37,7 @@ class Request:
     Attributes:
         name: of the job.
         walltime: hours:minutes:seconds.
-        log: file for what the job prints before training starts.
+        folder: for the script and what each job prints.
         more: further directives.
     """
 
@@ -46,7 +46,7 @@ class Request:
     walltime: str
     account: str | None
     queue: str | None
-    log: Path
+    folder: Path
     more: tuple[str, ...]
 
 
@@ -77,7 +77,7 @@ def _pbs(request: Request) -> list[str]:
         f"-l select={request.nodes}",
         f"-l walltime={request.walltime}",
         "-j oe",
-        f"-o {shlex.quote(str(request.log))}",
+        f"-o {shlex.quote(f'{request.folder}/')}",
         *request.more,
     ]
 
@@ -89,7 +89,7 @@ def _slurm(request: Request) -> list[str]:
         *([f"--qos={request.queue}"] if request.queue else []),
         f"--nodes={request.nodes}",
         f"--time={request.walltime}",
-        f"--output={shlex.quote(str(request.log))}",
+        f"--output={shlex.quote(f'{request.folder}/%x-%j.log')}",
         "--signal=B:USR1@300",
         *request.more,
     ]
@@ -277,7 +277,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
                 command = [*scheduler.command, *(after if number else []), "<script>"]
                 print(f"# {' '.join(command)}")
             return 0
-        script = request.log.with_suffix(".sh")
+        script = request.folder / time.strftime("%Y%m%d-%H%M%S.sh")
         script.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(script, text)
         print(f"job script: {script}")
@@ -303,6 +303,6 @@ def _request(options: argparse.Namespace, machine: Machine, folder: Path) -> Req
         walltime=options.walltime,
         account=options.account,
         queue=options.queue,
-        log=(folder / "jobs" / time.strftime("%Y%m%d-%H%M%S.log")).absolute(),
+        folder=(folder / "jobs").absolute(),
         more=(*usual, *systems, *options.directive),
     )

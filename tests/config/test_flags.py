@@ -70,3 +70,29 @@ def test_wrong_command_lines(argv, words):
     message = refusal(*argv)
     missing = [word for word in words if word not in message]
     assert not missing, f"{missing} not in {message!r}"
+
+
+def test_a_printed_label_is_a_preset_with_its_numbers():
+    run = configured(MODEL_ARCH="llama3-3B-nLayers14")
+    assert run.model == configured(MODEL_ARCH="llama3-3B", NLAYERS=14).model
+    assert run.label == "llama3-3B-nLayers14"
+    more = configured("--model-arch", "debug-nLayers8-kv4-ffn64").model
+    assert (more.num_layers, more.num_key_value_heads, more.ffn_hidden_size) == (8, 4, 64)
+    assert configured("--num-layers", "3", MODEL_ARCH="smollm3-nLayers9").model.num_layers == 3
+    assert "the label in MODEL_ARCH" in refusal(MODEL_ARCH="smollm3-nLayers9", NLAYERS=3)
+    assert configured(MODEL_ARCH="smollm3-nLayers9", NLAYERS=9).model.num_layers == 9
+
+
+def test_counts_are_read_as_they_are_written():
+    assert configured(TRAIN_TOKENS="2M").train.train_tokens >= 2_000_000
+    assert "SEQ=1k" in refusal(SEQ="1k")  # 1000 or 1024?
+
+
+def test_other_names_of_an_update_rule_are_taken_and_said():
+    found = resolved(OPT="AdamW", LAUNCH_WITH="MPICH", LR_DECAY_STYLE="wsd", WANDB_MODE="off")
+    assert found.run.optimizer.optimizer == "adamw" and not found.notes
+    assert found.run.launch.launch_with == "mpiexec"
+    assert found.run.optimizer.lr_decay_style == "warmup-stable-decay"
+    (note,) = resolved(OPT="apex.adam").notes
+    assert note.startswith("OPT=apex.adam is trained with adamw")
+    assert "Did you mean cosine" in refusal(LR_DECAY_STYLE="cosin")

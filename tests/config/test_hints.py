@@ -3,9 +3,9 @@
 import pytest
 
 from megatron.config.foreign_variables import FOREIGN_SPELLINGS, NOT_OURS, WITHOUT_EFFECT
-from megatron.config.hints import strays
 from megatron.config.resolve import Site
 from megatron.config.schema import by_variable
+from megatron.config.strays import found
 from tests.config.helpers import refusal, resolved
 
 ORDINARY = (
@@ -28,7 +28,7 @@ ORDINARY = (
 
 
 def test_ordinary_variables_are_left_alone():
-    assert strays(dict.fromkeys(ORDINARY, "1")) == []
+    assert found(dict.fromkeys(ORDINARY, "1")) == []
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_what_another_order_of_data_ignores_is_named():
 
 
 def test_empty_slips_are_unset():
-    assert strays({"NLAYER": " "}) == []
+    assert found({"NLAYER": " "}) == []
 
 
 def test_foreign_spellings_point_at_variables():

@@ -65,6 +65,21 @@ def test_a_sourced_shell_is_never_ended(name: str) -> None:
     assert "PBS_NODEFILE" in found.stderr and "the job's variables are not set" in found.stderr
 
 
+@pytest.mark.parametrize("name", SHELLS)
+@pytest.mark.parametrize("options", ["", "set -u;"])
+def test_loading_modules_keeps_the_shells_options(name: str, options: str) -> None:
+    script = f"""
+        {options} source ALCF/helpers.sh --functions-only; before=$-
+        module() {{ echo "module $* $UNSET_BY_THE_SITE"; }}; conda() {{ echo "conda $*"; }}
+        load_modules; [ "$before" = "$-" ] && echo same
+    """
+    printed = shell(name, script, **MACHINE).stdout.split("\n")
+    assert [line.strip() for line in printed[:-1]] == [
+        "loading the modules of sirius", "module use /soft/modulefiles", "module load conda",
+        "conda activate base", "same",
+    ]  # fmt: skip
+
+
 def test_launch_works_anywhere_on_a_laptop(tmp_path: Path) -> None:
     script = f"""
         source ALCF/helpers.sh >/dev/null; cd {tmp_path}

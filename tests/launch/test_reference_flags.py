@@ -9,8 +9,8 @@ import pytest
 from megatron.config import reference_flags as tables
 from megatron.config import schema
 from megatron.config.flags import read_command_line, why_refused
-from megatron.config.hints import strays
 from megatron.config.resolve import Site
+from megatron.config.strays import found
 from tests.config.helpers import refusal, resolved
 from tests.launch.reference_names import (
     BARE,
@@ -160,6 +160,6 @@ def test_a_flag_of_any_class_written_as_a_variable_is_named() -> None:
     silent = []
     for flag in ALL:
         name = flag[2:].replace("-", "_").upper()
-        if name not in schema.by_variable() and not strays({name: "1"}):
+        if name not in schema.by_variable() and not found({name: "1"}):
             silent.append(name)
     assert sorted({*silent} - {"WORD_EMBEDDING_INIT_STD"}) == ["KD", "LOCAL_RANK", "MOS", "TOPK"]

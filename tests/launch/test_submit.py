@@ -57,7 +57,7 @@ def test_a_chain_on_pbs(
     for line in ("-A Mine", "-q prod", "-l select=4", "-l walltime=6:00:00", "-j oe"):
         assert f"#PBS {line}\n" in text
     assert "#PBS -l filesystems=home:flare\n" in text
-    assert f"#PBS -o '{script.with_suffix('.log')}'\n" in text
+    assert f"#PBS -o '{script.parent}/'\n" in text
     assert "#PBS -N the-run\n" in text
     assert "export TP=2\nexport NLAYERS=2\n" in text
     assert "HOSTFILE" not in text
@@ -77,10 +77,10 @@ def test_a_chain_on_slurm(spooler: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert status == 0
     (script,) = (tmp_path / "r" / "jobs").glob("*.sh")
     lines = [line[8:] for line in script.read_text().splitlines() if line.startswith("#SBATCH ")]
-    log = script.with_suffix(".log")
     assert lines == [
         "--job-name=r", "--account=m1", "--qos=regular", "--nodes=2", "--time=1:00:00",
-        f"--output={log}", "--signal=B:USR1@300", "--constraint=gpu", "--mail-type=END",
+        f"--output={script.parent}/%x-%j.log", "--signal=B:USR1@300", "--constraint=gpu",
+        "--mail-type=END",
     ]  # fmt: skip
     assert spooler.read_text().splitlines() == [
         f"sbatch --parsable {script}",

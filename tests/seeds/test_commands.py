@@ -15,7 +15,7 @@ from tests.seeds.typed import MACHINES, Call, result, typed
 # Commands that are refused wherever they are typed, and what is said.
 REFUSED = {
     "brace": "MODEL_ARCH={smollm3-3B,llama3-3B} is not a known architecture. Did you mean smollm3",
-    "3B": "MODEL_ARCH=3B is not a known architecture. Did you mean llama3-3B or smollm3-3B?",
+    "3B": "MODEL_ARCH=3B is not a known architecture. Did you mean llama3-3B or smollm3-3B",
 }
 TODAYS_70B = ("--seq-length", "4096", "--vocab-size", "32000")  # as the published rows were run
 
