@@ -16,6 +16,7 @@ from megatron.config.errors import ConfigError
 from megatron.launch import launch_plan
 from megatron.launch.command import LAUNCHERS
 from megatron.launch.dialect import asker
+from megatron.launch.host_check import require_hosts
 from megatron.launch.launch_plan import LOCAL, LaunchPlan, LaunchRequest
 from megatron.launch.local import execute
 from megatron.launch.screen import Screen
@@ -115,12 +116,14 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         else (environ.get("HOSTFILE"), "HOSTFILE")
     )
     try:
-        planned = plan_of(options, environ, locate(environ, *given))
+        location = locate(environ, *given)
+        planned = plan_of(options, environ, location)
         if options.dry_run:
             print(planned.text)
             return 0
         launch_plan.require_startable(planned)
         launch_plan.require_launcher(planned, shutil.which)
+        require_hosts(location.job)
         if planned.hostfile:
             planned.hostfile[0].parent.mkdir(parents=True, exist_ok=True)
             write_atomically(*planned.hostfile)

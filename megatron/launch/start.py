@@ -28,6 +28,7 @@ from megatron.config.validate import WORLD
 from megatron.launch import launch_plan, starts
 from megatron.launch.claim import Say, claimed
 from megatron.launch.dialect import asker
+from megatron.launch.host_check import require_hosts
 from megatron.launch.launch_plan import LaunchPlan, LaunchRequest
 from megatron.launch.provenance import provenance, versions
 from megatron.launch.ranks import Ranks, find_ranks
@@ -99,6 +100,7 @@ def check(argv: Sequence[str], environ: Mapping[str, str]) -> tuple[Location, Re
     if not resolved.run.log.dry_run:
         _require_job(resolved, location)
         launch_plan.require_startable(planned)
+        require_hosts(location.job)
         require_writable(resolved.run.run_folder)
         require_writable(resolved.run.checkpoint_folder)
     return location, resolved, planned
