@@ -454,4 +454,4 @@ if __name__ == "__main__":
     except ConfigError as refused:
         print(f"error: {refused}", file=sys.stderr)
         raise SystemExit(refused.exit_status) from None
-    raise SystemExit(run_to_end(partial(main, chosen, found), found, os.environ))
+    raise SystemExit(run_to_end(partial(main, chosen, found), os.environ))
