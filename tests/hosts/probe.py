@@ -32,7 +32,7 @@ def main(folder: Path, mode: str = "", *more: str) -> int:
     meeting = rendezvous(os.environ)
     signals: list[int] = []
     if mode == "stop":
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
             signal.signal(number, lambda number, _: signals.append(number))
     about = {
         "rank": ranks.rank,
