@@ -13,7 +13,7 @@ import re
 import socket
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron.config.errors import ConfigError
@@ -127,6 +127,11 @@ def rendezvous(environ: Mapping[str, str]) -> str:
         return f"tcp://127.0.0.1:{free_port()}"
     hostname = socket.gethostname()
     job = find_job(environ, hostname, environ.get("HOSTFILE") or None)
+    if ranks.family == "Slurm" and environ.get(
+        "SLURM_STEP_NODELIST"
+    ):  # a part of the job
+        name = "SLURM_STEP_NODELIST"
+        job = replace(job, hosts=hostlist.expand(environ[name], name), source=name)
     machine = find_machine(hostname, environ, job.scheduler)
     several = ranks.local_world_size < ranks.world_size or ranks.local_rank != ranks.rank
     if several and len(job.hosts) == 1 and not environ.get("MASTER_ADDR"):

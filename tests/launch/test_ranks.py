@@ -244,6 +244,12 @@ def test_ranks_on_several_hosts_need_to_know_where_to_meet(tmp_path: Path) -> No
     assert rendezvous(one_host).startswith("tcp://127.0.0.1:")
 
 
+def test_a_step_on_a_part_of_its_job_meets_at_its_own_first_host() -> None:
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-3]"} | SLURM_STEP
+    assert rendezvous(job).startswith("tcp://n1:")
+    assert rendezvous(job | {"SLURM_STEP_NODELIST": "n[2-3]"}).startswith("tcp://n2:")
+
+
 def test_launches_of_one_job_meet_at_ports_of_their_own(tmp_path: Path) -> None:
     job = pbs_job(tmp_path, "x1", "x2") | PALS
     assert rendezvous(job | {"PALS_APID": "a"}) != rendezvous(job | {"PALS_APID": "b"})
