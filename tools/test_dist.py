@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ import torch.distributed as dist
 from megatron.analysis.plot import plot
 from megatron.config.errors import ConfigError
 from megatron.engine import start_distributed, stop_distributed
+from megatron.launch.rank_process import run_to_end
 from megatron.launch.ranks import Ranks, find_ranks, rendezvous
 from megatron.launch.site import find_location
 from megatron.parallel.meeting import MeetingError
@@ -425,11 +427,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(options: argparse.Namespace, ranks: Ranks) -> int:
     """Meet, test, leave."""
-    options = parse(argv)
     try:
-        ranks = find_ranks(os.environ)
         device = detect(ranks.local_rank, "fp32")
         prepare(device, "fp32")
         meeting = rendezvous(os.environ)
@@ -437,7 +437,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             device.backend, ranks.rank, ranks.world_size, ranks.local_rank, meeting, TIMEOUT_S
         )
     except (ConfigError, MeetingError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"[rank {ranks.rank}] error: {error}", file=sys.stderr)
         return error.exit_status
     status = run(Place(ranks.rank, ranks.world_size, device), ranks, options)
     stop_distributed()
@@ -448,4 +448,10 @@ def _silent(text: str) -> None: ...
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    chosen = parse(None)
+    try:
+        found = find_ranks(os.environ)
+    except ConfigError as refused:
+        print(f"error: {refused}", file=sys.stderr)
+        raise SystemExit(refused.exit_status) from None
+    raise SystemExit(run_to_end(partial(main, chosen, found), os.environ))

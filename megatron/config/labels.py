@@ -63,8 +63,6 @@ def label(key: str, value: Callable[[str], Any]) -> str:
     base = PRESETS[same[0] if same else key]
     shown = base.label.format(layers=values["NLAYERS"])
     differing = {} if same else _differing(key, values)
-    if "{layers}" in base.label:
-        differing.pop("NLAYERS", None)
     if "HIDDEN" in differing and re.search(r"\d[BM]\b|-mini\b", shown):
         shown = str(values["ARCHITECTURE"])
         differing = {name: values[name] for name in SHAPE[:-1]} | differing
@@ -73,12 +71,13 @@ def label(key: str, value: Callable[[str], Any]) -> str:
 
 
 def _differing(key: str, values: dict[str, Any]) -> dict[str, Any]:
-    """What of `values` is not the preset's; the number of layers is part of some labels."""
-    preset = PRESETS[key].values
+    """What of `values` neither is the preset's nor stands in its label."""
+    preset, told = PRESETS[key].values, "{layers}" in PRESETS[key].label
     return {
         name: values[name]
         for name, part in PARTS.items()
         if (values[name] or part.usual) != preset.get(name, part.usual)
+        and not (told and name == "NLAYERS")
     }
 
 

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pretrain_gpt_alcf
-from megatron.launch.ranks import find_ranks, free_port
+from megatron.launch.ranks import free_port
 
 RANKS = 4
 LIMIT_S = 90.0
@@ -83,7 +83,7 @@ def start(environ: Mapping[str, str], output: Path) -> int:
         os.dup2(file, 2)
         os.environ.clear()
         os.environ.update(environ)
-        status = pretrain_gpt_alcf.main([], find_ranks(os.environ))
+        status = pretrain_gpt_alcf.main([])
     except BaseException:
         traceback.print_exc()
     finally:

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron.launch.rank_process import begin, run_to_end
-from megatron.launch.ranks import Ranks, rendezvous
+from megatron.launch.ranks import Ranks, find_ranks, rendezvous
 
 MEET_S = 20.0
 WAIT_S = 60.0
@@ -27,11 +27,12 @@ SAVE_S = 2.2  # longer than Open MPI waits between SIGTERM and SIGKILL
 KEPT = ("MASTER_", "NCCL_", "GLOO_", "FI_", "DS_", "MEGATRON_", "CCL_", "OMP_")
 
 
-def main(ranks: Ranks, folder: Path, mode: str = "", *more: str) -> int:
+def main(folder: Path, mode: str = "", *more: str) -> int:
+    ranks = find_ranks(os.environ)
     meeting = rendezvous(os.environ)
     signals: list[int] = []
     if mode == "stop":
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
             signal.signal(number, lambda number, _: signals.append(number))
     about = {
         "rank": ranks.rank,
@@ -111,6 +112,5 @@ if __name__ == "__main__":
     for stream in (sys.stdout, sys.stderr):  # as in training: lines arrive whole
         assert isinstance(stream, io.TextIOWrapper)
         stream.reconfigure(line_buffering=True, write_through=False)
-    place, _ = begin([], os.environ)
-    told = partial(main, place, Path(sys.argv[1]), *sys.argv[2:])
-    sys.exit(run_to_end(told, place, os.environ))
+    begin([], os.environ)
+    sys.exit(run_to_end(partial(main, Path(sys.argv[1]), *sys.argv[2:]), os.environ))
