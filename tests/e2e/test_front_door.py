@@ -110,7 +110,7 @@ def test_statuses(tmp_path: Path) -> None:
         "--exit-on-missing-checkpoint",
     )
     assert missing.returncode == 4, missing.stdout
-    assert "holds no checkpoint" in missing.stdout.strip().splitlines()[-1]
+    assert "does not exist" in missing.stdout.strip().splitlines()[-1]
 
 
 @pytest.mark.parametrize(
