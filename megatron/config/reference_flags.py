@@ -143,9 +143,6 @@ _LAYERS = "a decoder has one stack: use --num-layers"
 
 # Flags that are refused, with what to do instead.
 REFUSED: dict[str, str] = {
-    "--lr-warmup-samples": "use --lr-warmup-fraction",
-    "--lr-decay-samples": "use --lr-decay-iters",
-    "--lr-decay-tokens": "use --lr-decay-iters",
     "--lr-constant-tokens": "use --lr-constant-fraction",
     "--lr-cooldown-tokens": "use --lr-cooldown-fraction",
     "--warmup": "use --lr-warmup-fraction",
