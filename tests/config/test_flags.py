@@ -59,7 +59,7 @@ def test_what_is_always_so_is_noted(flag):
         (["--attention-dropout=0.1"], ["--attention-dropout 0.1", "--attention-dropout 0"]),
         (["--split", "1"], ["--split 1", "three"]),
         (["--lr", "1e-3", "--lr", "2e-3"], ["--lr=0.001", "--lr=2e-3"]),
-        (["--batch-size", "5"], ["--batch-size", "--micro-batch-size"]),
+        (["--lr-constant-tokens", "5"], ["--lr-constant-tokens", "--lr-constant-fraction"]),
         (["--fp16", "--bf16"], ["--fp16", "--bf16"]),
         (["--train-range-to-skip"], ["--train-range-to-skip needs values"]),
         (["--lr", "-1e-3"], ["--lr=-0.001", "above 0"]),

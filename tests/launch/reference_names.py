@@ -42,7 +42,8 @@ WORK = _names("""
 --word-embedding-init-std --vocab-size --untie-embeddings-and-output-weights --micro-batch-size
 --global-batch-size --rampup-batch-size --train-iters --train-samples --train-tokens
 --exit-interval --exit-duration-in-mins --lr --min-lr --lr-decay-style --lr-decay-iters
---lr-warmup-fraction --lr-warmup-iters --lr-warmup-tokens --lr-constant-fraction
+--lr-warmup-fraction --lr-warmup-iters --lr-warmup-tokens --lr-warmup-samples
+--lr-decay-samples --lr-decay-tokens --lr-constant-fraction
 --lr-cooldown-fraction --lr_constant_plus_cooldown --lr_constant_plus_cooldown_frac --lr-finder
 --constant-lr --timescale --optimizer --adam-beta1 --adam-beta2 --adam-eps --sgd-momentum
 --muon-momentum --sophiag-beta1 --sophiag-beta2 --sophiag-rho --weight-decay
@@ -85,7 +86,7 @@ NOTED = _names("""
 
 # Refused with what to do instead.
 REFUSED = _names("""
---lr-warmup-samples --lr-decay-samples --lr-decay-tokens --lr-constant-tokens
+--lr-constant-tokens
 --lr-cooldown-tokens --warmup --train-iters-to-skip --data-path --train-data-path
 --valid-data-path --test-data-path --train-idx-path --train-desc-path --train-doc-idx-path
 --train-sample-idx-path --train-shuffle-idx-path --aml-data-download-path --repeated-dataloader
@@ -193,5 +194,6 @@ VARIABLES_MEANT = {
     "STEPS": "TRAIN_ITERS", "MAX_STEPS": "TRAIN_ITERS", "EPOCHS": "TRAIN_TOKENS",
     "NPROC": "WORLD_SIZE", "NPROC_PER_NODE": "NGPU_PER_HOST",
     "ACT_CKPT": "USE_ACTIVATION_CHECKPOINTING", "BF16": "DTYPE",
-    "LR_DECAY_TOKENS": "--lr-decay-iters", "FP8_HYBRID": "--dtype", "SKIP_TRAIN": "--eval-interval",
+    "LR_COOLDOWN_TOKENS": "--lr-cooldown-fraction", "FP8_HYBRID": "--dtype",
+    "SKIP_TRAIN": "--eval-interval",
 }  # fmt: skip

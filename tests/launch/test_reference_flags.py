@@ -25,7 +25,10 @@ from tests.launch.reference_names import (
 )
 
 ALL = [*WORK, *NOTED, *REFUSED, *OUTSIDE]
-LATER = ("--word-embedding-init-std",)  # may not be declared yet
+# May not be declared yet.
+LATER = (
+    "--word-embedding-init-std", "--lr-warmup-samples", "--lr-decay-samples", "--lr-decay-tokens",
+)  # fmt: skip
 ONE_LETTER_OFF = 0.9  # of the guesses for a slip find the flag that was meant
 
 
@@ -160,6 +163,6 @@ def test_a_flag_of_any_class_written_as_a_variable_is_named() -> None:
     silent = []
     for flag in ALL:
         name = flag[2:].replace("-", "_").upper()
-        if name not in schema.by_variable() and not found({name: "1"}):
+        if name not in schema.by_variable() and flag not in LATER and not found({name: "1"}):
             silent.append(name)
-    assert sorted({*silent} - {"WORD_EMBEDDING_INIT_STD"}) == ["KD", "LOCAL_RANK", "MOS", "TOPK"]
+    assert sorted({*silent}) == ["KD", "LOCAL_RANK", "MOS", "TOPK"]
