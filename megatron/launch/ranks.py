@@ -127,9 +127,7 @@ def rendezvous(environ: Mapping[str, str]) -> str:
         return f"tcp://127.0.0.1:{free_port()}"
     hostname = socket.gethostname()
     job = find_job(environ, hostname, environ.get("HOSTFILE") or None)
-    if ranks.family == "Slurm" and environ.get(
-        "SLURM_STEP_NODELIST"
-    ):  # a part of the job
+    if ranks.family == "Slurm" and environ.get("SLURM_STEP_NODELIST"):  # a part of the job
         name = "SLURM_STEP_NODELIST"
         job = replace(job, hosts=hostlist.expand(environ[name], name), source=name)
     machine = find_machine(hostname, environ, job.scheduler)
