@@ -26,16 +26,16 @@ class Row(NamedTuple):
 TEXT = """
 002:28-41 | the variables of the command | works | all taken; ZERO_STAGE=0 is run as 1, said in a note | seeds/test_commands.py::test_sizes_and_batch_of_the_small_models
 002:29 | `MODEL_ARCH={smollm3-3B,llama3-3B}` literally | on purpose | refused: the brace stands for a choice; the names are listed | seeds/test_commands.py::test_what_is_refused_on_purpose
-002:30 | a sweep over NLAYERS | not yet | one command a size |
+002:30 | a sweep over NLAYERS | works | a loop in bash; the folder's name holds NLAYERS | e2e/test_sweep.py::test_rows_of_a_sweep
 002:39 | `$(ezpz_get_machine_name)` | works | after `source ALCF/helpers.sh` | launch/test_helpers.py::test_a_sourced_shell_knows_its_job_and_keeps_its_options
-002:39 | the machine's books.txt | not yet | lists are copied from a checkout of the reference |
+002:39 | the machine's books.txt | works | tools/import_data_lists.py copies a machine's lists from a checkout of the reference | tools/test_import_data_lists.py::test_all_lists_are_copied_byte_for_byte_and_told_about
 002:37-38 | HFTokenizer google/gemma-7b | works | 256,000 known by name; a run downloads it | seeds/test_commands.py::test_sizes_and_batch_of_the_small_models
 002:7-20 | sizes of 12 models | works | 12 of 12 exact | seeds/test_commands.py::test_sizes_and_batch_of_the_small_models
 002:7-20 | tokens/s a GPU and TFLOPS | works | in each log line, by the published formula within 0.5% | model/test_architecture.py::test_small_models
 002:7-20 | those figures on Aurora | machine | |
-002:22 | out of memory at 16 and 20 layers | not yet | the estimate is right on both sides; no verdict is printed | plan/test_memory.py::test_a_tile_of_64_gb_holds_26_layers_and_not_28
+002:22 | out of memory at 16 and 20 layers | on purpose | they fit: the loss keeps no copies of the logits, with which the edges are the published ones; a verdict is printed | plan/test_memory.py::test_the_edges_of_the_reference_by_its_own_formula
 002:44-68 | blocks of the two architectures | works | the ARCHITECTURE box has the keys | seeds/test_commands.py::test_blocks_of_the_documents
-002:3 | a W&B report page | not yet | W&B runs, and report.md in the run's folder |
+002:3 | a W&B report page | on purpose | a page is composed on W&B from its runs; here report.md in the run's folder | analysis/test_run_report.py::test_the_report_tells_what_happened
 002:74-91 | legend by machine, NHOSTS, label, GBS | not yet | machine, NHOSTS and GBS are in the W&B config; the label and created_at are not |
 002:93-117 | tokens/s a GPU and global | works | both from the global count | training/test_meter.py::test_per_device_rates_are_the_global_ones_divided
 002:98 | a row with GBS 96 | works | GRAD_ACC_STEPS=4 | seeds/test_commands.py::test_a_row_with_twice_the_batch
@@ -46,9 +46,9 @@ TEXT = """
 004:12-24 | the command, with NHOSTS of the job | works | PP 8, DP 12, GBS by GAS | seeds/test_commands.py::test_rows_of_the_70b_study
 004:12 | the same without ezpz | works | `source ALCF/helpers.sh` exports NHOSTS | launch/test_helpers.py::test_a_sourced_shell_knows_its_job_and_keeps_its_options
 004:21 | SEQ_LEN=8192 | on purpose | obeyed; the published rows were run at 4096: SEQ=4096 gives them | seeds/test_commands.py::test_rows_of_the_70b_study
-004:22 | the books list | not yet | as 002:39 |
+004:22 | the books list | works | as 002:39; a list that is not there is named with the command that copies it | tools/test_import_data_lists.py::test_a_missing_list_of_a_machine_names_the_command
 004:32-47 | DP and GBS of 13 rows | works | all as listed | seeds/test_commands.py::test_rows_of_the_70b_study
-004:34,47 | two rows out of memory | not yet | the estimate is right on both sides; no verdict is printed | plan/test_memory.py::test_a_tile_of_64_gb_holds_26_layers_and_not_28
+004:34,47 | two rows out of memory | on purpose | 16 hosts fit; 8 hosts with TP=1 do by less than 1 GiB a device; a verdict is printed | plan/test_fit.py::test_published_layouts_of_the_70b_fit
 004:32-47 | TFLOPS, samples/s, tokens/s a GPU | works | the formula gives the published figures | seeds/test_commands.py::test_rows_of_the_70b_study
 004:32-61 | a table of many runs with links | not yet | compare_runs takes two |
 004:34-61 | a W&B run for each row | not yet | rows of one model share a run's name; RUN_NAME tells them apart |
@@ -84,7 +84,7 @@ TEXT = """
 000:90-124 | ratios of step times | not yet | ratios of tokens/s |
 000:126-142 | a sweep over devices | not yet | |
 000:151 | a checkpoint as a Hugging Face folder | works | EXPORT_HF=1 or tools/convert_hf.py | equivalence/test_huggingface.py::test_export
-000:151 | a checkpoint of the reference | not yet | |
+000:151 | a checkpoint of the reference | works | tools/convert_hf.py, or LOAD with FINETUNE | checkpoint/test_reference.py::test_every_tensor_and_state_is_taken
 000:151 | `ezpz launch ...` | works | `launch` after `source ALCF/helpers.sh`, or `python -m megatron.launch` | launch/test_helpers.py::test_a_sourced_shell_knows_its_job_and_keeps_its_options
 000:151 | `-m ezpz.examples.hf_trainer` | not yet | |
 000:151 | streaming of a Hub data set | not yet | |
@@ -107,7 +107,7 @@ TEXT = """
 000:247-249 | where W&B keeps its files | works | wandb in the run's folder | training/test_dashboards.py::test_offline_wandb_is_read_back_and_resumes_under_its_id
 000:147-150,258-260 | a venv on top of a module | works | made where the module lacks DeepSpeed | launch/test_helpers.py::test_an_environment_lies_on_top_of_the_machines_python
 001:113-129 | backends; a missing rank hangs the rest | works | nccl, xccl, gloo; the silent rank is named, 124 | launch/test_hang.py::test_a_silent_rank_is_named_though_others_tick
-001:131-191 | collectives, one by one | not yet | |
+001:131-191 | collectives, one by one | works | tools/test_dist.py checks eight on every rank | tools/test_smoke_test.py::test_all_are_right
 001:195-204 | GBS = micro x N; rate by sqrt(N) | works | the arithmetic is checked; the rate is yours | seeds/test_commands.py::test_a_row_with_twice_the_batch
 001:219-231 | other data for each worker | works | by construction | data/test_dataset.py::test_every_sample_once_an_epoch
 001:233-254 | the same weights everywhere | works | drawn by seed and name | parallel/test_init.py::test_numbers_depend_on_seed_and_name_and_block_only
@@ -116,14 +116,14 @@ TEXT = """
 001:320-335 | FSDP | on purpose | ZeRO-3 shards the same | equivalence/test_zero_layouts.py::test_layout
 001:337-485 | TP, PP, 3D | works | equal to one process | equivalence/test_layouts.py::test_layout
 001:491-501 | NVMe offload, tiled layers | not yet | refused with what to use | launch/test_reference_flags.py::test_what_is_refused_says_what_to_do
-001:487-549 | which strategy when | not yet | docs/parallelism.md |
+001:487-549 | which strategy when | works | docs/parallelism.md; a dry run prints the cheapest change that fits | plan/test_fit.py::test_the_cheapest_is_the_first_that_fits
 001:604-664 | fine-tuning on instructions | not yet | an import of the model, no chat data |
 001:676-684 | generating text | works | a sample at the end of a run | analysis/test_finish.py::test_a_sample_is_short_of_a_whole_sequence
 001:706-715,790-801 | clone, `pip install -e .` | works | setup.py with extras | structure/test_shell.py::test_requirements_are_pinned
 001:720,748-786 | `source utils.sh`, `ezpz_setup_job`, `launch` | works | `source ALCF/helpers.sh` gives the names | launch/test_helpers.py::test_a_sourced_shell_knows_its_job_and_keeps_its_options
 001:723-743 | `ezpz_setup_python` | works | modules, then .venv on top of what they have | launch/test_helpers.py::test_an_environment_lies_on_top_of_the_machines_python
-001:806 | `unset NCCL_NET ...` | not yet | |
-001:814-992 | `python3 -m ezpz.test_dist` | not yet | |
+001:806 | `unset NCCL_NET ...` | works | not needed: no such variable is set unless asked for | launch/test_network_plugin.py::test_nothing_is_set_that_was_not_asked_for
+001:814-992 | `python3 -m ezpz.test_dist` | works | `launch python3 tools/test_dist.py` | tools/test_smoke_test.py::test_as_a_user_starts_it
 001:847-859 | the W&B project of a script, hosts in its config | not yet | machine and settings are in the config |
 001:818-820 | LOG_FROM_ALL_RANKS=1 | on purpose | named: rank 0 logs, the others' warnings are shown with their rank | launch/test_reference_flags.py::test_variables_without_effect_are_named_and_stop_nothing
 001:994-1143 | terminal plots of 6 metrics | works | the loss at the end, any metric by tools/plot.py --metric | tools/test_plot_command.py::test_a_run_is_drawn
