@@ -24,6 +24,9 @@ from megatron.config.errors import ConfigError, DataError
 from megatron.training.metrics_file import locate, read
 
 COMPARED = ("loss", "grad_norm")
+RATES = (
+    "steps_per_s", "steps_per_gpu_per_s", "tokens_per_s", "tokens_per_gpu_per_s", "tflops_lm",
+)  # fmt: skip
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -62,7 +65,7 @@ def compare(
             (i for i in matched if gaps[i] > 0), None
         )
     rate_a, rate_b = throughput(a), throughput(b)
-    for name in ("tokens_per_s", "tokens_per_gpu_per_s", "tflops_lm"):
+    for name in RATES:
         value_a, value_b = getattr(rate_a, name, None), getattr(rate_b, name, None)
         found |= {f"{name}_a": value_a, f"{name}_b": value_b}
         found[f"{name}_ratio_b_to_a"] = value_b / value_a if value_a and value_b else None

@@ -50,6 +50,8 @@ def test_what_differs_is_told(pair: tuple[str, str], capsys: pytest.CaptureFixtu
     assert found["first_iteration_with_different_grad_norm"] == 2
     assert found["tokens_per_s_a"] == 64.0
     assert found["tokens_per_s_ratio_b_to_a"] == pytest.approx(2.0)
+    assert found["steps_per_s_ratio_b_to_a"] == pytest.approx(2.0)
+    assert found["steps_per_gpu_per_s_b"] == pytest.approx(2.0)
     assert found["tflops_lm_ratio_b_to_a"] == pytest.approx(2.0)
     assert found["configuration"] == {"parallel.tensor_parallel": [1, 2]}
 
