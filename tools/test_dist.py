@@ -312,7 +312,7 @@ def average(tensors: Sequence[torch.Tensor | None], place: Place) -> float:
     flat = torch.cat([tensor.reshape(-1) for tensor in found])
     dist.all_reduce(flat)
     flat /= place.size
-    for tensor, piece in zip(found, flat.split([one.numel() for one in found]), strict=True):
+    for tensor, piece in zip(found, torch.split(flat, [one.numel() for one in found]), strict=True):
         tensor.copy_(piece.view_as(tensor))
     return flat[-1].item()
 

@@ -57,7 +57,7 @@ class Question:
         )
 
 
-Ask = Callable[[Question], str]
+Choose = Callable[[Question], str]
 
 
 def question_of(run: RunConfig, device: torch.device) -> Question:
@@ -90,7 +90,7 @@ def torchs_choice(question: Question) -> str:
     return str(SDPBackend(choice).name).removesuffix("_ATTENTION").lower()
 
 
-def expands_kv(run: RunConfig, device: torch.device, ask: Ask = torchs_choice) -> bool:
+def expands_kv(run: RunConfig, device: torch.device, ask: Choose = torchs_choice) -> bool:
     """Whether keys and values are to be copied for each query head: where only then a kernel fits.
 
     Args:
@@ -122,7 +122,7 @@ def expands_kv(run: RunConfig, device: torch.device, ask: Ask = torchs_choice) -
     return False
 
 
-def _warn_or_refuse(question: Question, ask: Ask) -> None:
+def _warn_or_refuse(question: Question, ask: Choose) -> None:
     """Names what would bring a fused kernel, asked and not guessed."""
     better = [
         name
