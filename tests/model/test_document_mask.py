@@ -91,12 +91,12 @@ def test_each_micro_batch_has_its_own_mask_and_weights() -> None:
 
     seen = 0
     for number, _ in enumerate(asked.begin(batches, alone(), torch.device("cpu"))):
-        torch.testing.assert_close(asked.attend(q, q, q, False), attended(number))
+        torch.testing.assert_close(asked.attend(q, q, q), attended(number))
         seen += 1
     assert seen == 4
     for number in (2, 0, 3):  # a recomputed pass of an earlier one
         asked.select(number)
-        torch.testing.assert_close(asked.attend(q, q, q, False), attended(number))
+        torch.testing.assert_close(asked.attend(q, q, q), attended(number))
         assert torch.equal(asked.weights, (batches[number][0] != EOD).float())
 
 
