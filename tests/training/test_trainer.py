@@ -296,7 +296,9 @@ def test_a_signal_in_an_evaluation_ends_it_and_saves(tmp_path: Path, log_interva
 def test_the_stop_file_stops_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = config(tmp_path, 8)
     clock = itertools.count(0, 10)
-    monkeypatch.setattr(StopRequest.__init__, "__defaults__", (None, None, None, clock.__next__))
+    monkeypatch.setattr(
+        StopRequest.__init__, "__defaults__", (None, None, None, clock.__next__, ())
+    )
     outcome, records = trained(run, Adder({3: (run.run_folder / "STOP").touch}))
     assert outcome.state.iteration == outcome.saved_at == 3 and outcome.cause == STOP_FILE
     assert "STOP" in records[-1]["reason"]
