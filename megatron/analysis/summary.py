@@ -38,6 +38,16 @@ class Throughput:
         return self.tokens / self.seconds
 
     @property
+    def steps_per_s(self) -> float:
+        """Steps that did work."""
+        return self.steps / self.seconds
+
+    @property
+    def steps_per_gpu_per_s(self) -> float:
+        """Steps by the devices that they took."""
+        return self.steps_per_s / self.world_size
+
+    @property
     def tokens_per_gpu_per_s(self) -> float:
         """One device."""
         return self.tokens_per_s / self.world_size
