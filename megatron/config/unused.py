@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from megatron.config.schema import RunConfig, by_key
@@ -50,6 +50,9 @@ _USES: dict[str, Use] = {
     "optimizer.lr_decay_fraction": _style("warmup-stable-decay"),
     "optimizer.lr_decay_style": _SCHEDULE,
     "optimizer.lr_warmup_fraction": _SCHEDULE,
+    "optimizer.lr_warmup_iters": _SCHEDULE,
+    "optimizer.lr_warmup_tokens": _SCHEDULE,
+    "optimizer.lr_warmup_samples": _SCHEDULE,
     "optimizer.weight_decay": Use(
         lambda run: run.optimizer.weight_decay_incr_style == "constant",
         "WEIGHT_DECAY_INCR_STYLE=constant",
@@ -63,15 +66,20 @@ _USES: dict[str, Use] = {
 """Option -> where it acts; a value that is not the default's is named elsewhere."""
 
 
-def unused(run: RunConfig) -> list[str]:
-    """A warning for each setting of training that has no effect."""
+def unused(run: RunConfig, given: Mapping[str, str]) -> list[str]:
+    """A warning for each setting of training that has no effect.
+
+    Args:
+        run: the configuration.
+        given: option -> variable or flag, of what the user set.
+    """
     warnings = []
     for key, use in _USES.items():
         section, _, field = key.partition(".")
-        value, option = getattr(getattr(run, section), field), by_key()[key]
-        if value not in (option.default, None) and not use.acts(run):
+        value = getattr(getattr(run, section), field)
+        if key in given and value not in (by_key()[key].default, None) and not use.acts(run):
             shown = int(value) if isinstance(value, bool) else value
-            warnings.append(f"{option.name}={shown} has no effect here: it is for {use.where}")
+            warnings.append(f"{given[key]}={shown} has no effect here: it is for {use.where}")
     sizes = run.batch_sizes
     if sizes.samples > run.total_samples:
         warnings.append(
