@@ -54,7 +54,7 @@ def compare(run: RunConfig, sources: Mapping[str, str]) -> Comparison:
         run: the configuration of the start.
         sources: option key -> where its value came from.
     """
-    if not _has_begun(run):
+    if run.optimizer.lr_finder or not _has_begun(run):  # a search refuses checkpoints by itself
         return Comparison()
     try:
         before = resumed.read(str(run.run_folder), "RUN_DIR")

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from megatron.config import presets, skip
 from megatron.config.layout import crossing_warning
 from megatron.config.schema import RunConfig
 from megatron.config.unused import unused
 
 
-def warnings(run: RunConfig) -> list[str]:
-    """Settings that have no effect, or a costly one."""
+def warnings(run: RunConfig, given: Mapping[str, str]) -> list[str]:
+    """Settings that have no effect, or a costly one.
+
+    Args:
+        run: the configuration.
+        given: option -> variable or flag, of what the user set.
+    """
     warnings = []
     crossing = crossing_warning(run.layout, run.launch.devices_per_host)
     if crossing:
@@ -41,7 +48,7 @@ def warnings(run: RunConfig) -> list[str]:
             f"DATA_CACHE_PATH={data.cache_path} has no effect with DATA_ORDER=stateless, "
             "which needs no cache"
         )
-    return warnings + unused(run)
+    return warnings + unused(run, given)
 
 
 def notes(run: RunConfig) -> list[str]:

@@ -125,10 +125,12 @@ def resolve(environ: Mapping[str, str], argv: Sequence[str], site: Site) -> Reso
         changes = resumed.changes(before, run, draft.sources)
         notes.append(f"resumes {before.folder} with its own configuration; changed: {changes}")
     named = strays.found(environ, run.launch.ignore_variables)
-    warnings = [stray.text for stray in named] + hints.warnings(run)
+    warnings = [stray.text for stray in named] + hints.warnings(run, draft.given)
     if before is None:
         _compare_experiments(run, draft, warnings, notes)
-    if not run.log.dry_run:
+    if run.log.dry_run:
+        warnings += _stops(run, named if site.in_job else [])
+    else:
         if site.in_job:
             strays.require_none(named)
         _require_ready(run, draft, site)
@@ -294,6 +296,25 @@ def _compare_experiments(
         warnings.append(f"a real run would stop here with status 2: {comparison.problem}")
     if comparison.note:
         notes.append(comparison.note)
+
+
+def _stops(run: RunConfig, named: Sequence[strays.Stray]) -> list[str]:
+    """What a dry run knows to stop a real one: variables in vain in a job, LOAD that is not there.
+
+    A run that has checkpoints of its own may go on without LOAD.
+    """
+    stops = []
+    try:
+        strays.require_none(named)
+    except ConfigError as error:
+        stops.append(f"a real run would stop here with status 2: {str(error).splitlines()[-1]}")
+    own = run.checkpoint_folder / "latest"
+    if run.checkpoint.load and not run.load_folder.exists() and not own.exists():
+        stops.append(
+            f"a real run would stop here with status 4: LOAD={run.checkpoint.load} does not exist "
+            f"(working folder {Path.cwd()})"
+        )
+    return stops
 
 
 def _require_ready(run: RunConfig, draft: Draft, site: Site) -> None:

@@ -63,6 +63,9 @@ USES: dict[str, Use] = {
     "optimizer.lr_decay_fraction": _style("warmup-stable-decay"),
     "optimizer.lr_decay_style": _SCHEDULE,
     "optimizer.lr_warmup_fraction": _SCHEDULE,
+    "optimizer.lr_warmup_iters": _SCHEDULE,
+    "optimizer.lr_warmup_tokens": _SCHEDULE,
+    "optimizer.lr_warmup_samples": _SCHEDULE,
     "optimizer.weight_decay": Use(
         lambda flat: not _GROWS.acts(flat), "WEIGHT_DECAY_INCR_STYLE=constant"
     ),
@@ -91,14 +94,19 @@ def flat(sections: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def unused(run: RunConfig) -> list[str]:
-    """A warning for each setting of training that has no effect."""
+def unused(run: RunConfig, given: Mapping[str, str]) -> list[str]:
+    """A warning for each setting of training that has no effect.
+
+    Args:
+        run: the configuration.
+        given: option -> variable or flag, of what the user set.
+    """
     warnings, values = [], flat(run.to_dict())
     for key, use in USES.items():
-        value, option = values[key], by_key()[key]
-        if value not in (option.default, None) and not use.acts(values):
+        value, usual = values[key], by_key()[key].default
+        if key in given and value not in (usual, None) and not use.acts(values):
             shown = f"{value:g}" if isinstance(value, float | bool) else value
-            warnings.append(f"{option.name}={shown} has no effect here: it is for {use.where}")
+            warnings.append(f"{given[key]}={shown} has no effect here: it is for {use.where}")
     sizes = run.batch_sizes
     if sizes.samples > run.total_samples:
         warnings.append(

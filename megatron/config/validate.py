@@ -308,10 +308,11 @@ def check_weight_decay(draft: Draft) -> Iterator[str]:
     ends = [draft[f"optimizer.{end}_weight_decay"] for end in ("start", "end")]
     missing = [end for end in ends if end.value is None]
     if style.value != "constant" and missing:
+        names = " and ".join(end.name for end in missing)
+        are, them = ("is", "it") if len(missing) == 1 else ("are", "both")
         yield (
-            f"{style} goes from START_WEIGHT_DECAY to END_WEIGHT_DECAY, but "
-            f"{' and '.join(end.name for end in missing)} is not set. Set it, e.g. "
-            f"{missing[0].name}={draft.get('optimizer.weight_decay')}"
+            f"{style} goes from START_WEIGHT_DECAY to END_WEIGHT_DECAY, but {names} {are} not set. "
+            f"Set {them}, e.g. {missing[0].name}={draft.get('optimizer.weight_decay')}"
         )
     for end in ends:
         if style.value == "constant" and end.value is not None:

@@ -36,7 +36,8 @@ def resume(
 ) -> RunState:
     """Loads the newest sound checkpoint, written in any layout; called by all ranks.
 
-    With FINETUNE, a run that has no checkpoint yet begins with the weights in LOAD.
+    A run that began with LOAD goes on from its own checkpoints. With FINETUNE, one that has none
+    yet begins with the weights in LOAD.
 
     Args:
         run: the configuration.
@@ -50,13 +51,11 @@ def resume(
     Raises:
         MissingCheckpoint: there is none where LOAD or --exit-on-missing-checkpoint wants one, the
             folder holds checkpoints of others, or all are damaged.
-        ConfigError: its model or optimizer differs, or a range to skip has passed.
+        ConfigError: its model or optimizer differs, a range to skip has passed, or the run's own
+            checkpoints did not begin with LOAD.
         DataError: it was trained on other data.
     """
-    root = run.checkpoint_folder if run.checkpoint.finetune else run.load_folder
-    # Another run's folder is read only.
-    own = root.resolve() == run.checkpoint_folder.resolve()
-    found = _newest(root, control, own)
+    root, found = _source(run, control)
     checkpoint = found.checkpoint
     if checkpoint is None:
         _begin(run, engine, root, found, control)
@@ -110,6 +109,30 @@ def takes_optimizer(run: RunConfig, manifest: Mapping[str, Any]) -> bool:
     return began and bool(manifest["optimizer"] == run.optimizer.optimizer)
 
 
+def _source(run: RunConfig, control: Control) -> tuple[Path, store.Found]:
+    """The folder to go on from and what it holds.
+
+    A run that began with LOAD has later steps of its own: a job that is started again, by hand or
+    by a scheduler, must not lose them.
+    """
+    folder, load = run.checkpoint_folder, run.load_folder
+    own = _newest(folder, control, True)
+    if run.checkpoint.finetune or load.resolve() == folder.resolve():
+        return folder, own
+    if own.checkpoint is not None:
+        before = own.checkpoint.manifest.get("run", {}).get("checkpoint", {}).get("load")
+        if before and Path(before).resolve() == load.resolve():
+            log.info(f"LOAD={run.checkpoint.load}: the run began with it and goes on")
+            return folder, own
+        raise ConfigError(
+            f"LOAD={run.checkpoint.load}, but the run has {own.checkpoint.folder}, which "
+            f"{f'began with LOAD={before}' if before else 'began without LOAD'}: unset LOAD to go "
+            "on from there, or set another RUN_NAME to begin from LOAD"
+        )
+    _refuse_damaged(folder, own)
+    return load, _newest(load, control, False)  # another run's folder is read only
+
+
 def _newest(root: Path, control: Control, own: bool) -> store.Found:
     return store.newest_sound(root, control, partial(log.error, extra=ALIKE), set_aside=own)
 
@@ -136,6 +159,8 @@ def _begin(
         raise MissingCheckpoint(
             f"LOAD={keep.load} {foreign.contents(root)}. To begin with new weights unset LOAD"
         )
+    if keep.no_load_optim:
+        log.warning("NO_LOAD_OPTIM=1 has no effect: there is no checkpoint to load", extra=ALIKE)
     if keep.load:
         log.warning(
             f"LOAD={root} holds no checkpoint: training starts from new weights", extra=ALIKE
@@ -159,10 +184,10 @@ def _check_beginning(
     before = manifest.get("run", {}).get("checkpoint", {})
     load = before.get("load") if before.get("finetune") else None
     if load is None or Path(load).resolve() != run.load_folder.resolve():
-        began = f"with the weights of {load}" if load else "without FINETUNE"
+        began = f"began with the weights of {load}" if load else "was started without FINETUNE"
         raise ConfigError(
             f"FINETUNE=1 LOAD={run.checkpoint.load}, but {checkpoint.folder} is of a run that "
-            f"began {began}: set another RUN_NAME to begin a new run, or unset FINETUNE and LOAD to"
+            f"{began}: set another RUN_NAME to begin a new run, or unset FINETUNE and LOAD to"
             " go on with that one"
         )
     log.info(f"FINETUNE: the run began with the weights of {load} and goes on")

@@ -57,7 +57,10 @@ def test_slips_are_refused_in_a_job_and_named_in_its_dry_run():
     assert "IGNORE_VARIABLES=LEARNING_RATE,NLAYER" in message
     assert "TORCH_DEVICE" not in message  # nothing was meant that is not so
     named = resolved(site=job, NLAYER=4)
-    assert named.in_vain == tuple(named.warnings) != ()
+    *warned, stop = named.warnings
+    assert named.in_vain == tuple(warned) != ()
+    assert stop.startswith("a real run would stop here with status 2: ")
+    assert stop.endswith("IGNORE_VARIABLES=NLAYER")
     ignored = {"IGNORE_VARIABLES": "LEARNING_RATE, NLAYER", "DRY_RUN": "0"}
     run = resolved(site=job, NLAYER=4, LEARNING_RATE=1, **ignored)
     assert run.warnings == [] and run.run.model.num_layers == 4  # the preset's
@@ -91,3 +94,23 @@ def test_settings_of_another_spike_policy_are_named():
     assert "SPIKE_THRESHOLD=5 has no effect here: it is for SPIKE_POLICY=warn" in off
     used = resolved(SPIKE_POLICY="rollback", ROLLBACK_STEPS=7, SPIKE_THRESHOLD=5)
     assert "has no effect" not in "\n".join(used.warnings)
+
+
+def test_what_has_no_effect_is_named_as_it_was_written():
+    finder = resolved("--lr-finder", "--lr-warmup-iters", "5").warnings
+    assert finder == ["--lr-warmup-iters=5 has no effect here: it is for runs without LR_FINDER=1"]
+    assert resolved(MUON_MOMENTUM=0.9).warnings == [
+        "MUON_MOMENTUM=0.9 has no effect here: it is for OPT=muon"
+    ]
+    ends = refusal("--weight-decay-incr-style", "linear")
+    assert "START_WEIGHT_DECAY and END_WEIGHT_DECAY are not set. Set both, e.g. " in ends
+
+
+def test_a_dry_run_says_that_load_is_not_there(tmp_path):
+    load, here = tmp_path / "nowhere", tmp_path / "run"
+    for more in ({}, {"FINETUNE": 1}):
+        (stop,) = resolved(LOAD=load, RUN_DIR=here, **more).warnings
+        assert f"would stop here with status 4: LOAD={load} does not exist" in stop
+    (here / "checkpoints").mkdir(parents=True)
+    (here / "checkpoints" / "latest").write_text("step-00000002\n")
+    assert resolved(LOAD=load, RUN_DIR=here).warnings == []  # it goes on from its own

@@ -63,10 +63,30 @@ def test_the_same_command_again_goes_on(source: RunConfig, tmp_path: Path) -> No
     assert parts[1].trained == [*range(16, 32)] and parts[1].total == whole.total
 
 
+def test_load_beside_checkpoints_that_did_not_begin_with_it(
+    source: RunConfig, tmp_path: Path
+) -> None:
+    plain = config(tmp_path / "plain", 2)
+    trained(plain, Adder())
+    load = {"checkpoint__load": str(source.checkpoint_folder)}
+    with pytest.raises(ConfigError, match=r"step-00000002, which began without LOAD: unset LOAD"):
+        resume(with_settings(plain, **load), Adder())
+    begun = with_settings(config(tmp_path / "begun", 8), **load)
+    trained(begun, Adder())
+    assert resume(begun, Adder()).iteration == 8, "its own, not LOAD's 6"
+    other = with_settings(begun, checkpoint__load=str(plain.checkpoint_folder))
+    with pytest.raises(ConfigError, match=r"began with LOAD=\S+source/checkpoints: unset LOAD"):
+        resume(other, Adder())
+    for step in steps(begun.checkpoint_folder):
+        (step_folder(begun.checkpoint_folder, step) / "manifest.json").write_text("")
+    with pytest.raises(MissingCheckpoint, match=r"every checkpoint in .*begun.* is damaged"):
+        resume(begun, Adder())
+
+
 def test_a_run_that_began_otherwise_is_not_taken_for_it(source: RunConfig, tmp_path: Path) -> None:
     plain = config(tmp_path / "plain", 2)
     trained(plain, Adder())
-    with pytest.raises(ConfigError, match=r"began without FINETUNE: set another RUN_NAME"):
+    with pytest.raises(ConfigError, match=r"was started without FINETUNE: set another RUN_NAME"):
         trained(finetuned(source, tmp_path / "plain"), Adder())
     trained(finetuned(source, tmp_path / "new"), Adder())
     with pytest.raises(ConfigError, match=r"began with the weights of .*source"):
@@ -230,6 +250,7 @@ def test_bits_of_weights_and_of_a_new_optimizer(layout: str, tmp_path: Path) -> 
     again = start("finetuned", 4, FINETUNE="1", **load)
     own = {"LOAD": str(tmp_path / "dropped" / "checkpoints"), "NO_LOAD_OPTIM": "1"}
     assert again[0] == 2 and again[1] == start("dropped", 4, **own)[1], "its states are taken"
+    assert start("resumed", 4, **load)[0] == 4, "a job that starts again keeps its own steps"
 
 
 def loss_of(variables: dict[str, str]) -> tuple[int, front.Curve]:
