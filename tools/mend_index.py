@@ -10,7 +10,8 @@
 A mended index is written beside the old one, read back, and takes its place; the old one stays as
 .idx.uncounted-eod. Stopped half way, the same command goes on. With --as-reference the old index
 stays in use: documents begin early, as they did, and the tokens at the end that the reference never
-read are left out. Exit status: 0, 2 for a wrong setting, 3 if a pair is wrong in another way.
+read are left out. Exit status: 0, 2 for a wrong setting, 3 if a pair is wrong in another way;
+with --check 1 if one is to be mended.
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     done = "read as before" if options.as_reference else "mended"
     if options.check:
         done = f"to be {done}"
+        status = status or int(counts["mended"] > 0)
     print(f"{counts['right']} right, {counts['mended']} {done}, {counts['bad']} bad")
     return status
 

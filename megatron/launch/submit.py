@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron.checkpoint.atomic import write_atomically
-from megatron.config import schema
+from megatron.config import schema, strays
 from megatron.config.errors import ConfigError, DataError
 from megatron.config.resolve import Resolved, Site, resolve
 from megatron.launch.machines import Machine, find_machine
+from megatron.plan.fit import fitted
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -181,7 +182,7 @@ def find_scheduler(
 def checked(
     variables: Mapping[str, str], flags: Sequence[str], nodes: int, machine: Machine, dry_run: bool
 ) -> Resolved:
-    """The run as the job will resolve it: what is wrong is found before the queue.
+    """The run as the job will resolve and fit it: what is wrong is found before the queue.
 
     Raises:
         ConfigError, DataError: as the job would.
@@ -192,9 +193,11 @@ def checked(
         num_hosts=nodes,
         devices_per_host=machine.devices_per_host,
         defaults=machine.defaults(nodes),
+        device_gib=machine.device_gib,
         in_job=True,
     )
-    found = resolve({**variables, **({"DRY_RUN": "1"} if dry_run else {})}, flags, place)
+    environ = {**variables, **({"DRY_RUN": "1"} if dry_run else {})}
+    found = fitted(resolve(environ, flags, place), environ, flags, place)
     if found.run.launch.num_hosts > nodes:
         raise ConfigError(
             f"NHOSTS={found.run.launch.num_hosts}, but the job has --nodes {nodes}: "
@@ -264,6 +267,8 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         scheduler = SCHEDULERS[find_scheduler(options.scheduler, machine)]
         given, flags = variables_and_flags(options.run)
         variables = {**options_set(environ), **given}
+        # A slip of this shell's is none of the job's, and so nothing would tell of it there.
+        strays.require_none(strays.found(environ, variables.get("IGNORE_VARIABLES")))
         found = checked(variables, flags, options.nodes, machine, options.dry_run)
         request = _request(options, machine, found.run.run_folder)
         environment = environ.get("VIRTUAL_ENV")

@@ -121,6 +121,15 @@ def test_what_a_job_would_refuse_is_refused_before_the_queue(
     assert not spooler.exists()
 
 
+def test_a_slip_of_the_shell_is_refused_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: Printed
+) -> None:
+    words = ("-A", "x", "--dry-run", "--", *SMALL, "/nowhere/run")
+    assert typed(monkeypatch, AURORA, *words, NLAYER="4")[0] == 2
+    assert "the variable is called NLAYERS" in capsys.readouterr().err
+    assert typed(monkeypatch, AURORA, *words, NLAYER="4", IGNORE_VARIABLES="NLAYER")[0] == 0
+
+
 def test_a_scheduler_that_refuses_is_quoted(
     spooler: Path,
     tmp_path: Path,

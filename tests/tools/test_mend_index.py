@@ -100,7 +100,7 @@ def test_three_documents(tmp_path, capsys):
     data, index = Path(f"{prefix}.bin").read_bytes(), Path(f"{prefix}.idx").read_bytes()
     with pytest.raises(DataError, match=rf"3 tokens less for 3 doc.*mend_index\.py {prefix}"):
         read_header(prefix)
-    assert call(prefix, "--check") == 0
+    assert call(prefix, "--check") == 1
     assert "0 right, 1 to be mended, 0 bad" in capsys.readouterr().out
     assert Path(f"{prefix}.idx").read_bytes() == index
     assert call(prefix) == 0
