@@ -59,7 +59,10 @@ _USES: dict[str, Use] = {
     ),
     "checkpoint.async_save": _SAVES,
     "checkpoint.export_hf": _SAVES,
+    "checkpoint.save_interval": _SAVES,
     "checkpoint.keep_last": _SAVES,
+    "checkpoint.keep_every": _SAVES,
+    "checkpoint.keep_best": _SAVES,
     "log.tensorboard_dir": Use(lambda run: not run.log.no_tensorboard, "runs with TensorBoard"),
     "log.wandb_exp_name": _WANDB,
 }
