@@ -77,7 +77,10 @@ USES: dict[str, Use] = {
     "stability.max_rollbacks": _ROLLBACK,
     "checkpoint.async_save": _SAVES,
     "checkpoint.export_hf": _SAVES,
+    "checkpoint.save_interval": _SAVES,
     "checkpoint.keep_last": _SAVES,
+    "checkpoint.keep_every": _SAVES,
+    "checkpoint.keep_best": _SAVES,
     "log.tensorboard_dir": _unless("log.no_tensorboard", "runs with TensorBoard"),
     "log.wandb_exp_name": _WANDB,
 }

@@ -99,6 +99,8 @@ def test_settings_of_another_spike_policy_are_named():
 def test_what_has_no_effect_is_named_as_it_was_written():
     finder = resolved("--lr-finder", "--lr-warmup-iters", "5").warnings
     assert finder == ["--lr-warmup-iters=5 has no effect here: it is for runs without LR_FINDER=1"]
+    (saves,) = resolved(LR_FINDER=1, SAVE_INTERVAL=7).warnings
+    assert saves.startswith("SAVE_INTERVAL=7 has no effect here: it is for runs that save")
     assert resolved(MUON_MOMENTUM=0.9).warnings == [
         "MUON_MOMENTUM=0.9 has no effect here: it is for OPT=muon"
     ]
