@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Compares two runs: `tools/compare_runs.py A B [--assert-equal TOL] [--format md|csv|json]`.
+"""Compares runs: `tools/compare_runs.py A B [--assert-equal TOL] [--format md|csv|json]`.
 
-A and B are run folders or metrics.jsonl files. Rates are tokens over seconds of the steps that did
-work. Status: 0; 1 `--assert-equal` does not hold; 2 bad argument; 3 damaged file.
+They are run folders or metrics.jsonl files; of three or more there is a table, one line a run.
+Rates are tokens over seconds of the steps that did work. Status: 0; 1 `--assert-equal` does not
+hold; 2 bad argument; 3 damaged file.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from megatron.config.errors import ConfigError, DataError
 from megatron.training.metrics_file import locate, read
 
 COMPARED = ("loss", "grad_norm")
+RATES = (
+    "steps_per_s", "steps_per_gpu_per_s", "tokens_per_s", "tokens_per_gpu_per_s", "tflops_lm",
+)  # fmt: skip
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -62,7 +66,7 @@ def compare(
             (i for i in matched if gaps[i] > 0), None
         )
     rate_a, rate_b = throughput(a), throughput(b)
-    for name in ("tokens_per_s", "tokens_per_gpu_per_s", "tflops_lm"):
+    for name in RATES:
         value_a, value_b = getattr(rate_a, name, None), getattr(rate_b, name, None)
         found |= {f"{name}_a": value_a, f"{name}_b": value_b}
         found[f"{name}_ratio_b_to_a"] = value_b / value_a if value_a and value_b else None
@@ -110,13 +114,48 @@ def render(found: Mapping[str, Any], form: str) -> str:
             for k, v in found.items()
         }
         return json.dumps(strict, indent=2, allow_nan=False) + "\n"
-    table = [("what", "A", "B"), *rows(found)]
+    return text_of([("what", "A", "B"), *rows(found)], form)
+
+
+def text_of(table: Sequence[Sequence[str]], form: str) -> str:
+    """A table with its heading as `md` or `csv`."""
     if form == "csv":
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(table)
         return text.getvalue()
     lines = [f"| {' | '.join(row)} |" for row in table]
-    return "\n".join([lines[0], "|---|---|---|", *lines[1:]]) + "\n"
+    return "\n".join([lines[0], "|" + "---|" * len(table[0]), *lines[1:]]) + "\n"
+
+
+COLUMNS = {
+    "devices": "parallel.world_size", "TP": "parallel.tensor_parallel",
+    "PP": "parallel.pipeline_parallel", "SP": "parallel.sequence_parallel",
+    "ZeRO": "parallel.zero_stage", "layers": "model.num_layers", "MBS": "train.micro_batch_size",
+    "GAS": "train.gradient_accumulation_steps", "GBS": "train.global_batch_size",
+    "ACKPT": "train.activation_checkpointing",
+}  # fmt: skip
+"""Heading of a column in a table of many runs -> key of run.json."""
+
+
+def line_of(run: Path) -> dict[str, str]:
+    """A run in the table of many: name, layout, last loss, rates, and its address at W&B."""
+    records, place = read(locate(run)), locate(run).parent
+    flat, rate, steps = flatten(run_json(run)), throughput(records), training_steps(records)
+    line = {"run": place.name} | {name: str(flat.get(key, "-")) for name, key in COLUMNS.items()}
+    line["loss"] = _text(steps[-1]["loss"] if steps else None)
+    for name in RATES:
+        line[name] = _text(getattr(rate, name, None))
+    address = place / "wandb" / "run_url"
+    line["W&B"] = address.read_text(encoding="utf-8").strip() if address.exists() else "-"
+    return line
+
+
+def many(runs: Sequence[Path], form: str) -> str:
+    """The table of three runs or more."""
+    lines = [line_of(run) for run in runs]
+    if form == "json":
+        return json.dumps(lines, indent=2) + "\n"
+    return text_of([list(lines[0]), *(list(line.values()) for line in lines)], form)
 
 
 def run_json(run: Path) -> dict[str, Any]:
@@ -141,6 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("a", type=Path)
     parser.add_argument("b", type=Path)
+    parser.add_argument("more", type=Path, nargs="*")
     parser.add_argument(
         "--assert-equal", type=float, metavar="TOL", help="most that loss and grad_norm may differ"
     )
@@ -149,6 +189,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if chosen.assert_equal is not None and not chosen.assert_equal >= 0:
             raise ConfigError(f"--assert-equal {chosen.assert_equal}: a tolerance is a number >= 0")
+        if chosen.more:
+            if chosen.assert_equal is not None:
+                raise ConfigError("--assert-equal compares two runs")
+            print(many([chosen.a, chosen.b, *chosen.more], chosen.format), end="")
+            return 0
         a, b = (read(locate(run)) for run in (chosen.a, chosen.b))
         found = compare(a, b, run_json(chosen.a), run_json(chosen.b))
     except (ConfigError, DataError) as error:

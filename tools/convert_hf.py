@@ -65,6 +65,8 @@ def export(run: Path, out: Path, iteration: int | None, dtype: str | None) -> in
 def import_model(arguments: argparse.Namespace) -> int:
     """Makes what others wrote the first checkpoint of a run."""
     folder, run = arguments.folder, arguments.run
+    if folder.suffix == ".pt":  # mp_rank_00_model_states.pt stands for the step that it is of
+        folder = folder.parent
     present = store.committed(run / "checkpoints", _warn)
     if present:
         raise ValueError(

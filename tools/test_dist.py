@@ -31,6 +31,7 @@ import torch.distributed as dist
 from megatron.analysis.plot import plot
 from megatron.config.errors import ConfigError
 from megatron.engine import start_distributed, stop_distributed
+from megatron.launch.accelerators import promise
 from megatron.launch.rank_process import run_to_end
 from megatron.launch.ranks import Ranks, find_ranks, rendezvous
 from megatron.launch.site import find_location
@@ -312,7 +313,7 @@ def average(tensors: Sequence[torch.Tensor | None], place: Place) -> float:
     flat = torch.cat([tensor.reshape(-1) for tensor in found])
     dist.all_reduce(flat)
     flat /= place.size
-    for tensor, piece in zip(found, flat.split([one.numel() for one in found]), strict=True):
+    for tensor, piece in zip(found, torch.split(flat, [one.numel() for one in found]), strict=True):
         tensor.copy_(piece.view_as(tensor))
     return flat[-1].item()
 
@@ -430,11 +431,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(options: argparse.Namespace, ranks: Ranks) -> int:
     """Meet, test, leave."""
     try:
-        device = detect(ranks.local_rank, "fp32")
+        chosen = os.environ.get("DEVICE", "auto")
+        device = detect(ranks.local_rank, "fp32", chosen, promise(os.environ))
         prepare(device, "fp32")
         meeting = rendezvous(os.environ)
         start_distributed(
-            device.backend, ranks.rank, ranks.world_size, ranks.local_rank, meeting, TIMEOUT_S
+            device.backend, ranks.rank, ranks.world_size, device.index, meeting, TIMEOUT_S
         )
     except (ConfigError, MeetingError) as error:
         print(f"[rank {ranks.rank}] error: {error}", file=sys.stderr)

@@ -74,6 +74,9 @@ def write_report(folder: Path) -> Path:
     """
     run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     metrics = metrics_file.read(folder / "metrics.jsonl")
+    address = folder / "wandb" / "run_url"
+    if address.exists():
+        run.setdefault(PROVENANCE, {})["wandb"] = address.read_text(encoding="utf-8").strip()
     plots = folder / "plots"
     plots.mkdir(exist_ok=True)
     curves = {folder.name: series(metrics)}
@@ -115,11 +118,19 @@ def _throughput(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     if rate is None:
         return []
     low, median, high = rate.step_seconds
-    last = training_steps(metrics)[-1]
+    steps = training_steps(metrics)
+    last = steps[-1]
+    tera = sum(r["tflops_lm"] * r["world_size"] * r["elapsed_s"] * r["steps"] for r in steps)
+    per_step = rate.tokens / rate.steps
     return [
+        ("steps/s", f"{rate.steps_per_s:.4g}"),
+        ("samples/s", f"{rate.tokens_per_s / last['seq_length']:,.4g}"),
+        ("samples per step", f"{per_step / last['seq_length']:,.4g}"),
+        ("tokens per step", f"{per_step:,.0f}"),
         ("tokens/s", f"{rate.tokens_per_s:,.1f}"),
         ("tokens/s per device", f"{rate.tokens_per_gpu_per_s:,.1f} on {rate.world_size}"),
         ("TFLOPS per device (LM)", f"{rate.tflops_lm:.2f}"),
+        ("FLOPs (LM), all logged steps", f"{tera * 1e12:.4g}"),
         ("MFU, last line", "peak unknown" if last["mfu"] is None else f"{last['mfu']:.1%}"),
         ("step, 10% / median / 90%", f"{low:.3f} / {median:.3f} / {high:.3f} s"),
         ("most memory", f"{last['memory_max_gib']:.2f} GiB"),

@@ -38,6 +38,16 @@ class Throughput:
         return self.tokens / self.seconds
 
     @property
+    def steps_per_s(self) -> float:
+        """Steps that did work."""
+        return self.steps / self.seconds
+
+    @property
+    def steps_per_gpu_per_s(self) -> float:
+        """Steps by the devices that they took."""
+        return self.steps_per_s / self.world_size
+
+    @property
     def tokens_per_gpu_per_s(self) -> float:
         """One device."""
         return self.tokens_per_s / self.world_size
@@ -66,7 +76,7 @@ def throughput(records: Iterable[Mapping[str, Any]], warm_up: int = WARM_UP) -> 
     tenths = statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else times
     return Throughput(
         steps=sum(r["steps"] for r in steps),
-        tokens=round(math.fsum(r["tokens_per_s"] * r["elapsed_s"] * r["steps"] for r in steps)),
+        tokens=sum(r["steps"] * r["global_batch_size"] * r["seq_length"] for r in steps),
         seconds=seconds,
         world_size=steps[-1]["world_size"],
         step_seconds=(tenths[0], statistics.median(times), tenths[-1]),

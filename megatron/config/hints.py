@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from megatron.config import presets, schema, skip
+from megatron.config import presets, skip
 from megatron.config.layout import crossing_warning
 from megatron.config.schema import RunConfig
 from megatron.config.unused import unused
@@ -48,24 +48,7 @@ def warnings(run: RunConfig, given: Mapping[str, str]) -> list[str]:
             f"DATA_CACHE_PATH={data.cache_path} has no effect with DATA_ORDER=stateless, "
             "which needs no cache"
         )
-    return warnings + _unused_stability(run.stability) + unused(run, given)
-
-
-def _unused_stability(chosen: schema.StabilityConfig) -> list[str]:
-    """Settings of a spike policy other than the one that is chosen."""
-    usual, policy = schema.StabilityConfig(), chosen.spike_policy
-    users = {
-        "spike_threshold": ("warn", "skip", "rollback"),
-        "spike_window": ("warn", "skip", "rollback"),
-        "rollback_steps": ("rollback",),
-        "max_rollbacks": ("rollback",),
-    }
-    return [
-        f"{schema.by_key()[f'stability.{field}'].name}={getattr(chosen, field):g} has no effect "
-        f"with SPIKE_POLICY={policy}: it is for {', '.join(policies)}"
-        for field, policies in users.items()
-        if policy not in policies and getattr(chosen, field) != getattr(usual, field)
-    ]
+    return warnings + unused(run, given)
 
 
 def notes(run: RunConfig) -> list[str]:

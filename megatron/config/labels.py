@@ -12,8 +12,6 @@ ARCH = "model.model_arch"
 LABELLED = "the label in MODEL_ARCH"
 """Source of a number that a label holds."""
 
-Settings = list[tuple[str, str, str]]
-
 
 class Part(NamedTuple):
     """What a label shows where it differs from the preset's.
@@ -87,12 +85,12 @@ def _shown(name: str, value: Any) -> str:
     return f"{PARTS[name].word}{value or 'Off'}"
 
 
-def with_labels(settings: Sequence[tuple[str, str, str]]) -> Settings:
+def with_labels(settings: Sequence[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
     """(key, text, name) settings, in which a label is divided into a preset and its numbers.
 
     `llama3-3B-nLayers14` is llama3-3B with 14 layers.
     """
-    found: Settings = []
+    found = []
     for key, text, name in settings:
         typed = re.fullmatch(rf"(.+?)((?:{_WORD})+)", text.strip()) if key == ARCH else None
         if typed is None:

@@ -113,9 +113,10 @@ def find(name: str, variable: str = "MODEL_ARCH") -> str:
     if found:
         meant = " or ".join(f"{variable}={key} ({_described(key)})" for key in found)
         raise ConfigError(f"{variable}={name} may mean two models: set {meant}")
-    spellings = {spelling.lower(): key for spelling, key in names.items()}
     near = [key for key in PRESETS if key.lower().endswith(f"-{name.lower()}")]
-    near = near or [spellings[s] for s in difflib.get_close_matches(name.lower(), spellings, n=1)]
+    if not near:  # two models may differ in case alone
+        close = difflib.get_close_matches(name.lower(), [s.lower() for s in names], n=1)
+        near = sorted({key for spelling, key in names.items() if spelling.lower() in close})
     nearest = f" Did you mean {' or '.join(near)}?" if near else ""
     raise ConfigError(
         f"{variable}={name} is not a known architecture.{nearest} Known: {', '.join(PRESETS)}. "

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,6 +42,8 @@ from megatron.model.document_mask import Documents, follow_documents
 from megatron.model.layer import Layer
 from megatron.model.stack import Stack
 from megatron.parallel.groups import SERIAL, Axis, Groups
+
+log = logging.getLogger(__name__)
 
 __all__ = [
     "Engine",
@@ -108,6 +111,7 @@ def make_engine(
         stages = pipeline_module(
             layers, loss, merged, stage_bounds, recompute_num_layers, pipeline_schedule
         )
+        log.debug(f"layers of this stage:\n{stages}")
         engine = start_engine(
             PipelineEngine if documents is None else DocumentPipelineEngine,
             stages,
@@ -125,6 +129,7 @@ def make_engine(
     mpu = ModelParallelUnit(groups.tp, shard)
     with quiet(), partitioned_initialisation(deepspeed_config, mpu):
         module = Stack(layers, recompute_num_layers)
+    log.debug(f"the model on this rank:\n{module}")
     engine = start_engine(
         ZeroEngine if documents is None else DocumentZeroEngine,
         module,

@@ -137,6 +137,7 @@ def torchrun(launch: Launch, program: Sequence[str]) -> list[str]:
     address, port = launch.master
     words = [launch.python, "-m", "torch.distributed.run", f"--nnodes={launch.num_hosts}"]
     words.append(f"--nproc-per-node={launch.ranks_per_host}")
+    words.append("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
     if launch.num_hosts == 1:
         words += [f"--master-addr={address}", f"--master-port={port}"]
         return words + _without_python(launch, program, "--no-python")
@@ -180,8 +181,8 @@ SIGNALS: dict[str, dict[int, int]] = {
     HYDRA: {_HUP: _TERM},
     INTEL: {_HUP: _TERM},
     OPEN_MPI: {_TERM: _USR1, _INT: _USR1, _HUP: _USR1},  # kills the ranks 2 s after the others
-    "srun": {_INT: _TERM, _HUP: _TERM},  # asks for a second SIGINT
-    "torchrun": {_USR1: _TERM, _USR2: 0},  # dies of both
+    "srun": {_TERM: _USR1, _INT: _USR1, _HUP: _USR1},  # kills the ranks at once at the others
+    "torchrun": {_TERM: _USR1, _INT: _USR1, _HUP: _USR1, _USR2: 0},  # srun may be before it
     "deepspeed": {_USR1: _TERM, _USR2: 0, _HUP: _TERM},
 }
 """Launcher or dialect -> signal that it does not pass on to the ranks -> one that it does; 0: none.

@@ -89,8 +89,7 @@ class Attention(nn.Module):
         self.sp = sp
         self.rope = rope
         self.head_width = shape.head_width
-        # `document_mask.py` sets its own.
-        self.tables_for = tables_for
+        self.tables_for = tables_for  # `document_mask.py` sets its own, and its `attend`
         self.attend: Callable[..., Tensor] = partial(
             causal_attention, no_flash=context.no_flash_attention, expand_kv=context.expand_kv
         )

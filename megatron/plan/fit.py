@@ -22,7 +22,7 @@ USABLE = 0.95
 RECOMPUTE = ("0", "selective", "1")
 ZERO, CHECKPOINTING = "ZERO_STAGE", "USE_ACTIVATION_CHECKPOINTING"
 MICRO, ACCUMULATION, TP = "MICRO_BATCH", "GRAD_ACC_STEPS", "TP"
-Change = Mapping[str, str]  # variable -> value
+Settings = Mapping[str, str]  # variable -> value
 
 
 def fits(run: RunConfig, device_gib: float) -> bool:
@@ -30,7 +30,7 @@ def fits(run: RunConfig, device_gib: float) -> bool:
     return memory_per_rank(run).total <= USABLE * device_gib * GIB
 
 
-def changes(run: RunConfig) -> Iterator[Change]:
+def changes(run: RunConfig) -> Iterator[Settings]:
     """What would lower the memory, the cheapest first; the empty change is not among them.
 
     Recomputing costs up to a third of the compute. ZeRO 2 and 3 reduce gradients after each
@@ -91,7 +91,7 @@ def _value(run: RunConfig, variable: str) -> str:
     return str(getattr(getattr(run, section), field))
 
 
-def changed(run: RunConfig, change: Change) -> RunConfig:
+def changed(run: RunConfig, change: Settings) -> RunConfig:
     """The run with a change; with another TP the ranks stay, and so fewer samples make a step."""
     sections: dict[str, dict[str, object]] = {}
     for variable, text in change.items():
@@ -104,7 +104,7 @@ def changed(run: RunConfig, change: Change) -> RunConfig:
     return dataclasses.replace(run, **replaced)
 
 
-def cheapest(run: RunConfig, device_gib: float, fixed: Sequence[str] = ()) -> Change | None:
+def cheapest(run: RunConfig, device_gib: float, fixed: Sequence[str] = ()) -> Settings | None:
     """The first change that fits, without the variables `fixed`; None where none does."""
     return next(
         (
@@ -150,7 +150,7 @@ def fitted(
     return found
 
 
-def assignments(change: Change) -> str:
+def assignments(change: Settings) -> str:
     """`ZERO_STAGE=2 TP=4`, as it is written before the command."""
     return " ".join(f"{name}={value}" for name, value in change.items())
 

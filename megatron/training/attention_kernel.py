@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend
 
 from megatron.config.errors import ConfigError
 from megatron.config.schema import RunConfig
+from megatron.model.document_mask import KERNELS
 from megatron.training.log import ALIKE
 
 log = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ class Question:
         )
 
 
-Ask = Callable[[Question], str]
+Choose = Callable[[Question], str]
 
 
 def question_of(run: RunConfig, device: torch.device) -> Question:
@@ -90,7 +91,7 @@ def torchs_choice(question: Question) -> str:
     return str(SDPBackend(choice).name).removesuffix("_ATTENTION").lower()
 
 
-def expands_kv(run: RunConfig, device: torch.device, ask: Ask = torchs_choice) -> bool:
+def expands_kv(run: RunConfig, device: torch.device, ask: Choose = torchs_choice) -> bool:
     """Whether keys and values are to be copied for each query head: where only then a kernel fits.
 
     Args:
@@ -102,6 +103,10 @@ def expands_kv(run: RunConfig, device: torch.device, ask: Ask = torchs_choice) -
         ConfigError: one sample's scores of one layer are larger than the device's memory.
     """
     question = question_of(run, device)
+    if run.data.reset_attention_mask:
+        kernel = "FlexAttention" if device.type in KERNELS else "torch's, with a dense mask"
+        log.info(f"attention: within documents, {kernel} ({question})")
+        return False
     if run.train.no_flash_attention:
         _require_room(question, "NO_FLASH_ATTN=1 asks for plain matrix products; unset it")
         log.info(f"attention: plain matrix products, as NO_FLASH_ATTN asks ({question})")
@@ -122,7 +127,7 @@ def expands_kv(run: RunConfig, device: torch.device, ask: Ask = torchs_choice) -
     return False
 
 
-def _warn_or_refuse(question: Question, ask: Ask) -> None:
+def _warn_or_refuse(question: Question, ask: Choose) -> None:
     """Names what would bring a fused kernel, asked and not guessed."""
     better = [
         name

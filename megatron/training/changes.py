@@ -9,6 +9,7 @@ from typing import Any
 from megatron.config.pace import learning_rates
 from megatron.config.schedule import STYLES
 from megatron.config.schema import OptimizerConfig, RunConfig, TrainConfig, by_key
+from megatron.config.unused import USES, flat
 
 NUMBERS = (
     "model.seq_length",
@@ -82,43 +83,12 @@ SAME_NUMBERS = (
 """Settings that a resume may change without a word."""
 
 
-def _optimizer(*names: str) -> Callable[[Mapping[str, Any]], bool]:
-    return lambda settings: settings.get("optimizer.optimizer") in names
-
-
-def _style(start: str) -> Callable[[Mapping[str, Any]], bool]:
-    return lambda settings: str(settings.get("optimizer.lr_decay_style")).startswith(start)
-
-
-def _grows(settings: Mapping[str, Any]) -> bool:
-    return str(settings.get("optimizer.weight_decay_incr_style", "constant")) != "constant"
-
-
-def _acting_policy(settings: Mapping[str, Any]) -> bool:
-    return settings.get("stability.spike_policy") in ("skip", "rollback")
-
-
-_USED_WHERE: dict[str, Callable[[Mapping[str, Any]], bool]] = {
-    "optimizer.sgd_momentum": _optimizer("sgd"),
-    "optimizer.muon_momentum": _optimizer("muon"),
-    "optimizer.sophia_rho": _optimizer("sophiag"),
-    "optimizer.sophia_beta1": _optimizer("sophiag"),
-    "optimizer.sophia_beta2": _optimizer("sophiag"),
-    "optimizer.sophia_hessian_interval": _optimizer("sophiag"),
-    "optimizer.lr_cooldown_fraction": _style("infinite-"),
-    "optimizer.lr_constant": _style("infinite-"),
-    "optimizer.lr_constant_fraction": _style("infinite-"),
-    "optimizer.lr_timescale": _style("infinite-inv-square-root"),
-    "optimizer.lr_decay_fraction": _style("warmup-stable-decay"),
-    "optimizer.weight_decay": lambda settings: not _grows(settings),
-    "optimizer.start_weight_decay": _grows,
-    "optimizer.end_weight_decay": _grows,
-    "stability.spike_policy": _acting_policy,
-    "stability.spike_threshold": _acting_policy,
-    "stability.spike_window": _acting_policy,
-    "stability.rollback_steps": lambda s: s.get("stability.spike_policy") == "rollback",
+_ACTING = ("skip", "rollback")
+_NUMBERS_WHERE: dict[str, Callable[[Mapping[str, Any]], bool]] = {
+    key: lambda settings: settings.get("stability.spike_policy") in _ACTING
+    for key in ("stability.spike_policy", "stability.spike_threshold", "stability.spike_window")
 }
-"""Setting -> whether it acts in a configuration; the others always do."""
+"""Setting -> whether it changes numbers where it acts: a warning does not."""
 
 
 def model_changes(run: RunConfig, stored: Mapping[str, Any]) -> dict[str, str]:
@@ -171,9 +141,7 @@ def _flat(sections: Mapping[str, Any]) -> dict[str, Any]:
         for key, option in by_key().items()
         if key.partition(".")[0] in present and option.default is not None
     }
-    for section, fields in sections.items():
-        if isinstance(fields, Mapping):
-            values |= {f"{section}.{name}": value for name, value in fields.items()}
+    values |= flat(sections)
     for name in ("beta1", "beta2"):  # sophiag had Adam's before it had its own
         if f"sophia_{name}" not in sections.get("optimizer", {}):
             values[f"optimizer.sophia_{name}"] = values.get(f"optimizer.adam_{name}")
@@ -181,8 +149,8 @@ def _flat(sections: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_used(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    used = _USED_WHERE.get(key)
-    return used is None or used(before) or used(now)
+    acts = _NUMBERS_WHERE.get(key) or (USES[key].acts if key in USES else None)
+    return acts is None or acts(before) or acts(now)
 
 
 def _rates(run: RunConfig, stored: Mapping[str, Any], step: int) -> tuple[float, float] | None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 import secrets
+import time
 from pathlib import Path
 from typing import Any
 
@@ -115,17 +117,21 @@ def start_wandb(run: RunConfig, iteration: int) -> WandbTracker | None:
                 " WANDB_MODE=offline)",
             )
             return None
+        identity = _run_id(folder / "wandb" / "run_id")
         client = wandb.init(
             project=run.log.wandb_project,
             name=run.log.wandb_exp_name or folder.name,
-            id=_run_id(folder / "wandb" / "run_id"),
+            id=identity,
             resume="allow",
             mode=mode or "online",
             dir=str(folder),
-            config={**wandb_config(run), "num_params": run.parameters},
+            config=wandb_config(run),
             # output.log holds the console already.
             settings=wandb.Settings(console="off", silent=True),
         )
+        if client.url:  # an offline run has none
+            log.info(f"Weights & Biases run: {client.url}")
+            (folder / "wandb" / "run_url").write_text(f"{client.url}\n", encoding="utf-8")
         return WandbTracker(wandb, client, run.parameters)
     except Exception as error:
         log.warning(
@@ -136,7 +142,10 @@ def start_wandb(run: RunConfig, iteration: int) -> WandbTracker | None:
 
 
 def wandb_config(run: RunConfig) -> dict[str, Any]:
-    """What dashboards filter by: `args.<field>` and `env.<VARIABLE>` of all options, `machine`."""
+    """What dashboards filter by: `args.<field>` and `env.<VARIABLE>` of all options, and the place.
+
+    MODEL_ARCH is the label with the layers; `args.model_arch` is the preset.
+    """
     args: dict[str, Any] = {}
     environment: dict[str, Any] = {}
     for option in options():
@@ -144,7 +153,25 @@ def wandb_config(run: RunConfig) -> dict[str, Any]:
         value = args[name] = getattr(getattr(run, section), name)
         if option.env and value is not None:
             environment[option.env[0]] = value
-    return {"args": args, "env": environment, "machine": run.machine}
+    environment["MODEL_ARCH"] = run.label
+    began = run.run_folder / "wandb" / "run_id"
+    seconds = began.stat().st_mtime if began.exists() else time.time()
+    return {
+        "args": args,
+        "env": environment,
+        "machine": run.machine,
+        "hosts": _hosts(run.run_folder / "run.json"),
+        "created_at": time.strftime("%Y-%m-%d-%H%M%S", time.localtime(seconds)),
+        "num_params": run.parameters,
+    }
+
+
+def _hosts(path: Path) -> list[str]:
+    """The hosts that run.json names; none where the launcher is not ours."""
+    if not path.exists():
+        return []
+    record = json.loads(path.read_text(encoding="utf-8"))
+    return list(record.get("provenance", {}).get("hosts", []))
 
 
 def _run_id(path: Path) -> str:

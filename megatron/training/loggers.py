@@ -16,6 +16,7 @@ from typing import Protocol
 from megatron.config.errors import ConfigError
 from megatron.config.schema import RunConfig
 from megatron.training import dashboards, events, metrics_file
+from megatron.training.first_step import FirstStep
 from megatron.training.log import TRAINING_LOG
 from megatron.training.metrics_file import MetricsRecord
 
@@ -187,6 +188,7 @@ def start_jsonl(run: RunConfig, iteration: int) -> Tracker:
 
 TRACKERS: dict[str, Callable[[RunConfig, int], Tracker | None]] = {
     "console": lambda run, iteration: ConsoleTracker(Progress()),
+    "first step": lambda run, iteration: FirstStep(run),
     "jsonl": start_jsonl,
     "tensorboard": dashboards.start_tensorboard,
     "wandb": dashboards.start_wandb,

@@ -295,8 +295,7 @@ class Trainer:
 
     def _advance(self, *, skipped: bool) -> None:
         samples = self.plan.at(self.state.iteration + 1).global_batch_size
-        tokens = samples * self.run.model.seq_length
-        self.state = self.state.after(samples, tokens, skipped=skipped)
+        self.state = self.state.after(samples, samples * self.run.model.seq_length, skipped=skipped)
 
     def _is_due(self, interval: int) -> bool:
         """Whether what happens every `interval` steps (0: never) and at the last happens now."""

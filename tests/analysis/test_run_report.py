@@ -45,6 +45,11 @@ def test_the_report_tells_what_happened(tmp_path: Path) -> None:
         "The loss was not finite in 2 steps.",
         "Stopped at step 21: signal SIGTERM.",
         "| tokens/s | 64.0 |",
+        "| steps/s | 2 |",
+        "| samples/s | 8 |",
+        "| samples per step | 4 |",
+        "| tokens per step | 32 |",
+        "| FLOPs (LM), all logged steps | 3.3e+13 |",  # 11 steps of 0.5 s at 3 TFLOPS on 2 devices
         "| tokens/s per device | 32.0 on 2 |",
         "| MFU, last line | peak unknown |",
         "| step, 10% / median / 90% | 0.500 / 0.500 / 0.500 s |",
@@ -70,10 +75,13 @@ def test_it_is_written_beside_the_run_with_a_plot(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(json.dumps(run_json(tmp_path)))
     lines = [metrics_file.encode(r) for r in [*RECORDS, make.step(22, math.nan)]]
     (tmp_path / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "run_url").write_text("https://wandb.ai/a/b/runs/c\n")
     for _ in range(2):  # a second start writes over it
         path = write_report(tmp_path)
     assert path == tmp_path / "report.md"
     assert "nan at step 22" in path.read_text()
+    assert "| wandb | https://wandb.ai/a/b/runs/c |" in path.read_text()
     plot = (tmp_path / "plots" / "loss.txt").read_text()
     assert all(len(line) <= 80 for line in plot.splitlines())
     assert not list(tmp_path.glob("*.new"))

@@ -96,6 +96,17 @@ def test_weights_only_takes_the_model_files(form: str, tmp_path: Path) -> None:
     assert checkpoint.manifest["optimizer"] is None and checkpoint.iteration == 5
 
 
+def test_a_model_file_becomes_a_hugging_face_folder(tmp_path: Path) -> None:
+    """As mds_to_hf.py, from `--mds_checkpoint .../mp_rank_00_model_states.pt`, in two commands."""
+    folder = write(tmp_path / "reference", Written(), known())
+    model, run = folder / "mp_rank_00_model_states.pt", tmp_path / "run"
+    checkpoint = imported(model, run, "--weights-only")
+    assert checkpoint.iteration == 5
+    assert convert_hf.main(["export", str(run), str(tmp_path / "hf")]) == 0
+    files = {path.name for path in (tmp_path / "hf").iterdir()}
+    assert {"config.json", "model.safetensors"} <= files
+
+
 def test_the_padding_is_kept_where_it_is_asked_for(tmp_path: Path) -> None:
     write(tmp_path / "reference", Written(), known())
     checkpoint = imported(tmp_path / "reference", tmp_path / "run", "--vocab-size", "256")

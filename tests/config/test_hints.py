@@ -88,10 +88,10 @@ def test_foreign_spellings_point_at_variables():
 
 def test_settings_of_another_spike_policy_are_named():
     with_warn = "\n".join(resolved(ROLLBACK_STEPS=7, MAX_ROLLBACKS=9).warnings)
-    assert "ROLLBACK_STEPS=7 has no effect with SPIKE_POLICY=warn" in with_warn
+    assert "ROLLBACK_STEPS=7 has no effect here: it is for SPIKE_POLICY=rollback" in with_warn
     assert "MAX_ROLLBACKS=9 has no effect" in with_warn
     off = "\n".join(resolved(SPIKE_POLICY="off", SPIKE_THRESHOLD=5).warnings)
-    assert "SPIKE_THRESHOLD=5 has no effect with SPIKE_POLICY=off" in off
+    assert "SPIKE_THRESHOLD=5 has no effect here: it is for SPIKE_POLICY=warn" in off
     used = resolved(SPIKE_POLICY="rollback", ROLLBACK_STEPS=7, SPIKE_THRESHOLD=5)
     assert "has no effect" not in "\n".join(used.warnings)
 

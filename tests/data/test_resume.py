@@ -39,10 +39,11 @@ def noted(tmp_path: Path, world: int = 1, **variables: str) -> dict[int, Place]:
 
 def test_each_sample_once_whatever_batch_and_layout_a_resume_has(tmp_path: Path) -> None:
     write_data(tmp_path)
+    again = {"RESUME": str(tmp_path / "run")}  # another batch is wanted, not an accident
     read = [
         noted(tmp_path, GLOBAL_BATCH="8", TRAIN_ITERS="3"),
-        noted(tmp_path, 2, GLOBAL_BATCH="12", TRAIN_ITERS="5"),
-        noted(tmp_path, 2, GLOBAL_BATCH="4", TP="2", TRAIN_ITERS="8"),
+        noted(tmp_path, 2, GLOBAL_BATCH="12", TRAIN_ITERS="5", **again),
+        noted(tmp_path, 2, GLOBAL_BATCH="4", TP="2", TRAIN_ITERS="8", **again),
     ]
     assert [sorted(part) for part in read] == [
         list(range(24)),

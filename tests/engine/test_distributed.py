@@ -34,7 +34,7 @@ def test_deepspeed_gets_the_devices_index(
     visible(monkeypatch, "cuda", devices, "AMD Instinct MI250X")
     chosen: list[Any] = []
 
-    def joined(backend: str, rank: int, world_size: int, device_index: int, *rest: object) -> None:
+    def joined(backend: str, rank: int, size: int, device_index: int, *_: Any, name: str) -> None:
         chosen.extend([backend, device_index])
         raise Reached
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 import pytest
@@ -41,6 +42,30 @@ def moved(engine: Engine, before: dict[str, torch.Tensor]) -> float:
 def batch(variables: dict[str, str], engine: Engine, step: int) -> list:
     config = front.run_config(variables)
     return list(front.micro_batches(config, engine.groups, step))
+
+
+def printed(variables: dict[str, str]) -> list[str]:
+    """What is logged at DEBUG while the engine is built."""
+    texts: list[str] = []
+
+    class Texts(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            texts.append(record.getMessage())
+
+    logger, handler = logging.getLogger("megatron.engine"), Texts()
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    front.build(front.run_config(variables))
+    logger.removeHandler(handler)
+    logger.setLevel(level)
+    return texts
+
+
+@pytest.mark.parametrize("case", [Case(), Case(pp=2, gas=2)])
+def test_the_model_is_printed_where_it_is_asked_for(case: Case) -> None:
+    for texts in run(printed, case.world, case.variables()):
+        assert any("ColumnParallelLinear" in text for text in texts)
 
 
 def distances(variables: dict[str, str]) -> list[tuple[float, float]]:

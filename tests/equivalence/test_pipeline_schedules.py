@@ -15,11 +15,12 @@ from megatron.checkpoint.state import RunState
 from megatron.engine import bubble as bubble_file
 from megatron.engine.bubble import StageClock
 from megatron.model.block import Block
-from megatron.parallel.control import make_control
+from megatron.parallel.control import ALONE, make_control
 from megatron.parallel.groups import Axis
 from megatron.training.device import detect
 from megatron.training.generate import generate
 from megatron.training.meter import Meter
+from megatron.training.probes import Probes
 from megatron.training.trainer import Trainer
 from tests.equivalence import front
 from tests.spawn import run
@@ -207,7 +208,8 @@ def recorded(variables: dict[str, str]) -> list[dict[str, float]]:
     """The bubbles in the record before any step, and after two."""
     config = front.run_config(variables)
     engine = front.build(config)
-    trainer: Any = SimpleNamespace(engine=engine)
+    probes = Probes(config, engine, ALONE)
+    trainer: Any = SimpleNamespace(engine=engine, probes=probes)
     meter = Meter(config, detect(0, config.train.dtype), partial(Trainer._measured, trainer))
     records = [meter.record(RunState(), 0.1)]
     for loss, norm in front.steps(config, engine, 0, 2):

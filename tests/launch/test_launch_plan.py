@@ -121,6 +121,7 @@ def test_torchrun_on_one_host_and_on_two(tmp_path: Path) -> None:
     plan = _plan("laptop", {"MASTER_PORT": "2345"}, LaunchRequest(2, 1, 2, launcher="torchrun"))
     assert plan.text == (
         "/env/bin/python3 -m torch.distributed.run --nnodes=1 --nproc-per-node=2 "
+        "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 "
         "--master-addr=127.0.0.1 --master-port=2345 pretrain_gpt_alcf.py --config run.json"
     )
     environ = pbs_job(tmp_path, "node1", "node2") | {"MASTER_PORT": "2345"}
@@ -128,6 +129,7 @@ def test_torchrun_on_one_host_and_on_two(tmp_path: Path) -> None:
     assert plan.text == (
         f"mpiexec --envall --np=2 --ppn=1 --hostfile={tmp_path}/nodefile "
         "/env/bin/python3 -m torch.distributed.run --nnodes=2 --nproc-per-node=2 "
+        "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 "
         "--rdzv-backend=c10d --rdzv-endpoint=node1:2345 pretrain_gpt_alcf.py --config run.json"
     )
 

@@ -103,6 +103,22 @@ ROWS_70B = {
 ROWS_HPZ = {(4, 1): 48, (6, 1): 72, (8, 1): 96, (8, 2): 192, (8, 4): 384, (8, 8): 768,
             (16, 1): 192, (16, 2): 384}  # fmt: skip
 
+# Daily commands of the reference that go another way here: its file, its command, ours, the test.
+ELSEWHERE = (
+    ("checkpoints.md", "mds_to_hf.py --mds_checkpoint .../mp_rank_00_model_states.pt",
+     "tools/convert_hf.py import .../mp_rank_00_model_states.pt RUN --weights-only, and export RUN OUT",
+     "checkpoint/test_reference.py::test_a_model_file_becomes_a_hugging_face_folder"),
+    ("train_aGPT_7B_chain.sh", "a chain of N jobs", "python -m megatron.launch submit --chain N",
+     "launch/test_submit.py::test_a_chain_on_pbs"),
+    ("ALCF/test_alcf.sh", "bash ALCF/test_alcf.sh", "the same name: tools/test_dist.py and a short run",
+     "tools/test_smoke_test.py::test_as_a_user_starts_it"),
+    ("fused_stackcode, mix_datasets", "datasets merged and weighted",
+     "tools/merge_datasets.py, tools/make_data_list.py",
+     "tools/test_merge_datasets.py::test_sequences_and_documents_follow_one_another"),
+    ("finetune_llama3", "a Hugging Face model, trained further on instructions",
+     "the model by tools/convert_hf.py import; no chat data", ""),
+)  # fmt: skip
+
 _3B = "GRAD_ACC_STEPS=2 MICRO_BATCH=4 USE_ACTIVATION_CHECKPOINTING=1 ZERO_STAGE=0 "
 _2B = ("GRAD_ACC_STEPS=2 MICRO_BATCH=1 USE_ACTIVATION_CHECKPOINTING=0 ZERO_STAGE=0"
        " LR_DECAY_STYLE=constant TOKENIZER_TYPE=HFTokenizer TOKENIZER_MODEL=google/gemma-7b"

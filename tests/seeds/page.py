@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 from megatron.checkpoint.atomic import write_atomically
-from tests.seeds.commands import COMMANDS
+from tests.seeds.commands import COMMANDS, ELSEWHERE
 from tests.seeds.rows import VERDICTS, rows
 from tests.seeds.typed import result, typed
 
@@ -38,6 +38,14 @@ def commands_table() -> str:
     return "\n".join(lines)
 
 
+def elsewhere_table() -> str:
+    """Daily commands that are written differently here."""
+    lines = ["| file | command | here | test |", "|---|---|---|---|"]
+    for file, command, here, test in ELSEWHERE:
+        lines.append(f"| {file} | `{command}` | {here} | {f'`tests/{test}`' if test else ''} |")
+    return "\n".join(lines)
+
+
 def counts_table() -> str:
     """How many things of each seed fare how."""
     counts = Counter((row.line[:3], row.verdict) for row in rows())
@@ -62,6 +70,7 @@ def rows_table() -> str:
 def page() -> str:
     """The whole page."""
     parts = [HEAD, "## Counts\n", counts_table(), "\n## Commands, typed\n", commands_table(),
+             "\n## Daily commands that are written differently here\n", elsewhere_table(),
              "\n## All things\n", rows_table()]  # fmt: skip
     return "\n".join(parts) + "\n"
 

@@ -50,6 +50,8 @@ def test_what_differs_is_told(pair: tuple[str, str], capsys: pytest.CaptureFixtu
     assert found["first_iteration_with_different_grad_norm"] == 2
     assert found["tokens_per_s_a"] == 64.0
     assert found["tokens_per_s_ratio_b_to_a"] == pytest.approx(2.0)
+    assert found["steps_per_s_ratio_b_to_a"] == pytest.approx(2.0)
+    assert found["steps_per_gpu_per_s_b"] == pytest.approx(2.0)
     assert found["tflops_lm_ratio_b_to_a"] == pytest.approx(2.0)
     assert found["configuration"] == {"parallel.tensor_parallel": [1, 2]}
 
@@ -69,6 +71,26 @@ def test_markdown_and_csv_hold_the_same_rows(
     assert [line.strip("| ").split(" | ") for line in lines if line != lines[1]] == [
         [cell for cell in row if cell] for row in table
     ]
+
+
+def test_many_runs_are_a_table_with_a_line_each(
+    pair: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    idle = write(tmp_path / "idle", [make.skip(1)])
+    (tmp_path / "b" / "wandb").mkdir()
+    (tmp_path / "b" / "wandb" / "run_url").write_text("https://wandb.ai/x\n")
+    assert compare_runs.main([*pair, idle, "--format", "csv"]) == 0
+    a, b, none = csv.DictReader(io.StringIO(capsys.readouterr().out))
+    assert (a["run"], a["TP"], a["loss"], a["tokens_per_gpu_per_s"]) == ("a", "1", "0.5", "32")
+    assert (b["TP"], b["steps_per_s"], b["W&B"]) == ("2", "4", "https://wandb.ai/x")
+    assert (none["run"], none["TP"], none["loss"], none["tflops_lm"]) == ("idle", "-", "-", "-")
+    assert compare_runs.main([*pair, idle]) == 0
+    heading, rule, *lines = capsys.readouterr().out.splitlines()
+    assert heading.count("|") == rule.count("|") == lines[2].count("|")
+    assert len(lines) == 3
+    assert compare_runs.main([*pair, idle, "--format", "json"]) == 0
+    assert [line["run"] for line in json.loads(capsys.readouterr().out)] == ["a", "b", "idle"]
+    assert compare_runs.main([*pair, idle, "--assert-equal", "0"]) == 2
 
 
 @pytest.mark.parametrize(("tolerance", "status"), [("0.26", 0), ("0.25", 0), ("0.249", 1)])

@@ -108,9 +108,9 @@ def unequal() -> str:
     """What a rank says of a training in which rank 1 leaves out the mean of its gradients."""
     real, here = smoke.average, place()
 
-    def average(tensors: Any, of: smoke.Place) -> float:
+    def average(tensors: Any, place: smoke.Place) -> float:
         kept = [tensor.clone() for tensor in tensors]
-        mean = real(tensors, of)
+        mean = real(tensors, place)
         for tensor, own in zip(tensors, kept, strict=True):
             if here.rank == 1:
                 tensor.copy_(own)

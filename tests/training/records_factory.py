@@ -6,7 +6,11 @@ from typing import Any
 
 
 def step(iteration: int, loss: float = 2.0, **changes: Any) -> dict[str, Any]:
-    """A step of a run with global batches of 4 samples of 8 tokens on 2 devices, 0.5 s each."""
+    """A step of a run with global batches of 4 samples of 8 tokens on 2 devices, 0.5 s each.
+
+    The rates follow from `elapsed_s`.
+    """
+    elapsed = changes.get("elapsed_s", 0.5)
     return {
         "event": "step",
         "iteration": iteration,
@@ -26,9 +30,9 @@ def step(iteration: int, loss: float = 2.0, **changes: Any) -> dict[str, Any]:
         "grad_norm": 1.0,
         "loss_scale": 1.0,
         "elapsed_s": 0.5,
-        "samples_per_s": 8.0,
-        "tokens_per_s": 64.0,
-        "tokens_per_gpu_per_s": 32.0,
+        "samples_per_s": 4 / elapsed,
+        "tokens_per_s": 32 / elapsed,
+        "tokens_per_gpu_per_s": 16 / elapsed,
         "tflops_lm": 3.0,
         "tflops_ds": 4.0,
         "tflops_causal": 2.5,

@@ -65,7 +65,7 @@ def test_the_question_has_a_ranks_heads(
 )
 def test_heads_are_copied_only_where_that_brings_a_kernel(
     variables: dict[str, str],
-    ask: attention_kernel.Ask,
+    ask: attention_kernel.Choose,
     expands: bool,
     kernel: str,
     caplog: pytest.LogCaptureFixture,

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+import os
+import re
+import time
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -153,7 +156,10 @@ def test_offline_wandb_is_read_back_and_resumes_under_its_id(tmp_path: Path) -> 
     assert config["num_params"] == run.parameters
     assert config["machine"] == run.machine
     assert config["args"]["global_batch_size"] == run.train.global_batch_size
-    assert config["env"]["MODEL_ARCH"] == run.model.model_arch
+    assert config["env"]["MODEL_ARCH"] == run.label
+    assert config["args"]["model_arch"] == run.model.model_arch
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d-\d{6}", config["created_at"])
+    assert config["hosts"] == []
     assert config["env"]["NHOSTS"] == run.launch.num_hosts
     assert wandb_folder.metrics(path)["throughput/*"] == "throughput/iteration"
 
@@ -168,6 +174,45 @@ def test_offline_wandb_is_read_back_and_resumes_under_its_id(tmp_path: Path) -> 
 
     wandb_run(tmp_path, [make.step(5)])
     assert {wandb_folder.run(path).run_id for path in offline_runs(tmp_path)} == {identity}
+
+
+class Online:
+    """W&B with an account."""
+
+    url = "https://wandb.ai/someone/AuroraGPT/runs/abc"
+    Settings = dict
+
+    def __init__(self) -> None:
+        self.config: dict[str, Any] = {}
+
+    def login(self, prompt: bool) -> bool:
+        return True
+
+    def init(self, **settings: Any) -> Online:
+        self.config = settings["config"]
+        return self
+
+    def define_metric(self, glob: str, step_metric: str) -> None:
+        """Takes any."""
+
+
+def test_the_runs_address_and_hosts_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And what groups the runs of a study is that of the first start."""
+    caplog.set_level(logging.INFO)
+    (tmp_path / "run.json").write_text('{"provenance": {"hosts": ["x1", "x2"]}}')
+    made = []
+    for _ in range(2):
+        online = Online()
+        monkeypatch.setattr(dashboards.importlib, "import_module", lambda name, it=online: it)
+        assert dashboards.start_wandb(tiny_run(tmp_path), 0) is not None
+        assert online.config["hosts"] == ["x1", "x2"]
+        made.append(online.config["created_at"])
+        os.utime(tmp_path / "wandb" / "run_id", (1e9, 1e9))
+    assert made[1] == time.strftime("%Y-%m-%d-%H%M%S", time.localtime(1e9)) != made[0]
+    assert (tmp_path / "wandb" / "run_url").read_text() == f"{Online.url}\n"
+    assert (logging.INFO, f"Weights & Biases run: {Online.url}") in messages(caplog)
 
 
 def test_closing_waits_for_the_client_that_writes_the_last_block() -> None:

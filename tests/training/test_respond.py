@@ -24,7 +24,11 @@ def ended(folder: str, broken: int) -> str:
         engine=SimpleNamespace(shards=lambda: SimpleNamespace(finite=lambda: finite)),
         state=RunState(iteration=7),
         guard=SimpleNamespace(bad_steps=0),
-        run=SimpleNamespace(checkpoint_folder=Path(folder), run_folder=Path(folder)),
+        run=SimpleNamespace(
+            checkpoint_folder=Path(folder),
+            run_folder=Path(folder),
+            optimizer=SimpleNamespace(lr_finder=False),
+        ),
         log_event=lambda event, **values: events.append(event),
         saves=SimpleNamespace(
             finish=lambda: events.append("waited"), close=lambda at_once: events.append("closed")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -36,9 +37,23 @@ def parameter_groups(
     ]
 
 
-def _group_of(parameter: nn.Parameter) -> str:
+def decay_text(groups: Sequence[dict[str, Any]]) -> str:
+    """How many tensors and parameters of this rank are decayed, and how many are not."""
+    counts = {True: [0, 0], False: [0, 0]}
+    for group in groups:
+        count = counts[group["name"] != VECTORS]
+        count[0] += len(group["params"])
+        count[1] += sum(math.prod(_shape(parameter)) for parameter in group["params"])
+    decayed, others = (f"{n} tensors with {size:,} parameters" for n, size in counts.values())
+    return f"weight decay on this rank: {decayed}; none on {others}"
+
+
+def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
     # ZeRO-3 may have emptied the parameter already; its full shape is kept beside it.
-    shape = getattr(parameter, "full_shape", parameter.shape)
-    if len(shape) < 2:
+    return tuple(getattr(parameter, "full_shape", parameter.shape))
+
+
+def _group_of(parameter: nn.Parameter) -> str:
+    if len(_shape(parameter)) < 2:
         return VECTORS
     return VOCABULARY if getattr(parameter, "is_vocabulary", False) else HIDDEN

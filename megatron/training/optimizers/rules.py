@@ -7,6 +7,7 @@ rules for whole matrices go through WholeMatrixOptimizer (ZeRO-1).
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -21,10 +22,13 @@ from megatron.training.optimizers.parameter_groups import (
     HIDDEN,
     VECTORS,
     VOCABULARY,
+    decay_text,
     parameter_groups,
 )
 from megatron.training.optimizers.sophia import SophiaG
 from megatron.training.optimizers.whole_matrix import WholeMatrixOptimizer
+
+log = logging.getLogger(__name__)
 
 ParameterGroups = list[dict[str, Any]]
 Constructor = Callable[[ParameterGroups, OptimizerConfig], Optimizer]
@@ -46,6 +50,7 @@ def make_optimizer(
         ConfigError: the rule's library is not installed.
     """
     groups = parameter_groups(named_parameters, settings.learning_rate, settings.weight_decay)
+    log.info(decay_text(groups))
     make = RULES[settings.optimizer].make or OPTIMIZERS[settings.optimizer]
     return make(groups, settings)
 

@@ -15,7 +15,7 @@ from megatron.config.schema import OptimizerConfig
 from megatron.config.update_rules import RULES
 from megatron.parallel.groups import SERIAL
 from megatron.training.optimizers import rules as table
-from megatron.training.optimizers.parameter_groups import parameter_groups
+from megatron.training.optimizers.parameter_groups import decay_text, parameter_groups
 from megatron.training.optimizers.schedule_free import evaluation_weight
 from tests.spawn import RankError, run
 from tests.training.optimizers.cases import (
@@ -286,6 +286,13 @@ def test_vectors_are_not_decayed_and_empty_groups_are_left_out() -> None:
     assert count == {"hidden": 2, "vocabulary": 2, "vectors": 1}
     decay = {name: group["weight_decay"] for name, group in groups.items()}
     assert decay == {"hidden": 0.2, "vocabulary": 0.2, "vectors": 0.0}
+    matrices, others = [], []
+    for _, tensor in named:
+        (matrices if tensor.dim() > 1 else others).append(tensor.numel())
+    assert decay_text(list(groups.values())) == (
+        f"weight decay on this rank: 4 tensors with {sum(matrices):,} parameters; "
+        f"none on 1 tensors with {sum(others):,} parameters"
+    )
     assert [g["name"] for g in parameter_groups(named[1:2], 0.1, 0.2)] == ["vectors"]
 
 
