@@ -34,7 +34,7 @@ from megatron.engine.interface import (
 from megatron.engine.older import reject_overflows
 from megatron.engine.patches import patch_new_group, patch_partition_tables, require_accelerator
 from megatron.engine.pipeline import PipelineEngine
-from megatron.engine.pipeline_module import pipeline_module
+from megatron.engine.pipeline_schedules import pipeline_module
 from megatron.engine.shards import ReadPiece, Shards, Span
 from megatron.engine.zero import ZeroEngine
 from megatron.engine.zero3 import make_secondary_group, mics_axes, partitioned_initialisation

@@ -1,4 +1,4 @@
-"""The list of layers as DeepSpeed's pipeline: our stage bounds, our groups, its two schedules.
+"""The list of layers as DeepSpeed's pipeline: our stage bounds, our groups.
 
 DeepSpeed searches a list of all ranks for groups at the start and for a neighbour at every send.
 Here both are computed, so neither grows with the world.
@@ -6,51 +6,21 @@ Here both are computed, so neither grows with the world.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import deepspeed
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe import module as deepspeed_module
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
 from torch import Tensor, nn
 
-from megatron.config.errors import ConfigError
 from megatron.config.layout import Layout
-from megatron.engine.distributed import groups_of, quiet
+from megatron.engine.distributed import groups_of
 from megatron.engine.interface import LossFunction
-from megatron.engine.patches import members_group, patch_new_group, replaced
-from megatron.launch.versions import lacking
+from megatron.engine.patches import members_group, replaced
 from megatron.model.layer import Layer
 from megatron.model.stack import recompute_runs
 from megatron.parallel.groups import Groups
-
-
-def pipeline_module(
-    layers: Sequence[Layer],
-    loss: LossFunction,
-    groups: Groups,
-    bounds: Sequence[int],
-    recompute_num_layers: int,
-    schedule: str,
-) -> Stages:
-    """This rank's stage (or its two stages) of the model.
-
-    Args:
-        layers: the model.
-        loss: of the last layer's output.
-        groups: of this rank, the sequence axis counted as data.
-        bounds: into the list of layers, one more than there are stages.
-        recompute_num_layers: keep the input of every n-th block only; 0: leave it to the blocks.
-        schedule: 1f1b or dualpipev.
-    """
-    layout, kind = groups.layout, SCHEDULES[schedule]()
-    stages = layout.pp * kind.num_stages_per_rank
-    assert len(bounds) == stages + 1 and bounds[-1] == len(layers), f"{bounds=} {layout=}"
-    with quiet(), patch_new_group():
-        return kind(
-            layers, groups, bounds, recompute_num_layers, loss_fn=loss, topology=Topology(layout)
-        )
 
 
 class Stages(PipelineModule):  # type: ignore[misc]
@@ -115,26 +85,6 @@ class Stages(PipelineModule):  # type: ignore[misc]
                 # Norm and checkpoint count a tied weight once.
                 parameter.ds_pipe_replicated = self.global_rank != ranks[0]
         return result
-
-
-def _dualpipev() -> type[Stages]:
-    """Imported where it is used: not all versions of DeepSpeed have it.
-
-    Raises:
-        ConfigError: this one has not.
-    """
-    problem = lacking("dualpipev", {"deepspeed": deepspeed.__version__})
-    if problem:
-        raise ConfigError(f"PIPELINE_SCHEDULE=dualpipev {problem}; set PIPELINE_SCHEDULE=1f1b")
-    from megatron.engine.dualpipev import DualPipeV
-
-    return DualPipeV
-
-
-SCHEDULES: dict[str, Callable[[], type[Stages]]] = {
-    "1f1b": lambda: Stages,
-    "dualpipev": _dualpipev,
-}
 
 
 class _Spec(LayerSpec):  # type: ignore[misc]
