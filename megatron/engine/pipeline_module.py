@@ -6,7 +6,7 @@ Here both are computed, so neither grows with the world.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from megatron.config.layout import Layout
 from megatron.engine.distributed import groups_of
-from megatron.engine.interface import LossFunction
 from megatron.engine.patches import members_group, replaced
 from megatron.model.layer import Layer
 from megatron.model.stack import recompute_runs
