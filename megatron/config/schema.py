@@ -151,7 +151,7 @@ class CheckpointConfig:
     run_dir: str | None = option(None, "RUN_DIR", "--run-dir", "path of the run's folder, instead of runs/<RUN_NAME>")
     resume: str | None = option(None, "RESUME", "--resume", "run to resume, its folder or its name under runs/: its own configuration, with the changes given beside it")
     save: str | None = option(None, "CKPT_DIR SAVE", "--save", "folder that checkpoints are saved to; default <run folder>/checkpoints")
-    load: str | None = option(None, "LOAD", "--load", "folder of checkpoints to resume from, which must hold some; with FINETUNE also a Hugging Face folder; default: the one that checkpoints are saved to")
+    load: str | None = option(None, "LOAD", "--load", "folder of checkpoints that a run without its own begins from, which must hold some; with FINETUNE also a Hugging Face folder; default: the one that checkpoints are saved to")
     finetune: bool = option(False, "FINETUNE", "--finetune", "begin a new run with the weights in LOAD: step 0, new optimizer and schedule, any data; later starts go on from its own checkpoints")
     no_load_optim: bool = option(False, "NO_LOAD_OPTIM", "--no-load-optim", "resume step and weights, with a new optimizer; acts once: checkpoints saved under it hold its states")
     no_load_rng: bool = option(False, "NO_LOAD_RNG", "--no-load-rng", "no effect: a checkpoint holds no random states")
