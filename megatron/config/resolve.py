@@ -57,20 +57,20 @@ class Site:
     Attributes:
         machine: name of the machine.
         is_hpc: a known HPC machine: its defaults are those of production runs.
-        in_job: a scheduler's job, whose warnings nobody reads in time.
         num_hosts: hosts of the job.
         devices_per_host: accelerators per host; 0: none.
         defaults: variable -> value that this machine prefers.
         device_gib: memory of an accelerator in GiB; 0: not known, or there is none.
+        in_job: a scheduler's job, whose warnings nobody reads in time.
     """
 
     machine: str = "generic"
     is_hpc: bool = False
-    in_job: bool = field(default=False, kw_only=True)
     num_hosts: int = 1
     devices_per_host: int = 0
     defaults: Mapping[str, str] = field(default_factory=dict)
     device_gib: float = 0.0
+    in_job: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,19 +78,19 @@ class Resolved:
     """A complete configuration and where it came from.
 
     Attributes:
-        in_vain: those warnings that say that a variable was meant and is not read.
         sources: option key (`section.field`) -> where its value came from.
         warnings: what the user probably did not mean.
         notes: what the user should know.
         device_gib: memory of an accelerator in GiB; 0: not known, or the ranks use none.
+        in_vain: those warnings that say that a variable was meant and is not read.
     """
 
     run: RunConfig
-    in_vain: tuple[str, ...] = field(default=(), kw_only=True)
     sources: dict[str, str]
     warnings: list[str]
     notes: list[str]
     device_gib: float = 0.0
+    in_vain: tuple[str, ...] = ()
 
 
 def resolve(environ: Mapping[str, str], argv: Sequence[str], site: Site) -> Resolved:
@@ -141,7 +141,7 @@ def resolve(environ: Mapping[str, str], argv: Sequence[str], site: Site) -> Reso
         warnings,
         notes + hints.notes(run),
         device_gib,
-        in_vain=tuple(stray.text for stray in named if stray.in_vain),
+        tuple(stray.text for stray in named if stray.in_vain),
     )
 
 

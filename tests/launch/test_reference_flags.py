@@ -25,10 +25,6 @@ from tests.launch.reference_names import (
 )
 
 ALL = [*WORK, *NOTED, *REFUSED, *OUTSIDE]
-# May not be declared yet.
-LATER = (
-    "--word-embedding-init-std", "--lr-warmup-samples", "--lr-decay-samples", "--lr-decay-tokens",
-)  # fmt: skip
 ONE_LETTER_OFF = 0.9  # of the guesses for a slip find the flag that was meant
 
 
@@ -52,8 +48,6 @@ def test_no_flag_has_two_classes() -> None:
 
 @pytest.mark.parametrize("flag", WORK)
 def test_what_works_sets_its_option(flag: str) -> None:
-    if flag in LATER and flag not in schema.by_flag():
-        pytest.skip("not declared yet")
     line = read_command_line([*words_of(flag), "--run-name", "next"])
     assert not line.problems
     assert len(line.settings) == (4 if flag == "--split" else 2)
@@ -79,7 +73,7 @@ def test_what_is_refused_says_what_to_do(flag: str) -> None:
 def test_advice_names_flags_and_variables_that_work() -> None:
     texts = [*tables.REFUSED.values(), *tables.ALWAYS.values(), *tables.ALWAYS_VALUED.values()]
     flags = {flag for text in texts for flag in re.findall(r"--[\w-]+", text)}
-    assert flags <= schema.by_flag().keys() | set(LATER)
+    assert flags <= schema.by_flag().keys()
     names = {name for text in texts for name in re.findall(r"\b[A-Z]+_[A-Z_]+\b", text)}
     assert names <= schema.by_variable().keys()
 
@@ -163,6 +157,6 @@ def test_a_flag_of_any_class_written_as_a_variable_is_named() -> None:
     silent = []
     for flag in ALL:
         name = flag[2:].replace("-", "_").upper()
-        if name not in schema.by_variable() and flag not in LATER and not found({name: "1"}):
+        if name not in schema.by_variable() and not found({name: "1"}):
             silent.append(name)
     assert sorted({*silent}) == ["KD", "LOCAL_RANK", "MOS", "TOPK"]
