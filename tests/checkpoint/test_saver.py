@@ -79,6 +79,7 @@ def test_what_is_saved_behind_is_what_was_there_when_it_began(tmp_path: Path) ->
     assert not saver.in_flight and not saver.pending and saver.wait() is None
 
 
+@pytest.mark.flaky(reruns=1)
 def test_the_steps_are_held_for_the_copy_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

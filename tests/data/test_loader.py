@@ -116,6 +116,7 @@ def test_an_error_reaches_the_consumer_after_the_good_steps():
             next(loader)
 
 
+@pytest.mark.flaky(reruns=1)
 def test_closing_ends_the_thread_and_the_iteration():
     before = threading.active_count()
     loader = Loader(CountingDataset(delay_s=0.001), StepPlan(1, 1, 1, 0, 1), steps(10**6, 1))

@@ -111,6 +111,7 @@ def test_statuses(tmp_path: Path) -> None:
     assert "does not exist" in missing.stdout.strip().splitlines()[-1]
 
 
+@pytest.mark.flaky(reruns=1)
 @pytest.mark.parametrize(
     ("variables", "status", "word"),
     [
@@ -162,6 +163,7 @@ def test_a_signal_saves_and_leaves(number: signal.Signals, tmp_path: Path) -> No
     assert list((tmp_path / "run" / "checkpoints").glob("step-*/manifest.json"))
 
 
+@pytest.mark.flaky(reruns=1)
 def test_a_dead_rank_takes_the_run_down(tmp_path: Path) -> None:
     process = started(tmp_path, TP="2", EVAL_INTERVAL="0", SAVE_INTERVAL="0")
     victim = rank_process(process.pid, "1")

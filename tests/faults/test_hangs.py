@@ -86,10 +86,12 @@ def stopped(
     return ""
 
 
+@pytest.mark.flaky(reruns=1)
 def test_a_stopped_rank_is_a_hang(data: str, tmp_path: Path) -> None:
     stopped("tp2", 1, "step", tmp_path, data, limit_s=2)
 
 
+@pytest.mark.flaky(reruns=1)
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_a_rank_stopped_at_any_moment(data: str, tmp_path: Path) -> None:

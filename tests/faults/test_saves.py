@@ -27,6 +27,7 @@ from tests.faults.harness import (
 STEPS = 12
 
 
+@pytest.mark.flaky(reruns=1)
 @pytest.mark.long
 def test_a_save_behind_the_steps_holds_them_shortly_and_has_the_same_bytes(
     finished: Finished, data: str, tmp_path: Path

@@ -98,8 +98,16 @@ def load() -> float:
 
 
 def stopped(case: Case, root: Path, data: str) -> str:
-    """Runs one case; returns what is wrong."""
-    folder = root / "-".join(map(str, vars(case).values())).replace(" ", "-")
+    """Runs one case; returns what is wrong. A late one is late twice: a disk may stall once."""
+    name = "-".join(map(str, vars(case).values())).replace(" ", "-")
+    wrong, late = stopped_once(case, root / name, data)
+    if not wrong and late:
+        wrong, late = stopped_once(case, root / f"{name}-again", data)
+    return wrong or late
+
+
+def stopped_once(case: Case, folder: Path, data: str) -> tuple[str, str]:
+    """Runs one case; returns what is wrong, and whether it came too late."""
     settings = {
         "DATA_FILE_LIST": data,
         "TRAIN_ITERS": "1000000",
@@ -119,12 +127,12 @@ def stopped(case: Case, root: Path, data: str) -> str:
             run.signal(case.then, case.rank)
         ended = run.wait()
         seconds = time.monotonic() - began
-    return (
+    wrong = (
         wrong_status(case, ended)
         or wrong_end(case, folder, step)
-        or too_late(case, seconds)
         or ("a traceback:\n" + ended.output if "Traceback" in ended.output else "")
     )
+    return wrong, too_late(case, seconds)
 
 
 def reach(run: Started, moment: str) -> None:
@@ -188,6 +196,7 @@ def test_signals_at_every_moment(data: str, tmp_path: Path) -> None:
     each(lambda case: stopped(case, tmp_path, data), CASES)
 
 
+@pytest.mark.flaky(reruns=1)
 @pytest.mark.long
 @pytest.mark.parametrize("number", [TERM, INT, HUP])
 def test_a_signal_while_the_ranks_import(number: int, data: str, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from tests.hosts import lab, launchers, training
 from tests.hosts.conftest import require
+from tests.hosts.test_slurm import Job
 from tests.hosts.training import ROOT, TRAIN, assert_same, environment, steps
 
 COUNTED = ("torchrun", "pals", "pmix", "pmi", "hydra", "open-mpi", "slurm")
@@ -88,6 +89,12 @@ def test_ranks_that_nobody_counts_do_not_train(tmp_path: Path, family: str) -> N
         times.append(time.monotonic() - began)
     assert min(times) < REFUSED_S, times
     assert not list(tmp_path.iterdir())
+
+
+def test_a_job_of_slurm(slurm: lab.Lab, by_hand: Path, tmp_path: Path) -> None:
+    with Job(slurm, tmp_path) as job:
+        assert job.end() == "COMPLETED", job.output
+    assert_same(tmp_path, by_hand / "torchrun")
 
 
 def test_our_own_launcher(by_hand: Path, tmp_path: Path) -> None:

@@ -68,6 +68,7 @@ for step in range(1, 1000):
 """
 
 
+@pytest.mark.flaky(reruns=1)
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="stops a process")
 def test_a_stopped_rank_ends_the_run_with_124(tmp_path: Path) -> None:
     stop = "time.sleep(1.2); os.kill(os.getpid(), signal.SIGSTOP)"
@@ -130,6 +131,7 @@ while time.monotonic() < until:
     assert lines[-1] == "error: no such file"
 
 
+@pytest.mark.flaky(reruns=1)
 @pytest.mark.long
 def test_a_signal_that_is_not_answered_ends_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -111,6 +111,7 @@ def test_lines_stay_whole(tmp_path: Path) -> None:
     assert set(out) == {"a" * 50 + "b" * 50, "the end without a newline"}
 
 
+@pytest.mark.flaky(reruns=1)
 @pytest.mark.long
 def test_a_failing_rank_takes_the_run_down_and_has_the_last_word(tmp_path: Path) -> None:
     """Rank 2 fails, then 3 because of it; 0 sleeps, 1 is deaf to SIGTERM and has a child."""
@@ -149,6 +150,7 @@ time.sleep(100)
     assert [pid for pid in pids if not gone(pid, 2)] == []
 
 
+@pytest.mark.flaky(reruns=1)
 @pytest.mark.parametrize(
     ("end", "status", "header"),
     [
@@ -292,6 +294,7 @@ open(r"{tmp_path}/saved" + str(rank), "w").close()
     assert (tmp_path / "saved0").exists() and (tmp_path / "saved1").exists()
 
 
+@pytest.mark.flaky(reruns=1)
 def test_a_signal_that_kills_the_ranks_is_the_status(tmp_path: Path) -> None:
     script = f"open(r'{tmp_path}/ready' + str(rank), 'w').close()\ntime.sleep(60)\n"
     process = launch(tmp_path, 2, script)
@@ -323,6 +326,7 @@ time.sleep(100)
     assert all(gone(pid, 5) for pid in pids)
 
 
+@pytest.mark.flaky(reruns=1)
 def test_a_rank_leaves_no_process_behind(tmp_path: Path) -> None:
     """Its child holds its output open, too: the run must not wait for it."""
     script = f"""
@@ -337,6 +341,7 @@ with open(r"{tmp_path}/child", "w") as file:
     assert gone(int((tmp_path / "child").read_text()), 2)
 
 
+@pytest.mark.flaky(reruns=1)
 def test_silence_ends_a_run_with_124(tmp_path: Path) -> None:
     script = "print('hello', flush=True)\ntime.sleep(60)\n"
     status, out, err, seconds = finish(launch(tmp_path, 2, script, "--timeout", "1.5"))
@@ -360,6 +365,7 @@ def test_a_reader_that_leaves_does_not_stop_the_run(tmp_path: Path) -> None:
     assert (tmp_path / "done").exists()
 
 
+@pytest.mark.flaky(reruns=1)
 def test_a_command_that_is_not_there() -> None:
     lines: list[bytes] = []
     sleeper = Child([sys.executable, "-c", "import time; time.sleep(60)"], dict(os.environ))

@@ -122,6 +122,7 @@ def test_the_longest_pause(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     ]
 
 
+@pytest.mark.flaky(reruns=1)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_the_pause_and_the_run(tmp_path: Path, number: int) -> None:
     def send() -> None:

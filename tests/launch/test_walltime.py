@@ -172,6 +172,7 @@ def test_no_answer_is_one_line(
     assert "job 1" in caplog.text
 
 
+@pytest.mark.flaky(reruns=1)
 def test_a_scheduler_that_hangs_is_left(
     command: Command, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
