@@ -17,6 +17,7 @@ from tests.e2e.front_door import TINY, command, environment, tool, train
 EQUAL = {"OPT": "sgd", "LR": "0.1", "CLIP_GRAD": "0.3", "EVAL_INTERVAL": "0", "SAVE_INTERVAL": "0"}
 
 
+@pytest.mark.long
 def test_layouts_are_equal_and_said_to_be(tmp_path: Path) -> None:
     one, many = str(tmp_path / "one"), str(tmp_path / "many")
     assert train({**EQUAL, "RUN_DIR": one}).returncode == 0

@@ -76,18 +76,25 @@ VARIABLES_OF = {
 }
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+ALONE = [*product(VARIABLES_OF, ("tp1",), ("sgd", "adamw"))]
+SHARDED = [
+    *product(VARIABLES_OF, ("tp2-pp2",)),
+    *product(("qwen3", "olmo2"), ("tp2-sequence", "ulysses")),
+    ("olmo2", "dp2-zero3"),
+    ("qwen3", "tp2-dp2-zero3"),
+]
+
+
 @pytest.mark.parametrize(
-    ("kind", "layout"),
+    ("kind", "layout", "optimizer"),
     [
-        *product(VARIABLES_OF, ("tp1", "tp2-pp2")),
-        *product(("qwen3", "olmo2"), ("tp2-sequence", "ulysses")),
-        ("olmo2", "dp2-zero3"),
-        ("qwen3", "tp2-dp2-zero3"),
+        *ALONE,
+        *((*case, "sgd") for case in SHARDED),
+        *(pytest.param(*case, "adamw", marks=pytest.mark.long) for case in SHARDED),
     ],
 )
 def test_import_follows_a_plain_loop(
-    kind: str, optimizer: str, layout: str, tmp_path: Path
+    kind: str, layout: str, optimizer: str, tmp_path: Path
 ) -> None:
     hugging_face_model(kind, tmp_path / "hf")
     assert convert_hf.main(["import", str(tmp_path / "hf"), str(tmp_path / "run")]) == 0

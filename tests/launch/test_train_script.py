@@ -174,6 +174,7 @@ def test_debug_shows_the_commands(project: Path) -> None:
     assert "+ " not in run(project, script=project / "train_alcf.sh", DRY_RUN="1", DEBUG="0").stderr
 
 
+@pytest.mark.long
 def test_an_environment_is_made_once_and_completed_when_outdated(
     project: Path, tmp_path: Path
 ) -> None:

@@ -139,7 +139,8 @@ def command(folder: Path, ranks: int, *more: str) -> subprocess.CompletedProcess
     )
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("ranks", [2, 4])
 def test_as_a_user_starts_it(tmp_path: Path, ranks: int) -> None:
     done = command(tmp_path, ranks, "--profile", "--save-plots")
     assert done.returncode == 0, done.stderr
