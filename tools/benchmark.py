@@ -3,7 +3,7 @@
 
     python3 tools/benchmark.py step --shape 40m --dtype fp32      # ours beside others' programs
     python3 tools/benchmark.py profile --shape 40m                # where a step's time goes
-    python3 tools/benchmark.py seed-table [--rehearse]            # the published rows, on one device
+    python3 tools/benchmark.py seed-table [--rehearse]            # the published rows on one device
     python3 tools/benchmark.py scaling                            # 1, 2, 4 ranks of this host
 
 Every figure comes with its command, commit, hardware and date. Arms take turns in one run: compare
@@ -17,6 +17,7 @@ import importlib
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout
 
@@ -24,23 +25,24 @@ from megatron.config.errors import ConfigError
 
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "step": ("tools.benchmarks.step", "our training step against other programs'"),
+    "profile": ("tools.benchmarks.step_profile", "where a step's time goes, and a flame graph"),
 }
 """Name -> module with add_arguments(parser) and main(options), and one line of help."""
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs a subcommand; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, (module, text) in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text)
-        importlib.import_module(module).add_arguments(command)
-        command.add_argument("--out", type=Path, help="folder for the table, as .md and .json")
-    options = parser.parse_args(argv)
+    name = next(iter(argv), "")
+    if name not in COMMANDS:
+        print(__doc__, *(f"{name:12}{text}" for name, (_, text) in COMMANDS.items()), sep="\n")
+        return 0 if name in ("-h", "--help") else 2
+    module, text = COMMANDS[name]
+    command: Any = importlib.import_module(module)
+    parser = argparse.ArgumentParser(f"benchmark.py {name}", description=text)
+    command.add_arguments(parser)
+    parser.add_argument("--out", type=Path, help="folder for the table, as .md and .json")
     try:
-        status: int = importlib.import_module(COMMANDS[options.command][0]).main(options)
+        status: int = command.main(parser.parse_args(argv[1:]))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status

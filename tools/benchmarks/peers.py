@@ -23,9 +23,7 @@ if TYPE_CHECKING:
 Loss = Callable[["Tensor", "Tensor"], "Tensor"]  # (tokens, labels) -> mean loss
 
 
-def hugging_face(
-    rounds: Rounds, work: Workload, compile: bool = False, pure: bool = False
-) -> None:
+def hugging_face(rounds: Rounds, work: Workload, compile: bool = False, pure: bool = False) -> None:
     """transformers' model in a plain loop, whole if compiled.
 
     Args:
@@ -201,9 +199,7 @@ def _plain_loop(
         total = torch.zeros((), device=on)
         for tokens, labels in next(batches):
             with _autocast(rounds, work, autocast):
-                loss = loss_of(
-                    tokens.to(on, non_blocking=True), labels.to(on, non_blocking=True)
-                )
+                loss = loss_of(tokens.to(on, non_blocking=True), labels.to(on, non_blocking=True))
             (loss / steps).backward()
             total += loss.detach() / steps
         torch.nn.utils.clip_grad_norm_(model.parameters(), run.optimizer.clip_grad)

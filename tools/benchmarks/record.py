@@ -73,8 +73,9 @@ def origin() -> dict[str, str]:
         "commit": commit(ROOT),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "hardware": hardware(),
-        "software": ", ".join([f"Python {platform.python_version()}"]
-                              + [f"{name} {found[name]}" for name in names]),
+        "software": ", ".join(
+            [f"Python {platform.python_version()}"] + [f"{name} {found[name]}" for name in names]
+        ),
     }
 
 

@@ -125,8 +125,9 @@ def measure(work: Workload, options: argparse.Namespace, folder: Path) -> list[R
     gemm.round(WARM_UP)
     groups = [[result] for result in wanted] if alone(options.turns) else [wanted]
     for group in groups:
-        running = {result.name: start(result, work, folder, options.out) for result in group}
-        for result in group:
+        running = {}
+        for result in group:  # one by one: imports and compilation want the whole machine
+            running[result.name] = start(result, work, folder, options.out)
             warm_up(result, running[result.name], results, work.dtype)
         steps = steps_of(running, group, options.seconds)
         for _ in range(options.rounds):
