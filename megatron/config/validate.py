@@ -237,8 +237,10 @@ def check_engine(draft: Draft) -> Iterator[str]:
     engine = draft["parallel.engine"]
     met = engine_choice.limit({one.key: draft.get(one.key) for one in engine_choice.LIMITS})
     if engine.value == "sharded" and met:
+        other = draft[met.key]
+        value = int(other.value) if isinstance(other.value, bool) else other.value
         yield (
-            f"{engine} does not run with {draft[met.key]}: {met.why}. Unset {engine.name}: "
+            f"{engine} does not run with {other.name}={value}: {met.why}. Unset {engine.name}: "
             "DeepSpeed then takes the steps"
         )
 
