@@ -171,6 +171,9 @@ def compiled_and_eager(layout: Layout, megatron: bool) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(want, got, strict=True))
 
 
-@pytest.mark.parametrize(("layout", "megatron"), [(Layout(sp=2), False), (Layout(tp=2), True)])
+@pytest.mark.parametrize(
+    ("layout", "megatron"),
+    [(Layout(sp=2), False), (Layout(tp=2), False), (Layout(tp=2), True)],
+)
 def test_blocks_compile_as_one_graph(layout: Layout, megatron: bool) -> None:
     assert all(error < 1e-6 for error in run(compiled_and_eager, 2, layout, megatron))
