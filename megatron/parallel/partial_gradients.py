@@ -40,5 +40,6 @@ def sum_parts(parts: Sequence[Tensor], tp: Axis) -> None:
     wide = torch.promote_types(parts[0].dtype, torch.float32)
     flat = torch.cat([part.reshape(-1).to(wide) for part in parts])
     dist.all_reduce(flat, group=tp.group)
-    for part, total in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
+    sizes = [part.numel() for part in parts]
+    for part, total in zip(parts, torch.split(flat, sizes), strict=True):
         part.copy_(total.view_as(part))
