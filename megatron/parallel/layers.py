@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from megatron.parallel.groups import Axis
 from megatron.parallel.init import sharded_normal_
-from megatron.parallel.mappings import copy_to_tensor_parallel, reduce_from_tensor_parallel
+from megatron.parallel.mappings import copied_linear, reduce_from_tensor_parallel
 from megatron.parallel.sequence import gathered_linear, reduce_scatter_positions
 
 
@@ -118,27 +118,22 @@ class ColumnParallelLinear(nn.Module):
             (out_features, in_features), 0, tp, seed=seed, name=name, std=std, used_rows=used_rows
         )
 
-    def forward(self, x: Tensor, communicate: bool = True) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """x (B, s, in) -> this rank's (B, S, out/tp).
 
         Args:
             x: without sequence_parallel equal on all ranks.
-            communicate: False for x (B, S, in) whose gradient the caller all-reduces.
         """
-        if not communicate:
-            return F.linear(x, self.weight)
         return column_parallel_linear(x, self.weight, self.tp, self.sequence_parallel)
 
 
 def column_parallel_linear(x: Tensor, weight: Tensor, tp: Axis, sequence_parallel: bool) -> Tensor:
     """x (B, s, in) with this rank's rows (out/tp, in) of a matrix -> (B, S, out/tp).
 
-    Forward: no communication. Backward: one all-reduce of x's gradient. With `sequence_parallel` as
-    `gathered_linear`.
+    Communicates as `copied_linear`, with `sequence_parallel` as `gathered_linear`.
     """
-    if sequence_parallel:
-        return gathered_linear(x, [weight], tp)[0]
-    return F.linear(copy_to_tensor_parallel(x, tp), weight)
+    linear = gathered_linear if sequence_parallel else copied_linear
+    return linear(x, [weight], tp)[0]
 
 
 def column_parallel_linears(
@@ -154,11 +149,11 @@ def column_parallel_linears(
         (B, S, out/tp) for each layer.
     """
     tp = layers[0].tp
-    if layers[0].sequence_parallel and tp.size > 1:
-        # After the first time, ZeRO-3 gathers weights that a parent reads together with the parent.
-        return gathered_linear(x, [layer.weight for layer in layers], tp)
-    x = copy_to_tensor_parallel(x, tp)
-    return tuple(layer(x, communicate=False) for layer in layers)
+    if tp.size == 1:
+        return tuple(layer(x) for layer in layers)
+    # After the first time, ZeRO-3 gathers weights that a parent reads together with the parent.
+    linear = gathered_linear if layers[0].sequence_parallel else copied_linear
+    return linear(x, [layer.weight for layer in layers], tp)
 
 
 class RowParallelLinear(nn.Module):
@@ -193,6 +188,8 @@ class RowParallelLinear(nn.Module):
 
 def reduce_partial_output(x: Tensor, tp: Axis, sequence_parallel: bool) -> Tensor:
     """The sum of the ranks' x (B, S, H): whole on all ranks, or own positions (B, s, H).
+
+    x is the caller's own, as `reduce_from_tensor_parallel` has it.
 
     Forward: all-reduce, or reduce-scatter. Backward: the identity, or all-gather.
     """

@@ -11,43 +11,45 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from megatron.parallel.collectives import (
+    Pending,
+    finished,
+    start_all_gather,
+    start_reduce_scatter,
+)
 from megatron.parallel.groups import Axis
+from megatron.parallel.mappings import input_gradient
 
 
-def _gathered(x: Tensor, tp: Axis) -> Tensor:
-    """(B, s, H) of each rank -> (B, S, H)."""
-    x = x.contiguous()
-    y = x.new_empty(tp.size * x.shape[0], *x.shape[1:])
-    dist.all_gather_into_tensor(y, x, group=tp.group)
-    return y.view(tp.size, *x.shape).movedim(0, 1).flatten(1, 2)
+def _in_order(gathered: Tensor, tp: Axis) -> Tensor:
+    """(tp * B, s, H), rank by rank -> (B, S, H); a copy only where B > 1."""
+    return gathered.view(tp.size, -1, *gathered.shape[1:]).movedim(0, 1).flatten(1, 2)
 
 
-def _reduce_scattered(x: Tensor, tp: Axis) -> Tensor:
-    """(B, S, H), different on each rank -> own positions (B, s, H) of their sum."""
+def _start_reduce_scatter(x: Tensor, tp: Axis) -> Pending:
+    """(B, S, H), different on each rank -> own positions (B, s, H) of their sum.
+
+    Copies x only where B > 1.
+    """
     assert x.shape[1] % tp.size == 0, f"{x.shape[1]} positions over {tp.size} ranks"
-    batch, length, width = x.shape
-    shards = x.reshape(batch, tp.size, length // tp.size, width).movedim(1, 0).contiguous()
-    y = torch.empty_like(shards[0])  # (B, s, H)
-    dist.reduce_scatter_tensor(y, shards.flatten(0, 1), group=tp.group)
-    return y
+    shards = x.reshape(len(x), tp.size, -1, x.shape[2]).movedim(1, 0)  # (tp, B, s, H)
+    return start_reduce_scatter(shards.flatten(0, 1), tp)
 
 
 class _ReduceScatter(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, tp: Axis) -> Tensor:
         ctx.tp = tp
-        return _reduce_scattered(x, tp)
+        return finished(_start_reduce_scatter(x, tp))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _gathered(grad, ctx.tp), None
+        return _in_order(finished(start_all_gather(grad, ctx.tp)), ctx.tp), None
 
 
 def reduce_scatter_positions(x: Tensor, tp: Axis) -> Tensor:
@@ -66,20 +68,21 @@ class _GatheredLinear(Function):
     def forward(ctx: Any, x: Tensor, tp: Axis, *weights: Tensor) -> tuple[Tensor, ...]:
         ctx.tp = tp
         ctx.save_for_backward(x, *weights)
-        whole = _gathered(x, tp)
+        whole = _in_order(finished(start_all_gather(x, tp)), tp)
         return tuple(F.linear(whole, weight) for weight in weights)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
+        tp, batch = ctx.tp, len(x)
+        gathering = start_all_gather(x, tp)  # beside the product for x's gradient
         rows = [grad.flatten(0, 1) for grad in grads]  # (BS, out/tp)
-        x_grad = rows[0] @ weights[0]
-        for row, weight in zip(rows[1:], weights[1:], strict=True):
-            x_grad = torch.addmm(x_grad, row, weight)
-        own_grad = _reduce_scattered(x_grad.unflatten(0, grads[0].shape[:2]), ctx.tp)
-        whole = _gathered(x, ctx.tp).flatten(0, 1)
-        return own_grad, None, *(row.t() @ whole for row in rows)
+        x_grad = input_gradient(rows, weights).view(batch, -1, x.shape[2])
+        whole = _in_order(finished(gathering), tp).flatten(0, 1)
+        scattering = _start_reduce_scatter(x_grad, tp)  # beside those for the weights'
+        weight_grads = [row.t() @ whole for row in rows]
+        return finished(scattering), None, *weight_grads
 
 
 def gathered_linear(x: Tensor, weights: Sequence[Tensor], tp: Axis) -> tuple[Tensor, ...]:
@@ -87,7 +90,8 @@ def gathered_linear(x: Tensor, weights: Sequence[Tensor], tp: Axis) -> tuple[Ten
 
     The gathered positions are not kept: the backward gathers them again.
 
-    Forward: one all-gather of x. Backward: one all-gather of x, one reduce-scatter of its gradient.
+    Forward: one all-gather of x. Backward: one all-gather of x, beside the product for its
+    gradient; one reduce-scatter of that, beside the products for the weights' gradients.
 
     Args:
         x: own positions (B, S/tp, in).
