@@ -27,7 +27,6 @@ from megatron.engine.document_engine import DocumentPipelineEngine, DocumentZero
 from megatron.engine.interface import (
     Engine,
     Gate,
-    LossFunction,
     MakeOptimizer,
     MicroBatches,
 )
@@ -42,13 +41,13 @@ from megatron.model.document_mask import Documents, follow_documents
 from megatron.model.layer import Layer
 from megatron.model.stack import Stack
 from megatron.parallel.groups import SERIAL, Axis, Groups
+from megatron.parallel.head_loss import TargetsOf
 
 log = logging.getLogger(__name__)
 
 __all__ = [
     "Engine",
     "Gate",
-    "LossFunction",
     "MakeOptimizer",
     "MicroBatches",
     "ReadPiece",
@@ -63,7 +62,7 @@ __all__ = [
 
 def make_engine(
     layers: Sequence[Layer],
-    loss: LossFunction,
+    targets: TargetsOf,
     make_optimizer: MakeOptimizer,
     groups: Groups,
     device: torch.device,
@@ -80,7 +79,7 @@ def make_engine(
 
     Args:
         layers: the model.
-        loss: of the last layer's output.
+        targets: what the loss of a micro-batch is measured against.
         make_optimizer: from the named parameters of this rank's part.
         groups: of this rank.
         device: where the model lives.
@@ -109,13 +108,12 @@ def make_engine(
     merged = groups.without_sequence()
     if groups.layout.pp > 1:
         stages = pipeline_module(
-            layers, loss, merged, stage_bounds, recompute_num_layers, pipeline_schedule
+            layers, targets, merged, stage_bounds, recompute_num_layers, pipeline_schedule
         )
         log.debug(f"layers of this stage:\n{stages}")
         engine = start_engine(
             PipelineEngine if documents is None else DocumentPipelineEngine,
             stages,
-            loss,
             make_optimizer,
             groups,
             device,
@@ -128,12 +126,11 @@ def make_engine(
     )
     mpu = ModelParallelUnit(groups.tp, shard)
     with quiet(), partitioned_initialisation(deepspeed_config, mpu):
-        module = Stack(layers, recompute_num_layers)
+        module = Stack(layers, recompute_num_layers, targets)
     log.debug(f"the model on this rank:\n{module}")
     engine = start_engine(
         ZeroEngine if documents is None else DocumentZeroEngine,
         module,
-        loss,
         make_optimizer,
         groups,
         device,
@@ -154,7 +151,6 @@ def _followed(engine: ZeroEngine, documents: Documents | None) -> Engine:
 def start_engine(
     kind: type[ZeroEngine],
     module: nn.Module,
-    loss: LossFunction,
     make_optimizer: MakeOptimizer,
     groups: Groups,
     device: torch.device,
@@ -166,8 +162,8 @@ def start_engine(
 
     Args:
         kind: of the engine.
-        module: this rank's part of the model.
-        loss, make_optimizer, groups, device, deepspeed_config: as `make_engine` has them.
+        module: this rank's part of the model, as the engine takes it.
+        make_optimizer, groups, device, deepspeed_config: as `make_engine` has them.
         mpu: DeepSpeed's model-parallel unit; None where the module has its own.
         replica: MiCS' ranks with equal states.
     """
@@ -181,7 +177,7 @@ def start_engine(
             dist_init_required=False,
         )
     reject_overflows(zero)
-    return kind(module, optimizer, started, zero, loss, groups, device, replica)
+    return kind(module, optimizer, started, zero, groups, device, replica)
 
 
 def _compiled(layer: Layer) -> Layer:

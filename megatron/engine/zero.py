@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron.engine.interface import Engine, Gate, LossFunction, MicroBatches
+from megatron.engine.interface import Engine, Gate, MicroBatches
 from megatron.engine.shards import Shards, refresh_weights
 from megatron.engine.zero3 import average_over_replicas
 from megatron.parallel.groups import SERIAL, Axis, Groups
@@ -27,7 +27,6 @@ class ZeroEngine(Engine):
         optimizer: torch.optim.Optimizer,
         deepspeed: Any,
         zero: Any,
-        loss: LossFunction,
         groups: Groups,
         device: torch.device,
         replica: Axis = SERIAL,
@@ -35,17 +34,16 @@ class ZeroEngine(Engine):
         """Made by `start_engine`.
 
         Args:
-            module: this rank's part of the model.
+            module: this rank's part of the model; (tokens, labels) -> loss, (tokens) -> logits.
             optimizer: of its parameters, which DeepSpeed has flattened.
             deepspeed, zero: DeepSpeed's engine, and its optimizer around ours.
-            loss: of the last layer's output.
             groups: of this rank.
             device: where the model lives.
             replica: MiCS' ranks with equal states.
         """
         self.module, self.optimizer, self.groups, self.device = module, optimizer, groups, device
         self._deepspeed, self._zero = deepspeed, zero
-        self._loss, self._replica = loss, replica
+        self._replica = replica
         self._accumulation_steps = int(deepspeed.gradient_accumulation_steps())
         self._total_loss = torch.zeros((), device=device)
         self._answer: bool | None = None  # the gate's, in this step
@@ -57,7 +55,7 @@ class ZeroEngine(Engine):
         self._answer = None
         self._total_loss = total = torch.zeros((), device=self.device)
         for tokens, labels in self._to_device(micro_batches):
-            loss = self._loss(self._deepspeed(tokens), labels)
+            loss = self._deepspeed(tokens, labels)
             self._deepspeed.backward(loss)
             if self._replica.size > 1 and self._deepspeed.is_gradient_accumulation_boundary():
                 average_over_replicas(self._zero, self._replica)
@@ -71,7 +69,7 @@ class ZeroEngine(Engine):
         total = torch.zeros((), device=self.device)
         count = 0
         for tokens, labels in self._to_device(micro_batches):
-            total += self._loss(self._deepspeed(tokens), labels).float()
+            total += self._deepspeed(tokens, labels).float()
             count += 1
         self.module.train()
         return self._mean_over_data_parallel(total / count)
