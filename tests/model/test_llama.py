@@ -21,7 +21,7 @@ def on_ranks(
 ) -> tuple[float, dict[str, Tensor], dict[str, tuple[int | None, Tensor]]]:
     tp = whole_world()
     model = build(config, tp)
-    loss, gradients = loss_and_gradients(config, model, tp)
+    loss, gradients = loss_and_gradients(config, model)
     cut = {
         name: (getattr(p, "partition_dim", None), p.detach())
         for name, p in model.named_parameters()

@@ -75,8 +75,8 @@ def compiled_and_eager(recompute: str) -> float:
     for module in compiled.children():
         if isinstance(module, Block):
             module.compile(backend="aot_eager", fullgraph=True)
-    want_loss, want = loss_and_gradients(config, model, tp)
-    loss, gradients = loss_and_gradients(config, compiled, tp)
+    want_loss, want = loss_and_gradients(config, model)
+    loss, gradients = loss_and_gradients(config, compiled)
     return max(
         abs(loss - want_loss), *(float((gradients[name] - want[name]).abs().max()) for name in want)
     )
