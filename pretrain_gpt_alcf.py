@@ -47,7 +47,7 @@ from megatron.parallel.meeting import MeetingError
 from megatron.plan.report import architecture_box
 from megatron.training import log
 from megatron.training.attention_kernel import expands_kv
-from megatron.training.build import documents_followed, loss_function, model_layers
+from megatron.training.build import documents_followed, loss_targets, model_layers
 from megatron.training.corpus_loss import CorpusLosses
 from megatron.training.device import Device, detect, prepare
 from megatron.training.guard import Unstable
@@ -191,7 +191,7 @@ def build_engine(
     kept = run.train.checkpoint_num_layers
     engine = make_engine(
         model_layers(run, groups.tp, groups.sp, expands_kv(run, device.torch_device)),
-        loss_function(run, groups.tp, corpus_losses, documents),
+        loss_targets(run, groups.tp, corpus_losses, documents),
         partial(make_optimizer, run.optimizer),
         groups,
         device.torch_device,

@@ -13,8 +13,7 @@ from megatron.config.errors import DataError
 from megatron.config.schema import RunConfig
 from megatron.model.document_mask import follow_documents
 from megatron.model.stack import Stack
-from megatron.parallel.cross_entropy import vocab_parallel_cross_entropy
-from megatron.parallel.groups import SERIAL
+from megatron.parallel.head_loss import Targets
 from megatron.training.build import documents_followed, model_layers
 from megatron.training.optimizers.schedule_free import evaluation_weight
 
@@ -41,10 +40,10 @@ class SampleLosses:
             raise DataError("\n".join(damage))
         self.iteration = checkpoint.iteration
         run = RunConfig.from_dict(checkpoint.manifest["run"])
-        self._vocab_size = run.model.vocab_size
         self._documents = followed = documents_followed(run, eod)
         layers = model_layers(run)
-        self._model = Stack([follow_documents(x, followed) for x in layers] if followed else layers)
+        layers = [follow_documents(x, followed) for x in layers] if followed else layers
+        self._model = Stack(layers, targets=self._targets)
         reader = checkpoint.reader()
         beta1 = run.optimizer.adam_beta1 if run.optimizer.optimizer == "adamwschedulefree" else None
         for name, parameter in self._model.named_parameters():
@@ -63,13 +62,10 @@ class SampleLosses:
         followed = self._documents
         if followed is not None:
             followed.show(sample[None, :-1])
-        losses = self._token_losses(sample)
-        if followed is None or not followed.mask_loss:
-            return float(losses.mean())
-        return float((losses * followed.weights).sum() / followed.weights.sum().clamp(min=1))
+        return float(self._model(sample[None, :-1], sample[None, 1:]))
 
-    def _token_losses(self, sample: Tensor) -> Tensor:
-        logits = self._model(sample[None, :-1])  # (1, S, V)
-        return vocab_parallel_cross_entropy(
-            logits.float(), sample[None, 1:], SERIAL, self._vocab_size
-        )
+    def _targets(self, labels: Tensor) -> Targets:
+        followed = self._documents
+        if followed is None or not followed.mask_loss:
+            return Targets(labels)
+        return Targets(labels, followed.weights, 1 / followed.weights.sum().clamp(min=1))

@@ -34,12 +34,11 @@ from megatron.engine.gathering import Gathering
 from megatron.engine.interface import (
     Engine,
     Gate,
-    LossFunction,
     MakeOptimizer,
     MicroBatches,
 )
 from megatron.engine.older import reject_overflows
-from megatron.engine.partial_gradients import sum_before_steps, sum_in_backward
+from megatron.engine.partial_sums import sum_before_steps, sum_in_backward
 from megatron.engine.patches import patch_new_group, patch_partition_tables, require_accelerator
 from megatron.engine.pipeline import PipelineEngine
 from megatron.engine.pipeline_schedules import pipeline_module
@@ -51,13 +50,13 @@ from megatron.model.document_mask import Documents, follow_documents
 from megatron.model.layer import Layer
 from megatron.model.stack import Stack
 from megatron.parallel.groups import SERIAL, Axis, Groups
+from megatron.parallel.head_loss import TargetsOf
 
 log = logging.getLogger(__name__)
 
 __all__ = [
     "Engine",
     "Gate",
-    "LossFunction",
     "MakeOptimizer",
     "MicroBatches",
     "ReadPiece",
@@ -72,7 +71,7 @@ __all__ = [
 
 def make_engine(
     layers: Sequence[Layer],
-    loss: LossFunction,
+    targets: TargetsOf,
     make_optimizer: MakeOptimizer,
     groups: Groups,
     device: torch.device,
@@ -90,7 +89,7 @@ def make_engine(
 
     Args:
         layers: the model.
-        loss: of the last layer's output.
+        targets: what the loss of a micro-batch is measured against.
         make_optimizer: from the named parameters of this rank's part.
         groups: of this rank.
         device: where the model lives.
@@ -121,23 +120,22 @@ def make_engine(
         layers = [_moved(layer, device, dtype) for layer in layers]
         if groups.dp_sp.size > 1:
             layers = [gathering.waiting(layer) for layer in layers]
-        module = Stack(layers, recompute_num_layers)
+        module = Stack(layers, recompute_num_layers, targets)
         log.debug(f"the model on this rank:\n{module}")
         kind = ShardedEngine if documents is None else DocumentShardedEngine
         return _followed(
-            kind(module, loss, make_optimizer, groups, device, sharded, gathering), documents
+            kind(module, make_optimizer, groups, device, sharded, gathering), documents
         )
     # For ZeRO and gradient averaging, sequence-parallel ranks are data-parallel ranks.
     merged = groups.without_sequence()
     if groups.layout.pp > 1:
         stages = pipeline_module(
-            layers, loss, merged, stage_bounds, recompute_num_layers, pipeline_schedule
+            layers, targets, merged, stage_bounds, recompute_num_layers, pipeline_schedule
         )
         log.debug(f"layers of this stage:\n{stages}")
         engine = start_engine(
             PipelineEngine if documents is None else DocumentPipelineEngine,
             stages,
-            loss,
             make_optimizer,
             groups,
             device,
@@ -150,12 +148,11 @@ def make_engine(
     )
     mpu = ModelParallelUnit(groups.tp, shard)
     with quiet(), partitioned_initialisation(deepspeed_config, mpu):
-        module = Stack(layers, recompute_num_layers)
+        module = Stack(layers, recompute_num_layers, targets)
     log.debug(f"the model on this rank:\n{module}")
     engine = start_engine(
         ZeroEngine if documents is None else DocumentZeroEngine,
         module,
-        loss,
         make_optimizer,
         groups,
         device,
@@ -176,7 +173,6 @@ def _followed(engine: Engine, documents: Documents | None) -> Engine:
 def start_engine(
     kind: type[ZeroEngine],
     module: nn.Module,
-    loss: LossFunction,
     make_optimizer: MakeOptimizer,
     groups: Groups,
     device: torch.device,
@@ -188,8 +184,8 @@ def start_engine(
 
     Args:
         kind: of the engine.
-        module: this rank's part of the model.
-        loss, make_optimizer, groups, device, deepspeed_config: as `make_engine` has them.
+        module: this rank's part of the model, as the engine takes it.
+        make_optimizer, groups, device, deepspeed_config: as `make_engine` has them.
         mpu: DeepSpeed's model-parallel unit; None where the module has its own.
         replica: MiCS' ranks with equal states.
     """
@@ -206,7 +202,7 @@ def start_engine(
         )
     reject_overflows(zero)
     sum_before_steps(zero, module, groups.tp)
-    return kind(module, optimizer, started, zero, loss, groups, device, replica)
+    return kind(module, optimizer, started, zero, groups, device, replica)
 
 
 def _moved(layer: Layer, device: torch.device, dtype: torch.dtype) -> Layer:

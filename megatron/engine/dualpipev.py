@@ -18,8 +18,8 @@ class DualPipeV(DualPipeVModule, Stages):  # type: ignore[misc]
     def activate_stage(self, stage: int) -> None:
         self.activate_phase(stage)
 
-    def _recompute(self, layers: Sequence[Layer], length: int) -> None:
+    def _arrange(self, layers: Sequence[Layer], length: int) -> None:
         for phase in (1, 0):
             self.activate_phase(phase)
-            super()._recompute(layers, length)
+            super()._arrange(layers, length)
             self.phase_funcs[phase] = self.forward_funcs

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from megatron.engine.shards import Shards
 from megatron.parallel.groups import Groups
 
-LossFunction = Callable[[Tensor, Tensor], Tensor]  # (output of the last layer, labels) -> scalar
 MicroBatches = Iterable[tuple[Tensor, Tensor]]  # (tokens, labels), each (B, S)
 MakeOptimizer = Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
 Gate = Callable[[Tensor, Tensor | float], bool]

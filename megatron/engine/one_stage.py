@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron.engine.interface import Engine, LossFunction, MicroBatches
+from megatron.engine.interface import Engine, MicroBatches
 from megatron.parallel.groups import Groups
 from megatron.parallel.ulysses import all_positions, own_positions
 
@@ -20,7 +21,7 @@ class OneStageEngine(Engine):
     Args:
         module: this rank's part of the model.
         optimizer: of its parameters.
-        loss: of the last layer's output.
+        call: runs the module: (tokens, labels) -> loss, (tokens) -> logits.
         groups: of this rank.
         device: where the model lives.
         accumulation_steps: micro-batches of a step.
@@ -30,13 +31,13 @@ class OneStageEngine(Engine):
         self,
         module: nn.Module,
         optimizer: torch.optim.Optimizer,
-        loss: LossFunction,
+        call: Any,
         groups: Groups,
         device: torch.device,
         accumulation_steps: int,
     ) -> None:
         self.module, self.optimizer, self.groups, self.device = module, optimizer, groups, device
-        self._loss, self._accumulation_steps = loss, accumulation_steps
+        self._call, self._accumulation_steps = call, accumulation_steps
         self._total_loss = torch.zeros((), device=device)
 
     @torch.no_grad()
@@ -45,7 +46,7 @@ class OneStageEngine(Engine):
         total = torch.zeros((), device=self.device)
         count = 0
         for tokens, labels in self._to_device(micro_batches):
-            total += self._loss(self._outputs(tokens), labels).float()
+            total += self._call(tokens, labels).float()
             count += 1
         self.module.train()
         return self._mean_over_data_parallel(total / count)
@@ -67,13 +68,9 @@ class OneStageEngine(Engine):
     def pipeline_bubble(self) -> float | None:
         return None
 
-    def _outputs(self, tokens: Tensor) -> Tensor:
-        """The last layer's output for this rank's tokens."""
-        output: Tensor = self.module(tokens)
-        return output
-
     def _forward(self, tokens: Tensor) -> Tensor | None:
-        return self._outputs(tokens)
+        logits: Tensor = self._call(tokens)
+        return logits
 
     def _to_device(self, micro_batches: MicroBatches) -> Iterator[tuple[Tensor, Tensor]]:
         """This rank's positions of each micro-batch, on the device."""

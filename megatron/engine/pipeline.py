@@ -83,7 +83,7 @@ def relay(module: Stages, pp: Axis, tokens: Tensor) -> Tensor | None:
         tokens: (B, S) int64, equal on all ranks.
 
     Returns:
-        The last stage's output on the rank that has it, None on the others.
+        Logits (B, S, V/tp) on the rank of the last stage, None on the others.
     """
     order = stage_order(pp.size, module.num_stages_per_rank)
     hidden = tokens
@@ -98,7 +98,7 @@ def relay(module: Stages, pp: Axis, tokens: Tensor) -> Tensor | None:
         after = order[number + 1][0] if number + 1 < len(order) else place
         if after != place:
             _send(hidden, pp.ranks[after])
-    return hidden if pp.rank == order[-1][0] else None
+    return module.head(hidden) if pp.rank == order[-1][0] else None
 
 
 def _send(value: Tensor, rank: int) -> None:

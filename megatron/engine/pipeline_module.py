@@ -7,6 +7,7 @@ Here both are computed, so neither grows with the world.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
@@ -20,12 +21,20 @@ from megatron.engine.patches import members_group, replaced
 from megatron.model.layer import Layer
 from megatron.model.stack import recompute_runs
 from megatron.parallel.groups import Groups
+from megatron.parallel.head_loss import TargetsOf
 
 
 class Stages(PipelineModule):  # type: ignore[misc]
-    """PipelineModule with given bounds and this rank's groups alone."""
+    """PipelineModule with given bounds and this rank's groups alone.
+
+    The last stage gives hidden states; its head makes the loss of them, or logits.
+
+    Attributes:
+        head: (hidden (B, s, H), targets or nothing) -> loss or logits, on the last stage's rank.
+    """
 
     num_stages_per_rank = 1
+    head: Callable[..., Tensor]
 
     def __init__(
         self,
@@ -33,15 +42,17 @@ class Stages(PipelineModule):  # type: ignore[misc]
         groups: Groups,
         bounds: Sequence[int],
         recompute_num_layers: int,
+        targets: TargetsOf,
         **kwargs: Any,
     ) -> None:
-        self.forward_funcs: list[Callable[[Tensor], Tensor]]
+        self.forward_funcs: list[Callable[..., Tensor]]
         self._bounds = bounds
         self._groups = groups
         specs = [_TiedSpec(x) if x.tied_key else _Spec(x) for x in layers]
         with replaced(deepspeed_module, "PipelineParallelGrid", self._make_grid):
             super().__init__(specs, **kwargs)
-        self._recompute(layers, recompute_num_layers)
+        self.loss_fn = lambda hidden, labels: self.head(hidden, targets(labels))
+        self._arrange(layers, recompute_num_layers)
 
     def activate_stage(self, stage: int) -> None:
         """Selects this rank's first or second stage for the next calls of the module."""
@@ -55,8 +66,12 @@ class Stages(PipelineModule):  # type: ignore[misc]
         self.parts = list(self._bounds)
         self._set_bounds(start=self.parts[self.stage_id], stop=self.parts[self.stage_id + 1])
 
-    def _recompute(self, layers: Sequence[Layer], length: int) -> None:
+    def _arrange(self, layers: Sequence[Layer], length: int) -> None:
+        """Joins recomputed layers, and takes the head out of the last stage."""
         local = layers[self._local_start : self._local_stop]
+        if self._local_stop == len(layers):
+            self.head = partial(self.forward_funcs.pop())  # a module would be registered again
+            local = local[:-1]
         self.forward_funcs = recompute_runs(
             self.forward_funcs, [layer.recompute for layer in local], length
         )

@@ -8,12 +8,12 @@ import deepspeed
 
 from megatron.config.errors import ConfigError
 from megatron.engine.distributed import quiet
-from megatron.engine.interface import LossFunction
 from megatron.engine.patches import patch_new_group
 from megatron.engine.pipeline_module import Stages, Topology
 from megatron.launch.versions import lacking
 from megatron.model.layer import Layer
 from megatron.parallel.groups import Groups
+from megatron.parallel.head_loss import TargetsOf
 
 
 def _dualpipev() -> type[Stages]:
@@ -38,7 +38,7 @@ SCHEDULES: dict[str, Callable[[], type[Stages]]] = {
 
 def pipeline_module(
     layers: Sequence[Layer],
-    loss: LossFunction,
+    targets: TargetsOf,
     groups: Groups,
     bounds: Sequence[int],
     recompute_num_layers: int,
@@ -48,7 +48,7 @@ def pipeline_module(
 
     Args:
         layers: the model.
-        loss: of the last layer's output.
+        targets: what the loss of a micro-batch is measured against.
         groups: of this rank, the sequence axis counted as data.
         bounds: into the list of layers, one more than there are stages.
         recompute_num_layers: keep the input of every n-th block only; 0: leave it to the blocks.
@@ -59,5 +59,5 @@ def pipeline_module(
     assert len(bounds) == stages + 1 and bounds[-1] == len(layers), f"{bounds=} {layout=}"
     with quiet(), patch_new_group():
         return kind(
-            layers, groups, bounds, recompute_num_layers, loss_fn=loss, topology=Topology(layout)
+            layers, groups, bounds, recompute_num_layers, targets, topology=Topology(layout)
         )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from megatron.config.engine_choice import ShardedSettings
 from megatron.engine.buckets import Bucket, buckets_of
 from megatron.engine.gathering import Gathering
-from megatron.engine.interface import Gate, LossFunction, MakeOptimizer, MicroBatches
+from megatron.engine.interface import Gate, MakeOptimizer, MicroBatches
 from megatron.engine.one_stage import OneStageEngine
 from megatron.engine.reduction import Reduction, in_backward_order
 from megatron.engine.shards import Shards
@@ -30,8 +30,8 @@ class ShardedEngine(OneStageEngine):
     """A module with the optimizer of its flat, sharded parameters.
 
     Args:
-        module: this rank's part of the model, on the device and in the type that it computes in.
-        loss: of the last layer's output.
+        module: this rank's part of the model, on the device and in the type that it computes in:
+            (tokens, labels) -> loss, (tokens) -> logits.
         make_optimizer: from the named parameters; its groups get this rank's slices instead.
         groups: of this rank.
         device: where the model lives.
@@ -42,7 +42,6 @@ class ShardedEngine(OneStageEngine):
     def __init__(
         self,
         module: nn.Module,
-        loss: LossFunction,
         make_optimizer: MakeOptimizer,
         groups: Groups,
         device: torch.device,
@@ -50,7 +49,7 @@ class ShardedEngine(OneStageEngine):
         gathering: Gathering,
     ) -> None:
         optimizer = make_optimizer(module.named_parameters())
-        super().__init__(module, optimizer, loss, groups, device, settings.accumulation_steps)
+        super().__init__(module, optimizer, module, groups, device, settings.accumulation_steps)
         dp, buckets = groups.dp_sp, list[Bucket]()
         for group in optimizer.param_groups:
             own = buckets_of(group["params"], dp)
@@ -75,7 +74,7 @@ class ShardedEngine(OneStageEngine):
         # Sums over micro-batches and ranks are means.
         share = torch.full((), 1 / (steps * self.groups.dp_sp.size), device=self.device)
         for number, (tokens, labels) in enumerate(self._to_device(micro_batches)):
-            loss = self._loss(self._outputs(tokens), labels)
+            loss: Tensor = self._call(tokens, labels)
             self._reduction.begin(number, steps)
             loss.backward(share.to(loss.dtype))  # type: ignore[no-untyped-call]
             self._reduction.end()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron.engine.interface import Gate, LossFunction, MicroBatches
+from megatron.engine.interface import Gate, MicroBatches
 from megatron.engine.one_stage import OneStageEngine
 from megatron.engine.shards import Shards
 from megatron.engine.zero3 import average_over_replicas
@@ -27,7 +27,6 @@ class ZeroEngine(OneStageEngine):
         optimizer: torch.optim.Optimizer,
         deepspeed: Any,
         zero: Any,
-        loss: LossFunction,
         groups: Groups,
         device: torch.device,
         replica: Axis = SERIAL,
@@ -35,16 +34,15 @@ class ZeroEngine(OneStageEngine):
         """Made by `start_engine`.
 
         Args:
-            module: this rank's part of the model.
+            module: this rank's part of the model; (tokens, labels) -> loss, (tokens) -> logits.
             optimizer: of its parameters, which DeepSpeed has flattened.
             deepspeed, zero: DeepSpeed's engine, and its optimizer around ours.
-            loss: of the last layer's output.
             groups: of this rank.
             device: where the model lives.
             replica: MiCS' ranks with equal states.
         """
         steps = int(deepspeed.gradient_accumulation_steps())
-        super().__init__(module, optimizer, loss, groups, device, steps)
+        super().__init__(module, optimizer, deepspeed, groups, device, steps)
         self._deepspeed, self._zero, self._replica = deepspeed, zero, replica
         self._answer: bool | None = None  # the gate's, in this step
         if deepspeed.fp16_enabled():  # at the lowest scale an overflow skips the step, no more
@@ -55,7 +53,7 @@ class ZeroEngine(OneStageEngine):
         self._answer = None
         self._total_loss = total = torch.zeros((), device=self.device)
         for tokens, labels in self._to_device(micro_batches):
-            loss = self._loss(self._outputs(tokens), labels)
+            loss = self._deepspeed(tokens, labels)
             self._deepspeed.backward(loss)
             if self._replica.size > 1 and self._deepspeed.is_gradient_accumulation_boundary():
                 average_over_replicas(self._zero, self._replica)
@@ -128,8 +126,4 @@ class ZeroEngine(OneStageEngine):
     def close(self) -> None:
         if self._deepspeed is not None:
             self._deepspeed.destroy()
-        self._deepspeed = self._zero = None
-
-    def _outputs(self, tokens: Tensor) -> Tensor:
-        output: Tensor = self._deepspeed(tokens)
-        return output
+        self._call = self._deepspeed = self._zero = None

@@ -18,10 +18,11 @@ from megatron.model.layer import Layer, ModelContext, recomputed
 from megatron.model.mlp import MLP
 from megatron.model.norm import RMSNorm
 from megatron.model.rope import Rope
+from megatron.parallel.head_loss import Targets, head_loss
 from megatron.parallel.layers import (
-    ColumnParallelLinear,
     VocabParallelEmbedding,
     column_parallel_linear,
+    sharded_weight,
 )
 
 TIED_KEY = "embedding"
@@ -40,17 +41,15 @@ class Embedding(VocabParallelEmbedding):
             **context.linear_options,
         )
 
-    def forward(self, x: Tensor, as_head: bool = False) -> Tensor:
-        """Tokens (B, S) -> (B, s, H); as the head (B, s, H) -> this rank's logits (B, S, V/tp)."""
-        if as_head:
-            return column_parallel_linear(x, self.weight, self.tp, self.sequence_parallel)
-        return super().forward(x)
+    def forward(self, x: Tensor, as_head: bool = False, targets: Targets | None = None) -> Tensor:
+        """Tokens (B, S) -> (B, s, H); as the head what `head_output` gives for (B, s, H)."""
+        return head_output(self, x, targets) if as_head else super().forward(x)
 
 
-def tied_head(embedding: nn.Module, hidden: Tensor) -> Tensor:
+def tied_head(embedding: nn.Module, hidden: Tensor, targets: Targets | None = None) -> Tensor:
     """The head of tied embeddings; calls the module, so that ZeRO-3's hooks gather the weight."""
-    logits: Tensor = embedding(hidden, as_head=True)
-    return logits
+    output: Tensor = embedding(hidden, as_head=True, targets=targets)
+    return output
 
 
 class Block(nn.Module):
@@ -107,18 +106,36 @@ class PostNormBlock(Block):
         return x + y
 
 
-class Head(ColumnParallelLinear):
-    """Hidden (B, s, H) -> this rank's logits (B, S, V/tp), those of the padding included."""
+class Head(nn.Module):
+    """The last layer of embeddings that are not tied; computes `head_output`."""
 
     def __init__(self, shape: ModelShape, context: ModelContext, name: str) -> None:
-        super().__init__(
-            shape.hidden_size,
-            shape.padded_vocab_size(context.tp.size),
+        super().__init__()
+        self.vocab_size, self.tp = shape.vocab_size, context.tp
+        self.sequence_parallel = context.sequence_parallel
+        self.weight = sharded_weight(
+            (shape.padded_vocab_size(self.tp.size), shape.hidden_size),
+            0,
+            self.tp,
+            seed=context.seed,
             name=f"{name}.weight",
             std=shape.weight_std,
             used_rows=shape.vocab_size,
-            **context.linear_options,
         )
+
+    def forward(self, hidden: Tensor, targets: Targets | None = None) -> Tensor:
+        """What `head_output` gives."""
+        return head_output(self, hidden, targets)
+
+
+def head_output(head: Head | Embedding, hidden: Tensor, targets: Targets | None) -> Tensor:
+    """Hidden (B, s, H) -> the loss against `targets`, a scalar, which makes no logits to keep.
+
+    Without targets: this rank's logits (B, S, V/tp), those of the padding included.
+    """
+    if targets is None:
+        return column_parallel_linear(hidden, head.weight, head.tp, head.sequence_parallel)
+    return head_loss(hidden, head.weight, targets, head.tp, head.vocab_size, head.sequence_parallel)
 
 
 def residual_norm(shape: ModelShape, context: ModelContext) -> RMSNorm:
@@ -132,7 +149,7 @@ def decoder_layers(
     block: type[Block] = Block,
     qk_norm: Callable[[int], nn.Module] | None = None,
 ) -> list[Layer]:
-    """The model: tokens (B, S) int64 in, this rank's logits (B, S, V/tp) out.
+    """The model: tokens (B, S) int64 in, loss or this rank's logits (B, S, V/tp) out.
 
     A parameter's name, and so its initial values, follow from the layer's index in the list.
 

@@ -22,6 +22,7 @@ from megatron.model.attention import Attention
 from megatron.model.layer import Layer
 from megatron.model.rope import Rope, tables_for
 from megatron.parallel.groups import SERIAL, Groups
+from megatron.parallel.head_loss import Targets
 from megatron.parallel.ulysses import own_positions
 
 TokensAndLabels = tuple[Tensor, Tensor]  # tokens and labels, each (B, S)
@@ -155,22 +156,16 @@ class Documents:
         assert self._weights is not None, "the loss of no micro-batch"
         return self._weights
 
-    def counted(
-        self, token_loss: Callable[[Tensor, Tensor], Tensor]
-    ) -> Callable[[Tensor, Tensor], Tensor]:
-        """`mean` of `token_loss` (logits, labels) -> (B, s)."""
-        return lambda logits, labels: self.mean(token_loss(logits, labels))
+    def targets(self, labels: Tensor) -> Targets:
+        """For this micro-batch's part of the mean over all counted tokens of the global batch.
 
-    def mean(self, losses: Tensor) -> Tensor:
-        """This micro-batch's part of the mean over all counted tokens of the global batch.
+        The mean over micro-batches and data- and sequence-parallel ranks of these losses is that
+        mean.
 
         Args:
-            losses: (B, s) of this rank's positions.
-
-        Returns:
-            A scalar; its mean over micro-batches and data- and sequence-parallel ranks is the mean.
+            labels: (B, s) of this rank's positions.
         """
-        return (losses * self.weights).sum() * self._scale
+        return Targets(labels, self.weights, self._scale)
 
 
 def dense_mask(numbers: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ class Layer:
             draws nothing.
         tied_key: layers with the same key share the module built by the first of them.
         forward: (module, input) -> output, where a tied layer uses the module in another way than
-            by calling it.
+            by calling it. The last layer, the head, also takes `Targets` and then gives the loss.
         recompute: whether activation checkpointing may drop its activations.
     """
 
@@ -35,7 +35,7 @@ class Layer:
     module: type[nn.Module]
     build: Callable[[], nn.Module]
     tied_key: str | None = None
-    forward: Callable[[nn.Module, Tensor], Tensor] | None = None
+    forward: Callable[..., Tensor] | None = None
     recompute: bool = False
 
 

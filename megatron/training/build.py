@@ -1,18 +1,12 @@
-"""From a run's configuration to the layers of its model and their loss."""
+"""From a run's configuration to the layers of its model and what their loss is of."""
 
 from __future__ import annotations
 
-from functools import partial
-
 from megatron.config.schema import RunConfig
-from megatron.engine import LossFunction
 from megatron.model.document_mask import Documents
 from megatron.model.layer import Layer, ModelContext
-from megatron.parallel.cross_entropy import (
-    mean_vocab_parallel_cross_entropy,
-    vocab_parallel_cross_entropy,
-)
 from megatron.parallel.groups import SERIAL, Axis
+from megatron.parallel.head_loss import Targets, TargetsOf
 from megatron.training.corpus_loss import CorpusLosses
 from megatron.training.optimizers.sophia import with_sampled_labels
 
@@ -22,7 +16,7 @@ RECOMPUTE = {"0": "none", "1": "full", "selective": "selective"}
 def model_layers(
     run: RunConfig, tp: Axis = SERIAL, sp: Axis = SERIAL, expand_kv: bool = False
 ) -> list[Layer]:
-    """The run's model on these axes: tokens (B, S) in, this rank's logits (B, S, V/tp) out.
+    """The run's model on these axes: tokens (B, S) in, loss or this rank's logits out.
 
     Args:
         run: the configuration.
@@ -59,13 +53,13 @@ def documents_followed(run: RunConfig, eod: int) -> Documents | None:
     )
 
 
-def loss_function(
+def loss_targets(
     run: RunConfig,
     tp: Axis = SERIAL,
     corpus_losses: CorpusLosses | None = None,
     documents: Documents | None = None,
-) -> LossFunction:
-    """loss(logits (B, S, V/tp), labels (B, S)) -> mean over tokens, equal on all ranks of `tp`.
+) -> TargetsOf:
+    """What the head's loss of labels (B, S) is: the mean over tokens, or over those that count.
 
     Args:
         run: the configuration.
@@ -73,14 +67,11 @@ def loss_function(
         corpus_losses: counts the loss of each corpus.
         documents: with EOD_MASK_LOSS, knows which tokens count.
     """
-    vocab_size = run.model.vocab_size
-    loss: LossFunction = partial(mean_vocab_parallel_cross_entropy, tp=tp, vocab_size=vocab_size)
-    masked = documents if documents is not None and documents.mask_loss else None
-    token_loss = partial(vocab_parallel_cross_entropy, tp=tp, vocab_size=vocab_size)
+    targets: TargetsOf = Targets
+    if documents is not None and documents.mask_loss:
+        targets = documents.targets
     if corpus_losses is not None:
-        loss = corpus_losses.counted(token_loss, masked)
-    elif masked is not None:
-        loss = masked.counted(token_loss)
+        targets = corpus_losses.counted(targets)
     if run.optimizer.optimizer == "sophiag":
-        loss = with_sampled_labels(loss, tp, vocab_size)
-    return loss
+        targets = with_sampled_labels(targets, tp, run.model.vocab_size)
+    return targets

@@ -6,15 +6,13 @@ schedule, layout and order of micro-batches; labels without it (evaluation) are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.model.document_mask import Documents
-
-Loss = Callable[[Tensor, Tensor], Tensor]
+from megatron.parallel.head_loss import Targets, TargetsOf
 
 _SHIFT = 32  # token ids are below 2^31
 _LABEL = (1 << _SHIFT) - 1
@@ -42,22 +40,17 @@ class CorpusLosses:
         numbers = torch.tensor([self._numbers[name] + 1 for name in corpora])
         return labels + (numbers << _SHIFT).unsqueeze(1)
 
-    def counted(self, token_loss: Loss, masked: Documents | None = None) -> Loss:
-        """The mean of `token_loss` (logits, labels) -> (B, S), which counts marked labels.
+    def counted(self, targets_of: TargetsOf) -> TargetsOf:
+        """The targets of marked labels, whose losses are counted with their weights."""
 
-        Args:
-            token_loss: of each token.
-            masked: leaves tokens out, here and in the mean.
-        """
-
-        def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        def counting(labels: Tensor) -> Targets:
             numbers = labels[:, 0] >> _SHIFT  # (B,)
-            losses = token_loss(logits, plain_labels(labels))
-            weights = torch.ones_like(losses) if masked is None else masked.weights
-            self._add(numbers, losses.detach(), weights)
-            return losses.mean() if masked is None else masked.mean(losses)
+            targets = targets_of(plain_labels(labels))
+            return targets._replace(
+                observe=lambda losses: self._add(numbers, losses, targets.weights)
+            )
 
-        return loss
+        return counting
 
     def take(self, device: torch.device) -> dict[str, float]:
         """Mean loss of each corpus since the last call, over all ranks; those unseen left out.
@@ -76,7 +69,8 @@ class CorpusLosses:
             if count
         }
 
-    def _add(self, numbers: Tensor, losses: Tensor, weights: Tensor) -> None:
+    def _add(self, numbers: Tensor, losses: Tensor, weights: Tensor | None) -> None:
+        weights = torch.ones_like(losses) if weights is None else weights
         sums = (losses * weights).sum(dim=1, dtype=torch.float64)
         counts = weights.sum(dim=1, dtype=torch.float64)
         self._totals = self._totals_on(losses.device)

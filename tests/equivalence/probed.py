@@ -9,7 +9,7 @@ import torch
 
 from megatron.model.stack import Stack
 from megatron.parallel.control import make_control
-from megatron.training.build import loss_function, model_layers
+from megatron.training.build import model_layers
 from megatron.training.probes import Probes
 from tests.equivalence.front import build, micro_batches, run_config, samples
 
@@ -39,7 +39,7 @@ def plain(variables: Mapping[str, str]) -> list[dict[str, Any]]:
     """With torch's AdamW and no engine, from whole gradients and states; one process."""
     run = run_config(variables)
     modules = Stack(model_layers(run), 0)
-    loss_of, o = loss_function(run), run.optimizer
+    o = run.optimizer
     rule = torch.optim.AdamW(
         [
             {"params": [p for p in modules.parameters() if p.dim() > 1]},
@@ -52,7 +52,7 @@ def plain(variables: Mapping[str, str]) -> list[dict[str, Any]]:
     for step in range(COUNT):
         batch = samples(run, step)
         rule.zero_grad()
-        loss_of(modules(batch[:, :-1]), batch[:, 1:]).backward()
+        modules(batch[:, :-1], batch[:, 1:]).backward()
         zeros = sum(
             int((_used(p.grad, p, run.model.vocab_size) == 0).sum()) for p in modules.parameters()
         )

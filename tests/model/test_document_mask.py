@@ -116,7 +116,9 @@ def means_of(shares: list[float]) -> tuple[float, float]:
                 kept.append((tokens, losses))
     batches = asked.begin([(t, t) for t, _ in kept], groups, torch.device("cpu"))
     for (_, losses), _ in zip(kept, batches, strict=True):
-        mean += float(asked.mean(losses)) / 2
+        targets = asked.targets(torch.zeros_like(losses, dtype=torch.int64))
+        assert targets.weights is not None and targets.scale is not None
+        mean += float((losses * targets.weights).sum() * targets.scale) / 2
     value = torch.tensor(mean)
     torch.distributed.all_reduce(value)
     return float(value) / len(shares), total / max(count, 1)

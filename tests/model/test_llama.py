@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron.model.registry import ARCHITECTURES, architecture_of
 from megatron.model.stack import Stack
-from tests.model.tiny import KINDS, Tiny, batch, build, layers, loss_and_gradients, loss_of, tiny
+from tests.model.tiny import KINDS, Tiny, batch, build, layers, loss_and_gradients, tiny
 from tests.parallel.axis import whole_world
 from tests.spawn import RankError, run
 
@@ -21,7 +21,7 @@ def on_ranks(
 ) -> tuple[float, dict[str, Tensor], dict[str, tuple[int | None, Tensor]]]:
     tp = whole_world()
     model = build(config, tp)
-    loss, gradients = loss_and_gradients(config, model, tp)
+    loss, gradients = loss_and_gradients(config, model)
     cut = {
         name: (getattr(p, "partition_dim", None), p.detach())
         for name, p in model.named_parameters()
@@ -128,7 +128,7 @@ def model_of_bad_data(where: str) -> None:
     config, tp = tiny(), whole_world()
     tokens, labels = (x.clone() for x in batch(config))
     (tokens if where == "token" else labels)[1, 3] = config.vocab_size
-    loss_of(config, build(config, tp)(tokens), labels, tp)
+    build(config, tp)(tokens, labels)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -13,7 +13,7 @@ from megatron.model.stack import Stack
 from megatron.parallel.groups import SERIAL, make_groups
 from megatron.parallel.partial_gradients import reduce_partial_gradients
 from megatron.parallel.ulysses import own_positions
-from tests.model.tiny import KINDS, Tiny, batch, build, layers, loss_and_gradients, loss_of, tiny
+from tests.model.tiny import KINDS, Tiny, batch, build, layers, loss_and_gradients, tiny
 from tests.spawn import RankError, run
 
 TOLERANCE = 1e-5
@@ -24,7 +24,7 @@ def on_ranks(config: Tiny, layout: Layout) -> tuple[float, dict[str, Tensor]]:
     groups = make_groups(layout)
     model = build(config, groups.tp, sp=groups.sp)
     tokens, labels = (own_positions(x, groups.sp) for x in batch(config))
-    loss = loss_of(config, model(tokens), labels, groups.tp)
+    loss = model(tokens, labels)
     loss.backward()
     reduce_partial_gradients(model.parameters(), groups.tp)
     gradients = {}
@@ -165,7 +165,7 @@ def compiled_and_eager(layout: Layout, megatron: bool) -> float:
     tokens, labels = (own_positions(x, groups.sp) for x in batch(config))
 
     def gradients(model: Stack) -> list[Tensor]:
-        loss = loss_of(config, model(tokens), labels, groups.tp)
+        loss = model(tokens, labels)
         loss.backward()
         return [loss.detach(), *(p.grad for p in model.parameters())]
 

@@ -13,7 +13,6 @@ from megatron.config.shape import ModelShape
 from megatron.model.layer import Layer, ModelContext
 from megatron.model.registry import ARCHITECTURES
 from megatron.model.stack import Stack
-from megatron.parallel.cross_entropy import mean_vocab_parallel_cross_entropy
 from megatron.parallel.groups import SERIAL, Axis
 
 
@@ -70,11 +69,6 @@ def layers(config: Tiny, tp: Axis = SERIAL, sp: Axis = SERIAL) -> list[Layer]:
     return ARCHITECTURES[config.architecture].layers(config, config.context(tp, sp))
 
 
-def loss_of(config: ModelShape, logits: Tensor, labels: Tensor, tp: Axis = SERIAL) -> Tensor:
-    """Mean loss of this rank's logits (B, S, V/tp)."""
-    return mean_vocab_parallel_cross_entropy(logits, labels, tp, config.vocab_size)
-
-
 def batch(config: Tiny, size: int = 2, length: int = 24) -> tuple[Tensor, Tensor]:
     """Tokens and labels, each (size, length), all over the vocabulary."""
     generator = torch.Generator().manual_seed(7)
@@ -96,12 +90,10 @@ def build(
     return model
 
 
-def loss_and_gradients(
-    config: Tiny, model: Stack, tp: Axis = SERIAL
-) -> tuple[float, dict[str, Tensor]]:
+def loss_and_gradients(config: Tiny, model: Stack) -> tuple[float, dict[str, Tensor]]:
     """Loss of `batch(config)`, and this rank's gradient of every parameter."""
     tokens, labels = batch(config)
-    loss = loss_of(config, model(tokens), labels, tp)
+    loss = model(tokens, labels)
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert all(gradient is not None for gradient in gradients.values())

@@ -3,13 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
-from megatron.parallel import cross_entropy
 from megatron.parallel.cross_entropy import (
     mean_vocab_parallel_cross_entropy,
     vocab_parallel_cross_entropy,
 )
+from torch import Tensor
+
+from megatron.parallel import cross_entropy
 from megatron.parallel.groups import SERIAL
 from tests.parallel.axis import whole_world
 from tests.spawn import RankError, run

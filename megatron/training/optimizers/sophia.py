@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from megatron.checkpoint.state import RunState
 from megatron.data.loader import StepPlan
 from megatron.engine import Engine
 from megatron.parallel.groups import Axis
+from megatron.parallel.head_loss import Targets, TargetsOf
 
 _SAMPLED_ELEMENTS = 2**24  # float64 values of the distribution held at a time: 128 MiB
 
@@ -167,15 +169,15 @@ def label_draws(seed: int, iteration: int, samples: list[int], seq_length: int) 
     return torch.from_numpy(np.stack(rows))
 
 
-def with_sampled_labels(
-    loss: Callable[[Tensor, Tensor], Tensor], tp: Axis, vocab_size: int
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """The loss, with labels drawn from the model's predictions where it gets `label_draws`."""
+def with_sampled_labels(targets_of: TargetsOf, tp: Axis, vocab_size: int) -> TargetsOf:
+    """The targets, with labels drawn from the model's predictions where they are `label_draws`."""
+    sample = partial(sample_labels, tp=tp, vocab_size=vocab_size)
 
-    def wrapped(logits: Tensor, labels: Tensor) -> Tensor:
-        if labels.is_floating_point():
-            labels = sample_labels(logits.detach(), labels, tp, vocab_size)
-        return loss(logits, labels)
+    def wrapped(labels: Tensor) -> Targets:
+        if not labels.is_floating_point():
+            return targets_of(labels)
+        unknown = torch.zeros_like(labels, dtype=torch.int64)
+        return targets_of(unknown)._replace(labels=labels, sample=sample)
 
     return wrapped
 
@@ -185,13 +187,13 @@ def sample_labels(logits: Tensor, draws: Tensor, tp: Axis, vocab_size: int) -> T
     """Draws one token per position from softmax(logits); collectives over the tensor-parallel axis.
 
     Args:
-        logits: (B, S, V/tp), this rank's part of the padded vocabulary.
-        draws: (B, S) in [0, 1), equal on all tensor-parallel ranks.
+        logits: (..., V/tp), this rank's part of the padded vocabulary.
+        draws: (...) in [0, 1), equal on all tensor-parallel ranks.
         tp: tensor-parallel axis.
         vocab_size: the vocabulary without padding; no other token is drawn.
 
     Returns:
-        (B, S) int64, global token ids, equal on all tensor-parallel ranks.
+        (...) int64, global token ids, equal on all tensor-parallel ranks.
     """
     rows = logits.reshape(-1, logits.shape[-1])  # (BS, V/tp)
     used = min(max(vocab_size - tp.rank * rows.shape[-1], 0), rows.shape[-1])

@@ -22,8 +22,8 @@ from megatron.config.schema import OptimizerConfig
 from megatron.engine import start_distributed, start_engine
 from megatron.engine.distributed import ModelParallelUnit
 from megatron.engine.zero import ZeroEngine
-from megatron.parallel.cross_entropy import mean_vocab_parallel_cross_entropy
 from megatron.parallel.groups import SERIAL, Axis, Groups, make_groups
+from megatron.parallel.head_loss import Targets, TargetsOf, head_loss
 from megatron.parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -77,9 +77,20 @@ class _Block(nn.Module):
         return x + self.mlp(x * self.norm)
 
 
-def build(tp: Axis, padded_vocab: int, weights: Mapping[str, Tensor] | None = None) -> nn.Module:
+class _Model(nn.Sequential):
+    targets: TargetsOf = Targets
+
+    def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
+        embedding, block, head = self
+        hidden = block(embedding(tokens))
+        if labels is None:
+            return head(hidden)
+        return head_loss(hidden, head.weight, self.targets(labels), head.tp, VOCAB)
+
+
+def build(tp: Axis, padded_vocab: int, weights: Mapping[str, Tensor] | None = None) -> _Model:
     """Embedding, one block, head; names as in the real model. `weights` are whole and unpadded."""
-    model = nn.Sequential(
+    model = _Model(
         VocabParallelEmbedding(VOCAB, padded_vocab, HIDDEN, tp, seed=1, name="0", std=0.4),
         _Block(tp),
         ColumnParallelLinear(HIDDEN, padded_vocab, tp, seed=1, name="2", std=0.4, used_rows=VOCAB),
@@ -248,13 +259,10 @@ def _train(case: Case, groups: Groups, mpu: ModelParallelUnit, start: _Start) ->
         (flat,) = case.flat(list(named), settings(case.name))
         return flat
 
-    def base(logits: Tensor, labels: Tensor) -> Tensor:
-        return mean_vocab_parallel_cross_entropy(logits, labels, tp, VOCAB)
-
+    model.targets = with_sampled_labels(Targets, tp, VOCAB)
     engine = start_engine(
         ZeroEngine,
         model,
-        with_sampled_labels(base, tp, VOCAB),
         optimizer_of,
         groups,
         torch.device("cpu"),
