@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from megatron.engine.shards import Span
 from megatron.parallel.groups import Axis
+from megatron.parallel.partial_gradients import is_partial
 
 LARGEST = 1 << 24  # elements of a bucket, unless one parameter has more
 ALIGNMENT = 64  # elements at whose multiples parameters and slices begin
@@ -141,7 +142,7 @@ def _flattened(parameters: list[nn.Parameter], multiple: int) -> tuple[list[int]
 def kind_of(parameter: nn.Parameter) -> Kind:
     """What tensor parallelism has marked the parameter as."""
     sharded = getattr(parameter, "tensor_model_parallel", False)
-    return Kind(sharded, getattr(parameter, "tp_partial_grad", False))
+    return Kind(sharded, is_partial(parameter))
 
 
 def buckets_of(parameters: Iterable[nn.Parameter], dp: Axis) -> list[Bucket]:

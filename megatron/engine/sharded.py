@@ -22,6 +22,7 @@ from megatron.engine.one_stage import OneStageEngine
 from megatron.engine.reduction import Reduction, in_backward_order
 from megatron.engine.shards import Shards
 from megatron.parallel.groups import Groups
+from megatron.parallel.partial_gradients import sum_parts
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -137,7 +138,8 @@ class ShardedEngine(OneStageEngine):
     @torch.no_grad()
     def _update(self) -> None:
         """Clips and steps, unless the gradient is not finite or the gate refuses; drops it."""
-        self._sum_partial()
+        partial = (bucket for bucket in self._buckets if bucket.kind.partial)
+        sum_parts(gradients_of(partial), self.groups.tp)
         self._norm, self._mean = self._totals()
         self._applied = bool(self._norm.isfinite())
         if self._applied and self._gate is not None:
@@ -153,16 +155,6 @@ class ShardedEngine(OneStageEngine):
                 self._gathering.finish()
         for bucket in self._buckets:
             bucket.master.grad = None
-
-    def _sum_partial(self) -> None:
-        """Sums gradients of which each tensor-parallel rank has a part, in one all-reduce."""
-        tp, gradients = self.groups.tp, gradients_of(b for b in self._buckets if b.kind.partial)
-        if tp.group is None or not gradients:
-            return
-        flat = torch.cat(gradients)
-        dist.all_reduce(flat, group=tp.group)
-        sums = torch.split(flat, [gradient.numel() for gradient in gradients])
-        torch._foreach_copy_(gradients, sums)
 
     def _totals(self) -> tuple[Tensor, Tensor]:
         """Gradient norm of the whole model, and mean loss of the global batch; a collective of all.

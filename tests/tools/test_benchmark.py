@@ -135,7 +135,7 @@ def test_an_arm_is_a_process_that_stays(tmp_path: Path) -> None:
     arm, broken = Arm("a", sleeps, TINY, tmp_path / "a"), Arm("b", fails, TINY, tmp_path / "b")
     first, second = arm.round(2), arm.round(5)
     assert 0.02 <= second["seconds"] < 0.1
-    means = [float(batch[0][0].float().mean()) for batch, _ in zip(TINY.batches(), range(7))]
+    means = [float(batch[0][0].float().mean()) for batch, _ in zip(TINY.batches(), range(7), strict=False)]
     assert first["losses"] + second["losses"] == pytest.approx(means), "it went on, not anew"
     assert broken.round(1) == {"error": "MemoryError: no memory"}
     assert "ended with status 0" in broken.round(1)["error"]
@@ -150,7 +150,7 @@ def test_labels_are_the_tokens_that_follow_and_steps_differ() -> None:
     for (tokens, labels), (again, _) in zip(one, two, strict=True):
         assert torch.equal(tokens[:, 1:], labels[:, :-1])
         assert torch.equal(tokens, again)
-    _, later = (step for step, _ in zip(work.batches(), range(2)))
+    _, later = (step for step, _ in zip(work.batches(), range(2), strict=False))
     assert not torch.equal(one[0][0], later[0][0])
 
 
