@@ -50,6 +50,7 @@ from megatron.training.attention_kernel import expands_kv
 from megatron.training.build import documents_followed, loss_function, model_layers
 from megatron.training.corpus_loss import CorpusLosses
 from megatron.training.device import Device, detect, prepare
+from megatron.training.float8 import with_float8
 from megatron.training.guard import Unstable
 from megatron.training.loggers import make_tracker
 from megatron.training.optimizers.rules import make_optimizer
@@ -189,8 +190,9 @@ def build_engine(
     Its loss counts into `corpus_losses`; its masks and positions follow `documents`.
     """
     kept = run.train.checkpoint_num_layers
+    layers = model_layers(run, groups.tp, groups.sp, expands_kv(run, device.torch_device))
     engine = make_engine(
-        model_layers(run, groups.tp, groups.sp, expands_kv(run, device.torch_device)),
+        with_float8(run, layers, device.torch_device),
         loss_function(run, groups.tp, corpus_losses, documents),
         partial(make_optimizer, run.optimizer),
         groups,

@@ -24,7 +24,8 @@ LENGTH = "model.seq_length"
 LIST = "data.data_file_list"
 DATA = ("data.order", "data.tokenizer_type", "data.tokenizer_model", LIST, LENGTH)
 COMPARED = (
-    "train.seed", "train.dtype", "train.grad_reduce_in_bf16", "train.rampup_batch_size",
+    "train.seed", "train.dtype", "train.float8", "train.grad_reduce_in_bf16",
+    "train.rampup_batch_size",
     "data.eod_mask_loss", "data.reset_position_ids", "data.reset_attention_mask", *DATA,
 )  # fmt: skip
 """What tells experiments apart, beside the sections `model` and `optimizer`."""
