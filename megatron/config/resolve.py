@@ -281,9 +281,9 @@ def _fill_type(draft: Draft, site: Site) -> list[str]:
     Returns:
         What to say of it.
     """
-    slow = site.slow_types
+    slow, chosen = site.slow_types, f"machine {site.machine}: its CPU has no fast bf16"
     if "bf16" in slow:
-        draft.fill(DTYPE, "fp32", f"machine {site.machine}: its CPU has no fast bf16")
+        draft.fill(DTYPE, "fp32", chosen)
     draft.fill(DTYPE, "bf16", "default")
     usual, said = draft.get(DTYPE), []
     if DTYPE not in draft.given:
@@ -291,7 +291,7 @@ def _fill_type(draft: Draft, site: Site) -> list[str]:
         if kept not in (None, usual):
             draft.replace(DTYPE, kept, "the run's own")
             said.append(f"DTYPE={kept}, as in this run so far; here the default is {usual}")
-        elif draft.sources[DTYPE].startswith(f"machine {site.machine}: its CPU"):
+        elif "bf16" in slow and draft.sources[DTYPE] == chosen:
             said.append(f"DTYPE={usual}: {slow['bf16']}")
     if draft.get(DTYPE) in slow:
         said.append(f"{draft[DTYPE]}: {slow[draft.get(DTYPE)]}")
@@ -299,13 +299,16 @@ def _fill_type(draft: Draft, site: Site) -> list[str]:
 
 
 def _type_in_folder(draft: Draft) -> str | None:
-    """DTYPE of the run in the folder that this start would write to; None where there is none."""
+    """DTYPE that the run in the folder took by default; one that was set is compared later."""
     name, folder = draft.get("checkpoint.run_name"), draft.get("checkpoint.run_dir")
-    try:
-        before = resumed.read(folder or str(Path("runs") / name), "RUN_DIR")
-    except ConfigError:  # there is none, or `experiment` says what is wrong with it
+    own = Path(folder or Path("runs") / name)
+    if not experiment.has_begun(own, Path(draft.get("checkpoint.save") or own / "checkpoints")):
         return None
-    return before.values.get(DTYPE)
+    try:
+        before = resumed.read(str(own), "RUN_DIR")
+    except ConfigError:  # damaged: a checkpoint's manifest says the same again
+        return None
+    return None if before.was_set(DTYPE) else before.values.get(DTYPE)
 
 
 def _build(draft: Draft, site: Site) -> RunConfig:
