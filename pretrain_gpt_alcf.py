@@ -46,7 +46,7 @@ from megatron.parallel.groups import Groups, make_groups
 from megatron.parallel.meeting import MeetingError
 from megatron.plan.report import architecture_box
 from megatron.training import log
-from megatron.training.attention_kernel import expands_kv
+from megatron.training.attention_kernel import chosen
 from megatron.training.build import documents_followed, loss_function, model_layers
 from megatron.training.corpus_loss import CorpusLosses
 from megatron.training.device import Device, detect, prepare
@@ -190,7 +190,8 @@ def build_engine(
     Its loss counts into `corpus_losses`; its masks and positions follow `documents`.
     """
     kept = run.train.checkpoint_num_layers
-    layers = model_layers(run, groups.tp, groups.sp, expands_kv(run, device.torch_device))
+    attention = chosen(run, device.torch_device)
+    layers = model_layers(run, groups.tp, groups.sp, attention)
     engine = make_engine(
         with_float8(run, layers, device.torch_device),
         loss_function(run, groups.tp, corpus_losses, documents),
