@@ -31,6 +31,7 @@ from megatron.engine.interface import (
     MakeOptimizer,
     MicroBatches,
 )
+from megatron.engine.norm_gradients import sum_before_steps, sum_in_backward
 from megatron.engine.older import reject_overflows
 from megatron.engine.patches import patch_new_group, patch_partition_tables, require_accelerator
 from megatron.engine.pipeline import PipelineEngine
@@ -171,6 +172,8 @@ def start_engine(
         mpu: DeepSpeed's model-parallel unit; None where the module has its own.
         replica: MiCS' ranks with equal states.
     """
+    if "offload_optimizer" in deepspeed_config["zero_optimization"]:
+        sum_in_backward(module)  # gradients go to the host, and into the norm, as they are made
     optimizer = make_optimizer(module.named_parameters())
     with quiet(), patch_new_group(), patch_partition_tables():
         started, zero, _, _ = deepspeed.initialize(
@@ -181,6 +184,7 @@ def start_engine(
             dist_init_required=False,
         )
     reject_overflows(zero)
+    sum_before_steps(zero, module, groups.tp)
     return kind(module, optimizer, started, zero, loss, groups, device, replica)
 
 

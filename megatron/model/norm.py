@@ -14,8 +14,8 @@ from megatron.parallel.mappings import copy_to_tensor_parallel, reduce_from_tens
 class RMSNorm(nn.Module):
     """RMSNorm over the last dimension; the weight is replicated over the tensor-parallel ranks.
 
-    Forward: no communication. Backward: one all-reduce of the weight's gradient where the ranks
-    norm different vectors: clipping and the optimizer need identical gradients on all of them.
+    No communication: where the ranks norm different vectors, each has a part of the weight's
+    gradient, and the engine sums the parts once per step (`parallel/partial_gradients.py`).
     """
 
     def __init__(self, size: int, eps: float, tp: Axis = SERIAL) -> None:
@@ -31,11 +31,20 @@ class RMSNorm(nn.Module):
         self.size = size
         self.eps = eps
         self.tp = tp
+        self.summed = SERIAL  # over this axis the backward pass sums the weight's gradient
         self.weight = set_tensor_parallel_attributes(nn.Parameter(torch.ones(size)), (size,), None)
+        self.weight.tp_partial_grad = tp.size > 1  # type: ignore[attr-defined]
+
+    def sum_in_backward(self) -> None:
+        """For an engine that cannot sum: one all-reduce in each backward pass from now on."""
+        self.weight.tp_partial_grad = False  # type: ignore[attr-defined]
+        self.summed = self.tp
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., size) -> (..., size)."""
-        weight = copy_to_tensor_parallel(self.weight, self.tp)
+        weight: Tensor = self.weight
+        if self.summed.size > 1:
+            weight = copy_to_tensor_parallel(weight, self.summed)
         return F.rms_norm(x, (self.size,), weight, self.eps)
 
 

@@ -151,6 +151,8 @@ def column_parallel_linear(x: Tensor, weight: Tensor, tp: Axis, sequence_paralle
 
     Communicates as `copied_linear`, with `sequence_parallel` as `gathered_linear`.
     """
+    if tp.size == 1:
+        return F.linear(x, weight)
     linear = gathered_linear if sequence_parallel else copied_linear
     return linear(x, [weight], tp)[0]
 
@@ -217,6 +219,8 @@ def reduce_partial_output(x: Tensor, tp: Axis, sequence_parallel: bool) -> Tenso
 
     Forward: all-reduce, or reduce-scatter. Backward: the identity, or all-gather.
     """
+    if tp.size == 1:
+        return x
     if sequence_parallel:
         return reduce_scatter_positions(x, tp)
     return reduce_from_tensor_parallel(x, tp)

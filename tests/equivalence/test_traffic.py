@@ -92,6 +92,8 @@ def weights(ranks: int, size: int) -> dict:
     return {Sent("all_gather_into_tensor", ranks, BF16): size}
 
 
+# Once per step the norms' gradients in fp32, beside the losses of tokens, three numbers each.
+NORMS = gradients(2, (2 * L + 1) * 128 * 4 + 3 * 4 * m * 64, dtype=FP32)
 ZERO3 = {"ZERO_STAGE": "3", "WORLD_SIZE": "4"}
 MEGATRON = {"TP": "2", "SEQUENCE_PARALLEL": "1"}
 # Each: variables, type of the gradient reduction, bytes that are sent.
@@ -147,14 +149,14 @@ CASES: dict[str, tuple[dict[str, str], str, dict[Sent, float]]] = {
     "sequence": (
         MEGATRON,
         "bf16",
-        gradients(2, m * (2 * L + 1) * 128 * b)
+        NORMS
         | gradients(2, m * (4 * L + 2) * x, "reduce_scatter_tensor")
         | weights(2, m * (6 * L + 3) * x),
     ),
     "sequence-full": (  # all but the last collective of a layer's forward again
         {**MEGATRON, "USE_ACTIVATION_CHECKPOINTING": "1"},
         "bf16",
-        gradients(2, m * (2 * L + 1) * 128 * b)
+        NORMS
         | gradients(2, m * (5 * L + 2) * x, "reduce_scatter_tensor")
         | weights(2, m * (8 * L + 3) * x),
     ),
