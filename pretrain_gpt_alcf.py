@@ -46,10 +46,11 @@ from megatron.parallel.groups import Groups, make_groups
 from megatron.parallel.meeting import MeetingError
 from megatron.plan.report import architecture_box
 from megatron.training import log
-from megatron.training.attention_kernel import expands_kv
+from megatron.training.attention_kernel import chosen
 from megatron.training.build import documents_followed, loss_targets, model_layers
 from megatron.training.corpus_loss import CorpusLosses
 from megatron.training.device import Device, detect, prepare
+from megatron.training.float8 import with_float8
 from megatron.training.guard import Unstable
 from megatron.training.loggers import make_tracker
 from megatron.training.optimizers.rules import make_optimizer
@@ -189,8 +190,10 @@ def build_engine(
     Its loss counts into `corpus_losses`; its masks and positions follow `documents`.
     """
     kept = run.train.checkpoint_num_layers
+    attention = chosen(run, device.torch_device)
+    layers = model_layers(run, groups.tp, groups.sp, attention)
     engine = make_engine(
-        model_layers(run, groups.tp, groups.sp, expands_kv(run, device.torch_device)),
+        with_float8(run, layers, device.torch_device),
         loss_targets(run, groups.tp, corpus_losses, documents),
         partial(make_optimizer, run.optimizer),
         groups,

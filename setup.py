@@ -31,6 +31,7 @@ setup(
     ],
     extras_require={
         "tensorboard": ["tensorboard"],
+        "fp8": ["torchao>=0.18"],
         "optimizers": ["schedulefree", "pytorch-optimizer"],
         "data": ["zstandard", "pyarrow"],
         "intel": ["intel-extension-for-pytorch", "oneccl-bindings-for-pytorch"],

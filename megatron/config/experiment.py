@@ -24,7 +24,8 @@ LENGTH = "model.seq_length"
 LIST = "data.data_file_list"
 DATA = ("data.order", "data.tokenizer_type", "data.tokenizer_model", LIST, LENGTH)
 COMPARED = (
-    "train.seed", "train.dtype", "train.grad_reduce_in_bf16", "train.rampup_batch_size",
+    "train.seed", "train.dtype", "train.float8", "train.grad_reduce_in_bf16",
+    "train.rampup_batch_size",
     "data.eod_mask_loss", "data.reset_position_ids", "data.reset_attention_mask", *DATA,
 )  # fmt: skip
 """What tells experiments apart, beside the sections `model` and `optimizer`."""
@@ -54,7 +55,9 @@ def compare(run: RunConfig, sources: Mapping[str, str]) -> Comparison:
         run: the configuration of the start.
         sources: option key -> where its value came from.
     """
-    if run.optimizer.lr_finder or not _has_begun(run):  # a search refuses checkpoints by itself
+    if run.optimizer.lr_finder or not has_begun(
+        run.run_folder, run.checkpoint_folder
+    ):  # a search refuses checkpoints by itself
         return Comparison()
     try:
         before = resumed.read(str(run.run_folder), "RUN_DIR")
@@ -67,14 +70,14 @@ def compare(run: RunConfig, sources: Mapping[str, str]) -> Comparison:
     return Comparison(_problem(run, changed, before, now) if changed else None, note)
 
 
-def _has_begun(run: RunConfig) -> bool:
-    """Whether steps were taken in the run's folder; a start that made none may be corrected."""
-    if not (run.run_folder / RUN_FILE).is_file():
+def has_begun(folder: Path, checkpoints: Path) -> bool:
+    """Whether steps were taken in a run's folder; a start that made none may be corrected."""
+    if not (folder / RUN_FILE).is_file():
         return False
-    if any(run.checkpoint_folder.glob("step-*")):
+    if any(checkpoints.glob("step-*")):
         return True
     try:
-        with (run.run_folder / METRICS_FILE).open(encoding="utf-8") as lines:
+        with (folder / METRICS_FILE).open(encoding="utf-8") as lines:
             return any('"step"' in line for line in islice(lines, PEEKED))
     except (OSError, ValueError):
         return False

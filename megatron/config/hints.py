@@ -30,6 +30,11 @@ def warnings(run: RunConfig, given: Mapping[str, str]) -> list[str]:
             f"USE_ACTIVATION_CHECKPOINTING={recompute}: it groups whole layers, "
             "which only 1 recomputes"
         )
+    if run.train.float8 in ("1", "rowwise") and run.train.compile == "0":
+        warnings.append(
+            f"FP8={run.train.float8} is fast in compiled layers only, where scaling is part of "
+            "other kernels: unset COMPILE"
+        )
     if run.checkpoint.finetune and run.checkpoint.no_load_optim:
         warnings.append("NO_LOAD_OPTIM has no effect with FINETUNE: a new run's optimizer is new")
     late = [pair for pair in run.skip_ranges if pair[1] > run.train.train_iters]

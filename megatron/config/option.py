@@ -22,6 +22,9 @@ SPELLINGS = {
         "false": "0", "no": "0", "off": "0", "none": "0",
     },
     "train.compile": {"true": "1", "yes": "1", "on": "1", "false": "0", "no": "0", "off": "0"},
+    "train.float8": {
+        "true": "1", "yes": "1", "on": "1", "tensorwise": "1", "false": "0", "no": "0", "off": "0",
+    },
     "train.dtype": {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"},
     "optimizer.optimizer": {
         **{name: name for name in update_rules.accepted()},

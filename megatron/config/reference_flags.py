@@ -127,7 +127,7 @@ ONLY: dict[str, tuple[str, ...]] = {
 
 _FP16 = "fp16 scales its loss dynamically"
 _BLOCKS = "blocks are pre-norm RMSNorm, rotary attention and SwiGLU"
-_FP8 = "weights and activations are bf16, fp16 or fp32: use --dtype"
+_FP8 = "use --fp8 1 or --fp8 rowwise: torchao scales by the present values, with e4m3 and e5m2"
 _LIST = "write `weight prefix corpus` lines into a file for --data-file-list"
 _ORDER = "the sample order is computed; --data-order megatron keeps its own in --data-cache-path"
 _SHAMPOO = "distributed Shampoo is not offered: use --optimizer muon"

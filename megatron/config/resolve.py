@@ -35,7 +35,7 @@ from megatron.data import data_list
 from megatron.data import survey as data_survey
 from megatron.data.vocabulary_size import vocabulary_size
 
-ARCH = "model.model_arch"
+ARCH, DTYPE = "model.model_arch", "train.dtype"
 FINDER = "optimizer.lr_finder"
 # A search is short and raises the rate until the loss breaks away, which is no fault.
 FINDER_DEFAULTS = {
@@ -62,6 +62,7 @@ class Site:
         defaults: variable -> value that this machine prefers.
         device_gib: memory of an accelerator in GiB; 0: not known, or there is none.
         in_job: a scheduler's job, whose warnings nobody reads in time.
+        slow_types: DTYPE -> why it is slow here; accelerators have none.
     """
 
     machine: str = "generic"
@@ -71,6 +72,7 @@ class Site:
     defaults: Mapping[str, str] = field(default_factory=dict)
     device_gib: float = 0.0
     in_job: bool = False
+    slow_types: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,7 @@ def resolve(environ: Mapping[str, str], argv: Sequence[str], site: Site) -> Reso
     batch.resolve_train_iters(draft)
     schedule_lengths.resolve_schedule(draft)
     _fill_derived(draft)
+    types = _fill_type(draft, site)
     validate.require(draft, validate.FINAL_CHECKS)
     run = _build(draft, site)
     if before:
@@ -126,6 +129,7 @@ def resolve(environ: Mapping[str, str], argv: Sequence[str], site: Site) -> Reso
         notes.append(f"resumes {before.folder} with its own configuration; changed: {changes}")
     named = strays.found(environ, run.launch.ignore_variables)
     warnings = [stray.text for stray in named] + hints.warnings(run, draft.given)
+    (warnings if run.train.dtype in site.slow_types else notes).extend(types)
     if before is None:
         _compare_experiments(run, draft, warnings, notes)
     if run.log.dry_run:
@@ -210,7 +214,6 @@ def _fill_defaults(draft: Draft, site: Site) -> None:
     for key, (value, source) in machine.items():
         draft.fill(key, value, source)
     draft.fill(validate.TP, 1, "default")
-    draft.fill("train.dtype", "bf16", "default")
     lists = Path("ALCF") / "data-lists" / site.machine / "dolma.txt"
     usual = str(lists) if site.is_hpc else data_list.BUILTIN
     draft.fill("data.data_file_list", usual, f"machine {site.machine}")
@@ -270,6 +273,42 @@ def _fill_derived(draft: Draft) -> None:
     stem = Path(draft.get("data.data_file_list")).stem
     stem += "-lr-finder" if draft.get(FINDER) else ""  # a later run must not take it for its own
     draft.fill("checkpoint.run_name", f"{model}-seq{seq}-{stem}", "<label>-seq<SEQ>-<data list>")
+
+
+def _fill_type(draft: Draft, site: Site) -> list[str]:
+    """DTYPE: the user's, else that of the run in the folder, else one that the device is fast at.
+
+    Returns:
+        What to say of it.
+    """
+    slow, chosen = site.slow_types, f"machine {site.machine}: its CPU has no fast bf16"
+    if "bf16" in slow:
+        draft.fill(DTYPE, "fp32", chosen)
+    draft.fill(DTYPE, "bf16", "default")
+    usual, said = draft.get(DTYPE), []
+    if DTYPE not in draft.given:
+        kept = _type_in_folder(draft)
+        if kept not in (None, usual):
+            draft.replace(DTYPE, kept, "the run's own")
+            said.append(f"DTYPE={kept}, as in this run so far; here the default is {usual}")
+        elif "bf16" in slow and draft.sources[DTYPE] == chosen:
+            said.append(f"DTYPE={usual}: {slow['bf16']}")
+    if draft.get(DTYPE) in slow:
+        said.append(f"{draft[DTYPE]}: {slow[draft.get(DTYPE)]}")
+    return said
+
+
+def _type_in_folder(draft: Draft) -> str | None:
+    """DTYPE that the run in the folder took by default; one that was set is compared later."""
+    name, folder = draft.get("checkpoint.run_name"), draft.get("checkpoint.run_dir")
+    own = Path(folder or Path("runs") / name)
+    if not experiment.has_begun(own, Path(draft.get("checkpoint.save") or own / "checkpoints")):
+        return None
+    try:
+        before = resumed.read(str(own), "RUN_DIR")
+    except ConfigError:  # damaged: a checkpoint's manifest says the same again
+        return None
+    return None if before.was_set(DTYPE) else before.values.get(DTYPE)
 
 
 def _build(draft: Draft, site: Site) -> RunConfig:

@@ -255,6 +255,36 @@ def check_reduction(draft: Draft) -> Iterator[str]:
         )
 
 
+def check_float8(draft: Draft) -> Iterator[str]:
+    """fp8 products are of bf16 matrices, whose sides are multiples of 16 on each rank."""
+    float8, dtype, zero = draft["train.float8"], draft["train.dtype"], draft[ZERO]
+    if float8.value == "0":
+        return
+    if dtype.value != "bf16":
+        yield f"{float8} scales bf16 matrices, but {dtype}. Set {dtype.name}=bf16"
+    if zero.value == 3:
+        yield (
+            f"{float8} keeps the gathered weights of all layers until the backward pass, which "
+            f"{zero} is to avoid. Set {zero.name}=2"
+        )
+    tp, sp, heads = draft[TP], draft[SP], draft[HEADS]
+    width = draft.get(HEAD_DIM) or draft.get(HIDDEN) // heads.value
+    micro, length = draft["train.micro_batch_size"], draft["model.seq_length"]
+    hidden, key_heads, ffn = draft[HIDDEN], draft[KV_HEADS], draft[FFN]
+    for words, size in (
+        (str(hidden), hidden.value),
+        (f"{heads} x head width {width} / {tp}", heads.value * width // tp.value),
+        (f"{key_heads} x head width {width} / {tp}", key_heads.value * width // tp.value),
+        (f"{ffn} / {tp}", ffn.value // tp.value),
+        (f"{micro} x {length} / {sp}", micro.value * length.value // sp.value),
+    ):
+        if size % 16:
+            yield (
+                f"{float8} multiplies matrices whose sides are multiples of 16, but {words} = "
+                f"{size}. Change it to a multiple, or unset {float8.name}"
+            )
+
+
 def check_optimizer(draft: Draft) -> Iterator[str]:
     """A known optimizer that works with the layout."""
     rule, zero, host = draft["optimizer.optimizer"], draft[ZERO], draft[CPU_OPTIMIZER]
@@ -443,12 +473,13 @@ LAYOUT_CHECKS: tuple[Check, ...] = (
     check_pipeline,
     check_world,
     check_zero,
-    check_engine,
-    check_reduction,
     check_optimizer,
 )
 # Once every value is set.
 FINAL_CHECKS: tuple[Check, ...] = (
+    check_engine,
+    check_reduction,
+    check_float8,
     check_accumulation,
     check_learning_rate,
     check_lr_finder,

@@ -37,8 +37,8 @@ from megatron.engine.interface import (
     MakeOptimizer,
     MicroBatches,
 )
+from megatron.engine.norm_gradients import sum_before_steps, sum_in_backward
 from megatron.engine.older import reject_overflows
-from megatron.engine.partial_sums import sum_before_steps, sum_in_backward
 from megatron.engine.patches import patch_new_group, patch_partition_tables, require_accelerator
 from megatron.engine.pipeline import PipelineEngine
 from megatron.engine.pipeline_schedules import pipeline_module

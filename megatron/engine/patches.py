@@ -120,6 +120,13 @@ PATCHES = (
         "0.19.8 is the oldest version; tests/engine/test_gate.py passes under the oldest",
     ),
     Patch(
+        "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer.step",
+        "megatron.engine.norm_gradients.sum_before_steps",
+        "it averages gradients and takes their norm with nothing in between: norms' gradients are"
+        " summed over the tensor-parallel ranks there, not once per norm and micro-batch",
+        "DeepSpeed calls a function between the two",
+    ),
+    Patch(
         "deepspeed.ops.__compatible_ops__",
         "megatron.engine.patches.patch_cpu_accelerator",
         "on a CPU DeepSpeed compiles a C++ all-reduce that only its inference uses: half a minute,"

@@ -12,6 +12,7 @@ from megatron.config.errors import ConfigError
 from megatron.config.resolve import Site
 from megatron.launch import hostlist
 from megatron.launch.accelerators import count_accelerators, memory_gib, narrowed
+from megatron.launch.cpu_types import slow_types
 from megatron.launch.machines import Machine, find_machine
 
 HOSTFILE, HOSTS, DEVICE = "launch.hostfile", "launch.num_hosts", "launch.device"
@@ -160,6 +161,7 @@ def site(
         devices_per_host=place.devices_per_host,
         defaults=place.machine.defaults(hosts),
         device_gib=_device_gib(place),
+        slow_types={} if place.devices_per_host else slow_types(environ),
     )
 
 

@@ -8,7 +8,7 @@ key/value heads, D head width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ from megatron.parallel.ulysses import head_to_seq_all_to_all, seq_to_head_all_to
 
 
 def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, no_flash: bool, expand_kv: bool = False
+    q: Tensor, k: Tensor, v: Tensor, kernels: Sequence[SDPBackend], expand_kv: bool = False
 ) -> Tensor:
     """softmax(q k^T / sqrt(D)) v over the tokens up to and including each one's own.
 
@@ -36,7 +36,7 @@ def causal_attention(
         q: (B, N, S, D).
         k: (B, K, S, D); query heads i*N/K .. (i+1)*N/K - 1 read head i.
         v: (B, K, S, D).
-        no_flash: plain matrix products instead of a fused kernel.
+        kernels: torch's, the first of them that takes these heads; none: torch chooses.
         expand_kv: copy k and v for each query head, where no fused kernel takes grouped heads.
 
     Returns:
@@ -46,8 +46,8 @@ def causal_attention(
     if grouped and expand_kv:
         k, v = (y.repeat_interleave(q.shape[1] // y.shape[1], dim=1) for y in (k, v))
         grouped = False
-    if no_flash:
-        with sdpa_kernel(SDPBackend.MATH):
+    if kernels:
+        with sdpa_kernel(list(kernels), set_priority=True):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
 
@@ -91,7 +91,7 @@ class Attention(nn.Module):
         self.head_width = shape.head_width
         self.tables_for = tables_for  # `document_mask.py` sets its own, and its `attend`
         self.attend: Callable[..., Tensor] = partial(
-            causal_attention, no_flash=context.no_flash_attention, expand_kv=context.expand_kv
+            causal_attention, kernels=context.attention_kernels, expand_kv=context.expand_kv
         )
         self.recompute = context.recompute == "selective"
         q, kv, options = shape.query_size, shape.key_value_size, context.linear_options

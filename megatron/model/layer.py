@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
 from torch.utils.checkpoint import checkpoint
 
 from megatron.parallel.groups import SERIAL, Axis
@@ -50,7 +51,7 @@ class ModelContext:
         recompute: what the backward pass recomputes: "none", "selective" (all but matrix products)
             or "full" (blocks).
         sequence_parallel: Megatron's: shards the residual stream along the sequence over `tp`.
-        no_flash_attention: attention by plain matrix products.
+        attention_kernels: torch's, the first of them that takes the heads; none: torch chooses.
         expand_kv: keys and values are copied for each query head before the attention's kernel.
     """
 
@@ -59,7 +60,7 @@ class ModelContext:
     seed: int = 1234
     recompute: str = "none"
     sequence_parallel: bool = False
-    no_flash_attention: bool = False
+    attention_kernels: tuple[SDPBackend, ...] = ()
     expand_kv: bool = False
 
     def __post_init__(self) -> None:

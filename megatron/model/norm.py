@@ -42,7 +42,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., size) -> (..., size)."""
-        weight = copy_to_tensor_parallel(self.weight, self.summed)
+        weight: Tensor = self.weight
+        if self.summed.size > 1:
+            weight = copy_to_tensor_parallel(weight, self.summed)
         return F.rms_norm(x, (self.size,), weight, self.eps)
 
 

@@ -7,7 +7,7 @@ Legend: B batch, S sequence, s = S/tp with sequence_parallel, else S, H hidden, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +15,19 @@ from torch import Tensor, nn
 
 from megatron.parallel.groups import Axis
 from megatron.parallel.init import sharded_normal_
-from megatron.parallel.mappings import copied_linear, reduce_from_tensor_parallel
-from megatron.parallel.sequence import gathered_linear, reduce_scatter_positions
+from megatron.parallel.mappings import (
+    copied_linear,
+    copy_to_tensor_parallel,
+    reduce_from_tensor_parallel,
+)
+from megatron.parallel.sequence import (
+    all_gather_positions,
+    gathered_linear,
+    reduce_scatter_positions,
+)
+
+MatMul = Callable[[Tensor, Tensor], Tensor]
+"""(x (B, S, in), weight (out, in)) -> x weight^T (B, S, out), in another way than F.linear."""
 
 
 def shard_size(size: int, tp: Axis, what: str) -> int:
@@ -114,6 +125,7 @@ class ColumnParallelLinear(nn.Module):
         super().__init__()
         self.tp = tp
         self.sequence_parallel = sequence_parallel
+        self.matmul: MatMul | None = None
         self.weight = sharded_weight(
             (out_features, in_features), 0, tp, seed=seed, name=name, std=std, used_rows=used_rows
         )
@@ -124,7 +136,14 @@ class ColumnParallelLinear(nn.Module):
         Args:
             x: without sequence_parallel equal on all ranks.
         """
+        if self.matmul is not None:
+            return self.matmul(_whole_input(x, self.tp, self.sequence_parallel), self.weight)
         return column_parallel_linear(x, self.weight, self.tp, self.sequence_parallel)
+
+
+def _whole_input(x: Tensor, tp: Axis, sequence_parallel: bool) -> Tensor:
+    """What the ranks multiply with their rows: all positions, and one sum of its gradient."""
+    return all_gather_positions(x, tp) if sequence_parallel else copy_to_tensor_parallel(x, tp)
 
 
 def column_parallel_linear(x: Tensor, weight: Tensor, tp: Axis, sequence_parallel: bool) -> Tensor:
@@ -132,6 +151,8 @@ def column_parallel_linear(x: Tensor, weight: Tensor, tp: Axis, sequence_paralle
 
     Communicates as `copied_linear`, with `sequence_parallel` as `gathered_linear`.
     """
+    if tp.size == 1:
+        return F.linear(x, weight)
     linear = gathered_linear if sequence_parallel else copied_linear
     return linear(x, [weight], tp)[0]
 
@@ -151,6 +172,9 @@ def column_parallel_linears(
     tp = layers[0].tp
     if tp.size == 1:
         return tuple(layer(x) for layer in layers)
+    if layers[0].matmul is not None:
+        x = _whole_input(x, tp, layers[0].sequence_parallel)
+        return tuple(layer.matmul(x, layer.weight) for layer in layers if layer.matmul)
     # After the first time, ZeRO-3 gathers weights that a parent reads together with the parent.
     linear = gathered_linear if layers[0].sequence_parallel else copied_linear
     return linear(x, [layer.weight for layer in layers], tp)
@@ -177,13 +201,15 @@ class RowParallelLinear(nn.Module):
         super().__init__()
         self.tp = tp
         self.sequence_parallel = sequence_parallel
+        self.matmul: MatMul | None = None
         self.weight = sharded_weight(
             (out_features, in_features), 1, tp, seed=seed, name=name, std=std
         )
 
     def forward(self, x: Tensor) -> Tensor:
         """This rank's x (B, S, in/tp) -> (B, s, out); without sequence_parallel equal on all."""
-        return reduce_partial_output(F.linear(x, self.weight), self.tp, self.sequence_parallel)
+        partial = (self.matmul or F.linear)(x, self.weight)
+        return reduce_partial_output(partial, self.tp, self.sequence_parallel)
 
 
 def reduce_partial_output(x: Tensor, tp: Axis, sequence_parallel: bool) -> Tensor:
@@ -193,6 +219,8 @@ def reduce_partial_output(x: Tensor, tp: Axis, sequence_parallel: bool) -> Tenso
 
     Forward: all-reduce, or reduce-scatter. Backward: the identity, or all-gather.
     """
+    if tp.size == 1:
+        return x
     if sequence_parallel:
         return reduce_scatter_positions(x, tp)
     return reduce_from_tensor_parallel(x, tp)

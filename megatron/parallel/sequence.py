@@ -63,6 +63,28 @@ def reduce_scatter_positions(x: Tensor, tp: Axis) -> Tensor:
     return y
 
 
+class _AllGather(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tp: Axis) -> Tensor:
+        ctx.tp = tp
+        return _in_order(finished(start_all_gather(x, tp)), tp)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return finished(_start_reduce_scatter(grad, ctx.tp)), None
+
+
+def all_gather_positions(x: Tensor, tp: Axis) -> Tensor:
+    """Own positions (B, S/tp, H) -> those of all ranks (B, S, H).
+
+    Forward: all-gather. Backward: reduce-scatter of the gradients.
+    """
+    if tp.size == 1:
+        return x
+    y: Tensor = _AllGather.apply(x, tp)  # type: ignore[no-untyped-call]
+    return y
+
+
 class _GatheredLinear(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, tp: Axis, *weights: Tensor) -> tuple[Tensor, ...]:

@@ -7,6 +7,7 @@ from megatron.model.document_mask import Documents
 from megatron.model.layer import Layer, ModelContext
 from megatron.parallel.groups import SERIAL, Axis
 from megatron.parallel.head_loss import Targets, TargetsOf
+from megatron.training.attention_kernel import TORCHS, AttentionChoice
 from megatron.training.corpus_loss import CorpusLosses
 from megatron.training.optimizers.sophia import with_sampled_labels
 
@@ -14,14 +15,14 @@ RECOMPUTE = {"0": "none", "1": "full", "selective": "selective"}
 
 
 def model_layers(
-    run: RunConfig, tp: Axis = SERIAL, sp: Axis = SERIAL, expand_kv: bool = False
+    run: RunConfig, tp: Axis = SERIAL, sp: Axis = SERIAL, attention: AttentionChoice = TORCHS
 ) -> list[Layer]:
     """The run's model on these axes: tokens (B, S) in, loss or this rank's logits out.
 
     Args:
         run: the configuration.
         tp, sp: this rank's axes.
-        expand_kv: the answer of `attention_kernel.expands_kv` for this rank's device.
+        attention: what `attention_kernel.chosen` says for this rank's device.
     """
     recompute = RECOMPUTE[run.train.activation_checkpointing]
     # The engine recomputes groups of blocks; a single block recomputes itself.
@@ -33,8 +34,8 @@ def model_layers(
         seed=run.train.seed,
         recompute=recompute,
         sequence_parallel=run.parallel.megatron_sequence_parallel and tp.size > 1,
-        no_flash_attention=run.train.no_flash_attention,
-        expand_kv=expand_kv,
+        attention_kernels=attention.kernels,
+        expand_kv=attention.expand_kv,
     )
     return run.architecture.layers(run.model, context)
 

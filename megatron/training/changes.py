@@ -13,7 +13,7 @@ from megatron.config.unused import USES, flat
 
 NUMBERS = (
     "model.seq_length",
-    "train.global_batch_size", "train.train_iters", "train.seed", "train.dtype",
+    "train.global_batch_size", "train.train_iters", "train.seed", "train.dtype", "train.float8",
     "train.grad_reduce_in_bf16", "train.rampup_batch_size",
     "optimizer.learning_rate", "optimizer.min_learning_rate", "optimizer.lr_decay_style",
     "optimizer.lr_warmup_fraction",

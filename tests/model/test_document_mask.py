@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 from megatron.config.layout import Layout
 from megatron.model.attention import causal_attention
 from megatron.model.document_mask import (
     DENSE,
+    KERNELS,
     PLAIN,
     Documents,
     Kernel,
@@ -71,8 +75,66 @@ def test_attention_is_that_of_each_document_alone(kernel: Kernel, seed: int) -> 
             if first == last:
                 continue
             part = [x[sample : sample + 1, :, first:last] for x in (q, k, v)]
-            alone = causal_attention(part[0], part[1], part[2], False)
+            alone = causal_attention(part[0], part[1], part[2], ())
             torch.testing.assert_close(got[sample : sample + 1, :, first:last], alone)
+
+
+class OneHead(nn.Module):
+    """A projection and attention within documents."""
+
+    def __init__(self, attend: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.attend, self.linear = attend, nn.Linear(64, 64, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.linear(x).view(*x.shape[:2], -1, 16).transpose(1, 2)  # (B, 4, S, 16)
+        y: Tensor = self.attend(heads, heads[:, :2], heads[:, 2:]).transpose(1, 2).flatten(2)
+        return x + y
+
+
+def test_a_compiled_block_follows_its_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One graph for all micro-batches, without a break: a mask is its argument."""
+    monkeypatch.setitem(KERNELS, "cpu", lambda: flex_kernel(compiled=False))
+    asked = documents(own_attention=True)
+    block = OneHead(asked.attend)
+    compiled = torch.compile(block, backend=(counted := CompileCounter()), fullgraph=True)
+    x = torch.randn(3, 160, 64)
+    for seed in range(4):
+        asked.show(tokens_of(seed, length=160))
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), block(x))
+    assert counted.frame_count == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_gpu_attends_within_documents(dtype: torch.dtype, compiled: bool) -> None:
+    """FlexAttention and its gradients, with grouped heads and a last block that is not full."""
+    gpu, length = torch.device("cuda", 0), 1000
+    asked = documents(own_attention=True)
+    block = OneHead(asked.attend).to(gpu, dtype)
+    torch._dynamo.reset()
+    compute = torch.compile(block, fullgraph=True) if compiled else block
+    x = torch.randn(3, length, 64, device=gpu, dtype=dtype)
+    weight = block.linear.weight
+    graphs = []
+    for seed in range(4):
+        tokens = tokens_of(seed, length=length).to(gpu)
+        asked.show(tokens)
+        y = compute(x)
+        (found,) = torch.autograd.grad(y.square().mean(), weight)
+        mask = DENSE.mask(document_numbers(tokens, EOD))
+        plain = OneHead(partial(DENSE.attend, mask=mask)).to(gpu, dtype)
+        plain.load_state_dict(block.state_dict())
+        expected_y = plain(x)
+        (expected,) = torch.autograd.grad(expected_y.square().mean(), plain.linear.weight)
+        close = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {}
+        torch.testing.assert_close(y, expected_y, **close)
+        assert (found - expected).norm() / expected.norm() < (1e-4 if close else 2e-2)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[1] == graphs[3]  # no compilation after the second micro-batch
 
 
 def alone() -> Groups:

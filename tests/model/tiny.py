@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from megatron.config.shape import ModelShape
 from megatron.model.layer import Layer, ModelContext
@@ -23,12 +24,12 @@ class Tiny(ModelShape):
     seed: int = 1234
     recompute: str = "none"
     sequence_parallel: bool = False
-    no_flash_attention: bool = False
+    attention_kernels: tuple[SDPBackend, ...] = ()
     expand_kv: bool = False
 
     def context(self, tp: Axis = SERIAL, sp: Axis = SERIAL) -> ModelContext:
         """The context on a rank."""
-        added = ("seed", "recompute", "sequence_parallel", "no_flash_attention", "expand_kv")
+        added = ("seed", "recompute", "sequence_parallel", "attention_kernels", "expand_kv")
         return ModelContext(tp, sp, **{name: getattr(self, name) for name in added})
 
 

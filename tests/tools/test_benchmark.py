@@ -135,7 +135,10 @@ def test_an_arm_is_a_process_that_stays(tmp_path: Path) -> None:
     arm, broken = Arm("a", sleeps, TINY, tmp_path / "a"), Arm("b", fails, TINY, tmp_path / "b")
     first, second = arm.round(2), arm.round(5)
     assert 0.02 <= second["seconds"] < 0.1
-    means = [float(batch[0][0].float().mean()) for batch, _ in zip(TINY.batches(), range(7), strict=False)]
+    means = [
+        float(batch[0][0].float().mean())
+        for batch, _ in zip(TINY.batches(), range(7), strict=False)
+    ]
     assert first["losses"] + second["losses"] == pytest.approx(means), "it went on, not anew"
     assert broken.round(1) == {"error": "MemoryError: no memory"}
     assert "ended with status 0" in broken.round(1)["error"]
