@@ -50,6 +50,7 @@ from megatron.training.attention_kernel import expands_kv
 from megatron.training.build import documents_followed, loss_function, model_layers
 from megatron.training.corpus_loss import CorpusLosses
 from megatron.training.device import Device, detect, prepare
+from megatron.training.garbage import at_chosen_steps
 from megatron.training.guard import Unstable
 from megatron.training.loggers import make_tracker
 from megatron.training.optimizers.rules import make_optimizer
@@ -140,7 +141,8 @@ def train(
     tracker = finder or tracker
     trainer = Trainer(run, engine, data, device, tracker, stop, state, control, heartbeat)
     try:
-        outcome = trainer.train()
+        with at_chosen_steps():
+            outcome = trainer.train()
     except Unstable as error:
         if leads:
             print(f"error: {error}", file=sys.stderr)

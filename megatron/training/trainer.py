@@ -19,10 +19,10 @@ from megatron.data.loader import Loader
 from megatron.engine import Engine, MicroBatches
 from megatron.launch.heartbeat import Heartbeat
 from megatron.parallel.control import ALONE, Control
+from megatron.training import garbage
 from megatron.training.device import Device
 from megatron.training.dump import dump_tokens
 from megatron.training.evaluation import evaluate
-from megatron.training.garbage import Garbage
 from megatron.training.growing_batch import step_plans
 from megatron.training.guard import Guard
 from megatron.training.loggers import Tracker
@@ -119,7 +119,7 @@ class Trainer:
         """
         run = self.run
         cause = 0
-        with Garbage() as garbage, ExitStack() as opened:
+        with ExitStack() as opened:
             loader = opened.enter_context(self.read_ahead())
             self.meter.start()
             while self.state.iteration < run.train.train_iters and not cause:
@@ -141,7 +141,7 @@ class Trainer:
                 if cause or self._is_due(run.checkpoint.save_interval):
                     with self.meter.off_the_clock():
                         self.save()
-                        garbage.collect()
+                        garbage.saved()
                         cause = cause or self.agree()
         if self.state.iteration >= run.train.train_iters:
             cause = cause or evaluate(self, "test", self.data.splits.test)
@@ -182,10 +182,10 @@ class Trainer:
         self.engine.set_learning_rate(self.rate(iteration))
         with self.guard.gating(self.engine):
             loss = self.engine.train_batch(batches)
-        applied = self.engine.step_applied
-        self.meter.step(loss, self.engine.gradient_norm(), self.engine.loss_scale, updated=applied)
-        self._advance(skipped=not applied)
+        self.meter.step(loss, self.engine.gradient_norm(), self.engine.loss_scale)
+        self._advance(skipped=False)
         spike = self.guard.stepped(loss, self.engine)
+        self._count_refused()
         rolled_back = spike is not None and respond(self, spike)
         if self.guard.is_beyond_policy and not rolled_back:
             count = self.guard.bad_steps
@@ -206,6 +206,8 @@ class Trainer:
 
     def record(self) -> None:
         """Logs the steps since the last record; a collective with corpus losses or a pipeline."""
+        self.guard.settle()
+        self._count_refused()
         losses = self.data.corpus_losses
         corpora = None if losses is None else losses.take(self.engine.device)
         record = self.meter.record(self.state, self.rate(self.state.iteration), corpora)
@@ -222,6 +224,8 @@ class Trainer:
         Raises:
             Unstable: a weight is not finite.
         """
+        self.guard.settle()
+        self._count_refused()
         require_finite(self)
         iteration, loss = self.validation_loss
         self.saves.save(self.state, loss if iteration == self.state.iteration else None)
@@ -256,6 +260,12 @@ class Trainer:
     def _advance(self, *, skipped: bool) -> None:
         samples = self.plan.at(self.state.iteration + 1).global_batch_size
         self.state = self.state.after(samples, samples * self.run.model.seq_length, skipped=skipped)
+
+    def _count_refused(self) -> None:
+        """Counts the steps that the guard has found to have changed no weight."""
+        refused, self.guard.refused = self.guard.refused, 0
+        self.meter.refused(refused)
+        self.state = self.state.with_skipped(refused)
 
     def _is_due(self, interval: int) -> bool:
         """Whether what happens every `interval` steps (0: never) and at the last happens now."""
