@@ -188,14 +188,6 @@ class Loader:
                 continue
 
 
-def evaluation_loader(
-    dataset: SampleSource, plan: StepPlan, eval_iters: int, device: torch.device = HOST
-) -> Loader:
-    """Loader of one evaluation: always samples [0, eval_iters x GBS), to be comparable."""
-    steps = [(j + 1, j * plan.global_batch_size) for j in range(eval_iters)]
-    return Loader(dataset, plan, steps, device=device)
-
-
 def _read(dataset: SampleSource, iteration: int, samples: range, pins: bool) -> MicroBatch:
     read = [dataset.sample(k) for k in samples]
     block = torch.from_numpy(np.stack([sample.tokens for sample in read]))  # (B, S + 1)

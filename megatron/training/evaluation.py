@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron.checkpoint.state import RunState
 from megatron.config.schema import RunConfig
 from megatron.data.dataset import SampleSource
-from megatron.data.loader import Loader, StepPlan, evaluation_loader
+from megatron.data.loader import HOST, Loader, StepPlan
 from megatron.engine import Engine, MicroBatches
 from megatron.launch.heartbeat import Heartbeat
 from megatron.training.optimizers.schedule_free import evaluation_weights
@@ -71,7 +71,7 @@ def evaluate(trainer: Evaluated, split: str, dataset: SampleSource | None) -> in
             losses.append(engine.eval_batch(micro_batches))
             if cause := trainer.agree():
                 return cause
-    loss = sum(torch.stack(losses).tolist()) / len(losses)
+    loss = sum(torch.stack(losses).flatten().tolist()) / len(losses)
     if split == "validation":
         trainer.validation_loss = trainer.state.iteration, loss
     trainer.log_event(
@@ -83,3 +83,11 @@ def evaluate(trainer: Evaluated, split: str, dataset: SampleSource | None) -> in
         elapsed_s=time.perf_counter() - start,
     )
     return 0
+
+
+def evaluation_loader(
+    dataset: SampleSource, plan: StepPlan, eval_iters: int, device: torch.device = HOST
+) -> Loader:
+    """Loader of one evaluation: always samples [0, eval_iters x GBS), to be comparable."""
+    steps = [(j + 1, j * plan.global_batch_size) for j in range(eval_iters)]
+    return Loader(dataset, plan, steps, device=device)
