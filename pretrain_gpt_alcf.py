@@ -51,6 +51,7 @@ from megatron.training.build import documents_followed, loss_targets, model_laye
 from megatron.training.corpus_loss import CorpusLosses
 from megatron.training.device import Device, detect, prepare
 from megatron.training.float8 import with_float8
+from megatron.training.garbage import at_chosen_steps
 from megatron.training.guard import Unstable
 from megatron.training.loggers import make_tracker
 from megatron.training.optimizers.rules import make_optimizer
@@ -141,7 +142,8 @@ def train(
     tracker = finder or tracker
     trainer = Trainer(run, engine, data, device, tracker, stop, state, control, heartbeat)
     try:
-        outcome = trainer.train()
+        with at_chosen_steps():
+            outcome = trainer.train()
     except Unstable as error:
         if leads:
             print(f"error: {error}", file=sys.stderr)

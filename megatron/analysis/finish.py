@@ -91,7 +91,7 @@ def sample_text(
     """A continuation of the start of a validation sample; a collective over all ranks.
 
     Returns:
-        The text; empty, with a warning, where it could not be made.
+        The text, on rank 0; empty, with a warning, where it could not be made.
     """
     try:
         prompt = control.broadcast(_prompt(run, data) if control.rank == 0 else None)
@@ -110,6 +110,8 @@ def sample_text(
                 limit_s=_DRAW_S,
                 tick=tick,
             )
+        if control.rank != 0:
+            return ""
         given, grown = data.tokenizer.decode(prompt), data.tokenizer.decode(prompt + added)
     except Exception as error:  # the run is complete and stays so
         log.warning(f"no sample: {type(error).__name__}: {error} (the run is complete)")

@@ -62,6 +62,10 @@ class RunState:
             skipped_iterations=self.skipped_iterations + int(skipped),
         )
 
+    def with_skipped(self, count: int) -> RunState:
+        """The state with more steps known to have changed no weight."""
+        return dataclasses.replace(self, skipped_iterations=self.skipped_iterations + count)
+
     def with_nan(self, count: int) -> RunState:
         """The state with more non-finite losses, known only when losses are fetched."""
         return dataclasses.replace(self, nan_iterations=self.nan_iterations + count)

@@ -10,7 +10,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from megatron.data.dataset import SampleSource
 # Steps kept ready; two hide a slow read behind the previous step, more only cost memory.
 PREFETCH_STEPS = 2
 _POLL_SECONDS = 0.1
+HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -56,12 +57,21 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Input of one forward pass; both are views of one (B, S + 1) array, so not contiguous."""
+    """Input of one forward pass; tokens and labels are views of one block, so not contiguous."""
 
     iteration: int
-    tokens: torch.Tensor  # int64 (B, S)
-    labels: torch.Tensor  # int64 (B, S), the token after each of `tokens`
+    block: torch.Tensor  # int64 (B, S + 1), contiguous
     corpora: tuple[str, ...]  # of each sample
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """int64 (B, S)."""
+        return self.block[:, :-1]
+
+    @property
+    def labels(self) -> torch.Tensor:
+        """int64 (B, S), the token after each of `tokens`."""
+        return self.block[:, 1:]
 
 
 @dataclass(frozen=True)
@@ -83,6 +93,7 @@ class Loader:
         plan: StepPlan,
         steps: Iterable[tuple[int, int]],
         prefetch_steps: int = PREFETCH_STEPS,
+        device: torch.device = HOST,
     ) -> None:
         """Begin to read.
 
@@ -92,11 +103,13 @@ class Loader:
             steps: (iteration, samples consumed before it) of the steps to read; the thread
                 iterates over them.
             prefetch_steps: whole steps kept ready.
+            device: where the micro-batches go, each by one copy that nothing waits for: it is from
+                pinned memory and queued when the micro-batch is taken. On the host none is made.
         """
         assert prefetch_steps >= 1
         self.waited_s = 0.0  # seconds that the consumer waited for data
         self._ready: queue.Queue[_Item] = queue.Queue(maxsize=prefetch_steps)
-        self._stop = threading.Event()
+        self._stop, self._device = threading.Event(), device
         self._batches = self._consume()
         self._thread = threading.Thread(
             target=self._produce, args=(dataset, plan, steps), name="data-loader", daemon=True
@@ -114,7 +127,8 @@ class Loader:
             StopIteration: after the last step, or once closed.
             Exception: any error of the reading thread, unchanged.
         """
-        return next(self._batches)
+        batch = next(self._batches)
+        return replace(batch, block=batch.block.to(self._device, non_blocking=True))
 
     def close(self) -> None:
         """Stop reading and wait for the thread; may be called twice."""
@@ -152,12 +166,15 @@ class Loader:
         self, dataset: SampleSource, plan: StepPlan, steps: Iterable[tuple[int, int]]
     ) -> None:
         try:
+            if self._device != HOST:  # a thread begins on the first device, and would open it
+                torch.accelerator.set_device_index(self._device)
             for iteration, consumed in steps:
                 batches = []
                 for number in range(plan.at(iteration).gradient_accumulation_steps):
                     if self._stop.is_set():
                         return
-                    batches.append(_read(dataset, iteration, plan.micro_batch(consumed, number)))
+                    samples = plan.micro_batch(consumed, number)
+                    batches.append(_read(dataset, iteration, samples, self._device != HOST))
                 self._put(batches)
             self._put(None)
         except BaseException as error:  # re-raised in the consumer
@@ -171,13 +188,8 @@ class Loader:
                 continue
 
 
-def evaluation_loader(dataset: SampleSource, plan: StepPlan, eval_iters: int) -> Loader:
-    """Loader of one evaluation: always samples [0, eval_iters x GBS), to be comparable."""
-    return Loader(dataset, plan, [(j + 1, j * plan.global_batch_size) for j in range(eval_iters)])
-
-
-def _read(dataset: SampleSource, iteration: int, samples: range) -> MicroBatch:
+def _read(dataset: SampleSource, iteration: int, samples: range, pins: bool) -> MicroBatch:
     read = [dataset.sample(k) for k in samples]
-    tokens = torch.from_numpy(np.stack([sample.tokens for sample in read]))  # (B, S + 1)
+    block = torch.from_numpy(np.stack([sample.tokens for sample in read]))  # (B, S + 1)
     corpora = tuple(sample.corpus for sample in read)
-    return MicroBatch(iteration, tokens[:, :-1], tokens[:, 1:], corpora)
+    return MicroBatch(iteration, block.pin_memory() if pins else block, corpora)

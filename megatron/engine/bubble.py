@@ -112,7 +112,7 @@ class StageClock(AbstractContextManager["StageClock"]):
         self._busy = self._window = 0.0
         stages = [torch.empty_like(mine) for _ in range(self._pp.size)]
         dist.all_gather(stages, mine, group=self._pp.group)
-        busy, window = zip(*(stage.tolist() for stage in stages), strict=True)
+        busy, window = zip(*torch.stack(stages).tolist(), strict=True)
         return 1 - sum(busy) / len(busy) / max(window) if max(window) > 0 else None
 
     def _add(self, step: _Step) -> None:

@@ -66,8 +66,11 @@ class Engine(Protocol):
         """
 
     @property
-    def step_applied(self) -> bool:
-        """Whether the last step changed the weights: its gradient was finite, no gate refused."""
+    def step_applied(self) -> bool | Tensor:
+        """Whether the last step changed the weights: its gradient was finite, no gate refused.
+
+        A tensor on the device where the device decides, so that no step waits for the answer.
+        """
 
     @property
     def loss_scale(self) -> float:

@@ -64,14 +64,19 @@ def count_accelerators(environ: Mapping[str, str], root: Path = Path("/")) -> in
         environ: the environment's variables.
         root: of the file system; another one in tests.
     """
-    for vendor, count in (
-        ("nvidia", _nvidia(root)),
-        ("amd", _amd(root)),
-        ("intel", _intel(root, environ)),
-    ):
-        if count:
-            return narrowed(count, vendor, environ)
-    return 0
+    made_by, count = _found(environ, root)
+    return narrowed(count, made_by, environ) if count else 0
+
+
+def vendor(root: Path = Path("/")) -> str:
+    """Who made this host's accelerators: nvidia, amd or intel; empty where it has none."""
+    return _found({}, root)[0]
+
+
+def _found(environ: Mapping[str, str], root: Path) -> tuple[str, int]:
+    """Vendor and number of the accelerators, hidden ones included."""
+    counts = {"nvidia": _nvidia(root), "amd": _amd(root), "intel": _intel(root, environ)}
+    return next(((name, count) for name, count in counts.items() if count), ("", 0))
 
 
 def narrowed(count: int, vendor: str | None, environ: Mapping[str, str]) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron.config.errors import ConfigError
 from megatron.launch import command, hostlist, ranks
-from megatron.launch.accelerators import RANK_ENVIRONMENT
+from megatron.launch.accelerators import RANK_ENVIRONMENT, vendor
 from megatron.launch.dialect import Ask
 from megatron.launch.heartbeat import HEARTBEAT
 from megatron.launch.machines import Machine
@@ -33,6 +33,13 @@ EXPORTED = (
     "DS_", "TORCH", "PYTORCH", "TRITON_", "HF_", "TRANSFORMERS_", "TOKENIZERS_", "WANDB_", "XDG_",
     "TMPDIR", "LD_PRELOAD", "http_proxy", "https_proxy", "no_proxy",
 )  # fmt: skip
+
+# What the user decides about torch's memory. The last registers it with NCCL, which segments that
+# grow exclude.
+ALLOCATOR = {
+    "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_NO_CUDA_MEMORY_CACHING",
+    "TORCH_NCCL_USE_TENSOR_REGISTER_ALLOCATOR_HOOK",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -275,6 +282,10 @@ def _environment(
         child.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would warn that it found none
     elif "TORCH_NCCL_TRACE_BUFFER_SIZE" not in child:  # the older name of the same
         child.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # a hang's report shows the collectives
+    if devices and not ALLOCATOR & child.keys() and (machine.vendor or vendor()) == "nvidia":
+        # Segments that grow do not fragment: else memory runs out earlier, and torch frees and
+        # allocates again, for which a step waits.
+        child["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     return child | added | {"PYTHONUNBUFFERED": "1"}, added
 
 

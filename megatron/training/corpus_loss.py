@@ -37,8 +37,8 @@ class CorpusLosses:
 
     def mark(self, labels: Tensor, corpora: Sequence[str]) -> Tensor:
         """Labels (B, S) that carry the corpus of each of the B samples."""
-        numbers = torch.tensor([self._numbers[name] + 1 for name in corpora])
-        return labels + (numbers << _SHIFT).unsqueeze(1)
+        numbers = torch.tensor([self._numbers[name] + 1 << _SHIFT for name in corpora])
+        return labels + numbers.unsqueeze(1).to(labels.device, non_blocking=True)
 
     def counted(self, targets_of: TargetsOf) -> TargetsOf:
         """The targets of marked labels, whose losses are counted with their weights."""

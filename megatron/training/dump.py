@@ -18,7 +18,7 @@ def dump_tokens(iteration: int, micro_batches: MicroBatches) -> None:
     """Logs the samples (B, S + 1) of each micro-batch of a step, as this rank reads them."""
     batches = list(micro_batches)
     for number, (tokens, labels) in enumerate(batches):
-        samples = torch.cat([tokens, plain_labels(labels[:, -1:])], dim=1)
+        samples = torch.cat([tokens, plain_labels(labels[:, -1:])], dim=1).cpu()
         log.info(
             f"iteration={iteration} [{number}/{len(batches)}]: {samples.shape}\n"
             f"tokens[:{_ROWS}]={samples[:_ROWS]}"

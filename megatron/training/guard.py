@@ -7,10 +7,14 @@ and one message between the ranks; off and warn judge at a log line and cost not
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import SupportsFloat
+
+import torch
+from torch import Tensor
 
 from megatron.config.schema import StabilityConfig
 from megatron.engine import Engine
@@ -26,6 +30,23 @@ class Unstable(RuntimeError):
     exit_status = 5
 
 
+class Later:
+    """A flag on its way to the host: reading it waits for the work queued before it, not after."""
+
+    def __init__(self, flag: bool | Tensor) -> None:
+        self._flag, self._event = flag, None
+        if isinstance(flag, Tensor) and flag.device.type != "cpu":
+            self._flag = flag.to("cpu", non_blocking=True)
+            self._event = torch.Event(flag.device)
+            self._event.record()
+
+    def read(self) -> bool:
+        """The flag."""
+        if self._event is not None:
+            self._event.synchronize()
+        return bool(self._flag)
+
+
 class Guard:
     """Judges the steps of a run; all ranks call the same methods in the same order.
 
@@ -37,10 +58,13 @@ class Guard:
     Attributes:
         bad_steps: steps in a row that should have changed the weights and did not; the search of
             fp16's scaler is left out, and so are ranges to skip.
+        refused: steps that changed no weight, to be taken over and set to 0 by the Trainer.
     """
 
     def __init__(self, settings: StabilityConfig, control: Control, *, scales: bool) -> None:
-        self.bad_steps = 0
+        self.bad_steps = self.refused = 0
+        self._unread: deque[Later] = deque()
+        self._scale = 1.0
         self._settings, self._control, self._scales = settings, control, scales
         self._detector = SpikeDetector(settings.spike_window, settings.spike_threshold)
         self._judged: Judgement | None = None
@@ -56,17 +80,39 @@ class Guard:
         return engine.gated(self._gate) if self.gates else nullcontext()
 
     def stepped(self, loss: SupportsFloat, engine: Engine) -> Judgement | None:
-        """Counts the step just taken; its judgement where it is known to be a spike."""
+        """Counts the step just taken; its judgement where it is known to be a spike.
+
+        A flag on the device is read one step later, when the next step is queued behind it; at once
+        where something depends on it: a policy, fp16's scaler, or a bad step before.
+        """
         applied = engine.step_applied
-        # The scaler's search ends at the lowest scale, or with a gradient that fits.
-        overflowed = not applied and self._judged is None
-        searching = overflowed and self._scales and engine.loss_scale > LOWEST_SCALE
-        if not searching:
-            self.bad_steps = 0 if applied else self.bad_steps + 1
-        if self.gates and overflowed and not searching:
+        self._unread.append(Later(applied))
+        self._scale = engine.loss_scale
+        prompt = self.gates or self._scales or self._settings.max_bad_steps == 1
+        later = isinstance(applied, Tensor) and not prompt
+        if self.settle(leave=int(later)) and self.gates:
             self._judged = self._agreed(float(loss), math.inf)  # the engine refused it
         judged = self._judged
         return judged if judged is not None and judged.is_spike else None
+
+    def settle(self, leave: int = 0) -> bool:
+        """Counts the steps whose flags are unread, but for the last `leave`; before each save.
+
+        Returns:
+            Whether the last one counted was refused by the engine, not in the scaler's search.
+        """
+        broken = False
+        while len(self._unread) > (0 if self.bad_steps else leave):
+            applied = self._unread.popleft().read()
+            self.refused += int(not applied)
+            # The scaler's search ends at the lowest scale, or with a gradient that fits.
+            broken = not applied and self._judged is None
+            searching = broken and self._scales and self._scale > LOWEST_SCALE
+            if searching:
+                broken = False
+            else:
+                self.bad_steps = 0 if applied else self.bad_steps + 1
+        return broken
 
     def recorded(
         self, steps: Sequence[tuple[float, float | None] | None], last: int

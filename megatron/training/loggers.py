@@ -7,6 +7,8 @@ reported once and tried again later; training continues.
 from __future__ import annotations
 
 import logging
+import queue
+import threading
 import time
 from collections.abc import Callable, Iterable
 from datetime import timedelta
@@ -165,6 +167,34 @@ class Trackers:
         self._trackers = []
 
 
+class Behind:
+    """Passes records on from a thread of its own: no step waits for a dashboard or a network.
+
+    Args:
+        tracker: must not fail, as `Trackers` does not; it is used by one thread at a time.
+    """
+
+    def __init__(self, tracker: Tracker) -> None:
+        self._tracker = tracker
+        self._records: queue.SimpleQueue[MetricsRecord | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._pass_on, name="trackers", daemon=True)
+        self._thread.start()
+
+    def log(self, record: MetricsRecord) -> None:
+        """Returns at once."""
+        self._records.put(record)
+
+    def close(self) -> None:
+        """Waits until all are passed on, and closes the tracker."""
+        self._records.put(None)
+        self._thread.join()
+        self._tracker.close()
+
+    def _pass_on(self) -> None:
+        while (record := self._records.get()) is not None:
+            self._tracker.log(record)
+
+
 def _failure(one: Tracker, error: Exception) -> str:
     return f"{type(one).__name__} failed: {type(error).__name__}: {error}"
 
@@ -195,6 +225,9 @@ TRACKERS: dict[str, Callable[[RunConfig, int], Tracker | None]] = {
 }
 """Name -> starts a tracker of a run that has done so many steps; None where it is off."""
 
+DASHBOARDS = ("tensorboard", "wandb")
+"""Those that get their records behind the steps; what is promised of the others is on disk."""
+
 
 def make_tracker(run: RunConfig, *, logs: bool, iteration: int) -> Tracker:
     """The tracker of this rank.
@@ -204,5 +237,10 @@ def make_tracker(run: RunConfig, *, logs: bool, iteration: int) -> Tracker:
         logs: whether this rank is the one that logs.
         iteration: steps done before; what an earlier start wrote about later ones is dropped.
     """
-    started = [start(run, iteration) for start in TRACKERS.values()] if logs else []
-    return Trackers(tracker for tracker in started if tracker is not None)
+    if not logs:
+        return Trackers()
+    started = {name: start(run, iteration) for name, start in TRACKERS.items()}
+    found = {name: tracker for name, tracker in started.items() if tracker is not None}
+    trackers = [tracker for name, tracker in found.items() if name not in DASHBOARDS]
+    shown = [tracker for name, tracker in found.items() if name in DASHBOARDS]
+    return Trackers([*trackers, Behind(Trackers(shown))] if shown else trackers)

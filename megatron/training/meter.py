@@ -63,8 +63,6 @@ class Meter:
         loss: SupportsFloat,
         grad_norm: SupportsFloat | None,
         loss_scale: float | None = 1.0,
-        *,
-        updated: bool = True,
     ) -> None:
         """One step that did work.
 
@@ -72,12 +70,13 @@ class Meter:
             loss: mean loss of the global batch, nats per token.
             grad_norm: norm before clipping; None where the engine has none.
             loss_scale: fp16's scale, 1 elsewhere.
-            updated: False where the work was done but the weights were not changed (fp16 overflow):
-                the step counts as skipped in the counter and as work in the rates.
         """
         self._steps.append((loss, grad_norm))
         self._loss_scale = loss_scale
-        self._skipped += int(not updated)
+
+    def refused(self, count: int) -> None:
+        """Steps that did work but changed no weight: skipped in the counter, work in the rates."""
+        self._skipped += count
 
     def skip(self) -> None:
         """One step that was skipped; its time belongs inside `off_the_clock`."""

@@ -27,6 +27,7 @@ from megatron.plan.report import epochs_text
 from megatron.training.corpus_loss import CorpusLosses
 from megatron.training.data_order import megatron_splits, recorded_settings
 from megatron.training.log import ALIKE
+from megatron.training.rank_tokenizer import shared_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ class Data:
         stages: the lists, and the token from which each is used.
         headers: of their files, by prefix.
         splits: train, validation and test data of a run from its start.
-        tokenizer: that made them.
+        tokenizer: that made them; only rank 0's turns ids into text.
         record: all that decides the samples, for checkpoints.
         corpus_losses: set with LOG_CORPUS_LOSS.
     """
@@ -193,8 +194,8 @@ def _open(run: RunConfig, control: Control) -> tuple[tuple[ListStage, ...], Toke
     data = run.data
     if data.data_file_list != BUILTIN:
         stages = parse_data_stages(data.data_file_list)
-        tokenizer = build_tokenizer(data.tokenizer_type, data.tokenizer_model, run.model.vocab_size)
-        return stages, tokenizer
+        named = data.tokenizer_type, data.tokenizer_model, run.model.vocab_size
+        return stages, shared_tokenizer(lambda: build_tokenizer(*named), control)
     if control.rank == 0:
         builtin_corpus(data.tokenizer_type, data.tokenizer_model, log.info)
     control.barrier()

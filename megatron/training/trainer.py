@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -16,18 +15,18 @@ from megatron.checkpoint.state import RunState
 from megatron.config.pace import learning_rates
 from megatron.config.schema import RunConfig
 from megatron.config.skip import is_skipped
-from megatron.data.dataset import SampleSource
-from megatron.data.loader import Loader, evaluation_loader
+from megatron.data.loader import Loader
 from megatron.engine import Engine, MicroBatches
 from megatron.launch.heartbeat import Heartbeat
 from megatron.parallel.control import ALONE, Control
+from megatron.training import garbage
 from megatron.training.device import Device
 from megatron.training.dump import dump_tokens
+from megatron.training.evaluation import evaluate
 from megatron.training.growing_batch import step_plans
 from megatron.training.guard import Guard
 from megatron.training.loggers import Tracker
 from megatron.training.meter import Meter
-from megatron.training.optimizers.schedule_free import evaluation_weights
 from megatron.training.optimizers.sophia import Curvature, SophiaG
 from megatron.training.probes import Probes
 from megatron.training.respond import end_unstable, report, require_finite, respond
@@ -107,7 +106,7 @@ class Trainer:
                 engine, self.plan, interval, run.train.seed, run.model.seq_length
             )
         self.saves = Saves(run, engine, control, self.heartbeat, state.iteration, self._saved)
-        self._validation_loss: tuple[int, float | None] = (-1, None)
+        self.validation_loss: tuple[int, float | None] = (-1, None)
 
     def train(self) -> Outcome:
         """Runs the steps after the state, until the last one or until something asks it to stop.
@@ -134,16 +133,18 @@ class Trainer:
                 if self._is_due(run.log.log_interval):
                     self.record()
                 self.stop.step_took()
+                garbage.step_ended(self.state.iteration)
                 cause = self.agree() or self._exit_interval()
                 if not cause and self._is_due(run.log.eval_interval):
                     with self.meter.off_the_clock():
-                        cause = self.evaluate("validation", self.data.splits.valid)
+                        cause = evaluate(self, "validation", self.data.splits.valid)
                 if cause or self._is_due(run.checkpoint.save_interval):
                     with self.meter.off_the_clock():
                         self.save()
+                        garbage.saved()
                         cause = cause or self.agree()
         if self.state.iteration >= run.train.train_iters:
-            cause = cause or self.evaluate("test", self.data.splits.test)
+            cause = cause or evaluate(self, "test", self.data.splits.test)
         self.saves.finish()
         self.log_event("stop", reason=cause_text(cause) if cause else "finished")
         self.saves.close(at_once=cause != 0)
@@ -168,7 +169,7 @@ class Trainer:
         """
         iteration = self.state.iteration + 1
         self.heartbeat.enter("step", iteration)
-        batches = self._micro_batches(loader, iteration)
+        batches = self.micro_batches(loader, iteration)
         if self.run.log.dump_tokens and iteration <= DUMPED_STEPS:
             batches = list(batches)
             with self.meter.off_the_clock():
@@ -181,10 +182,10 @@ class Trainer:
         self.engine.set_learning_rate(self.rate(iteration))
         with self.guard.gating(self.engine):
             loss = self.engine.train_batch(batches)
-        applied = self.engine.step_applied
-        self.meter.step(loss, self.engine.gradient_norm(), self.engine.loss_scale, updated=applied)
-        self._advance(skipped=not applied)
+        self.meter.step(loss, self.engine.gradient_norm(), self.engine.loss_scale)
+        self._advance(skipped=False)
         spike = self.guard.stepped(loss, self.engine)
+        self._count_refused()
         rolled_back = spike is not None and respond(self, spike)
         if self.guard.is_beyond_policy and not rolled_back:
             count = self.guard.bad_steps
@@ -205,6 +206,8 @@ class Trainer:
 
     def record(self) -> None:
         """Logs the steps since the last record; a collective with corpus losses or a pipeline."""
+        self.guard.settle()
+        self._count_refused()
         losses = self.data.corpus_losses
         corpora = None if losses is None else losses.take(self.engine.device)
         record = self.meter.record(self.state, self.rate(self.state.iteration), corpora)
@@ -215,63 +218,24 @@ class Trainer:
         if record["nan_iterations"]:
             require_finite(self)
 
-    def evaluate(self, split: str, dataset: SampleSource | None) -> int:
-        """Logs the mean loss of EVAL_ITERS batches over all ranks; the same samples each time.
-
-        Args:
-            split: validation or test.
-            dataset: its samples; does nothing where the run has none, or never evaluates.
-
-        Returns:
-            What asked to stop meanwhile, 0 for nothing; the evaluation then ends without a record.
-        """
-        run = self.run
-        if dataset is None or run.log.eval_interval == 0:
-            return 0
-        self.heartbeat.enter("evaluate", self.state.iteration)
-        start = time.perf_counter()
-        loader: AbstractContextManager[Loader | None] = nullcontext()
-        if self.reads_data:
-            loader = evaluation_loader(dataset, self.full_plan, run.log.eval_iters)
-        weights = evaluation_weights(self.engine.optimizer, self.engine.refresh_weights)
-        losses: list[float] = []
-        with loader as batches, weights:
-            for number in range(1, run.log.eval_iters + 1):
-                micro_batches = self._micro_batches(batches, number, marked=False)
-                losses.append(float(self.engine.eval_batch(micro_batches)))
-                if cause := self.agree():
-                    return cause
-        loss = sum(losses) / len(losses)
-        if split == "validation":
-            self._validation_loss = self.state.iteration, loss
-        perplexity = math.exp(min(loss, 20.0))  # this order keeps a nan
-        samples = len(losses) * run.train.global_batch_size
-        elapsed = time.perf_counter() - start
-        self.log_event(
-            "eval",
-            split=split,
-            loss=loss,
-            perplexity=perplexity,
-            samples=samples,
-            elapsed_s=elapsed,
-        )
-        return 0
-
     def save(self) -> None:
         """Commits a checkpoint, at once or behind the steps to come; a collective.
 
         Raises:
             Unstable: a weight is not finite.
         """
+        self.guard.settle()
+        self._count_refused()
         require_finite(self)
-        iteration, loss = self._validation_loss
+        iteration, loss = self.validation_loss
         self.saves.save(self.state, loss if iteration == self.state.iteration else None)
 
     def read_ahead(self) -> AbstractContextManager[Loader | None]:
         """Opens the micro-batches of all steps to come that are not skipped, read by a thread."""
         if not self.reads_data:
             return nullcontext()
-        return Loader(self.samples, self.plan, self._to_read(self.state))
+        steps = self._to_read(self.state)
+        return Loader(self.samples, self.plan, steps, device=self.engine.device)
 
     def _to_read(self, state: RunState) -> Iterator[tuple[int, int]]:
         """(step, samples consumed before it) of the steps to come."""
@@ -281,7 +245,7 @@ class Trainer:
                 yield iteration, consumed
             consumed += self.plan.at(iteration).global_batch_size
 
-    def _micro_batches(
+    def micro_batches(
         self, loader: Loader | None, iteration: int, *, marked: bool = True
     ) -> MicroBatches:
         """The (tokens, labels) of one step, which must be the next one of the loader."""
@@ -296,6 +260,12 @@ class Trainer:
     def _advance(self, *, skipped: bool) -> None:
         samples = self.plan.at(self.state.iteration + 1).global_batch_size
         self.state = self.state.after(samples, samples * self.run.model.seq_length, skipped=skipped)
+
+    def _count_refused(self) -> None:
+        """Counts the steps that the guard has found to have changed no weight."""
+        refused, self.guard.refused = self.guard.refused, 0
+        self.meter.refused(refused)
+        self.state = self.state.with_skipped(refused)
 
     def _is_due(self, interval: int) -> bool:
         """Whether what happens every `interval` steps (0: never) and at the last happens now."""

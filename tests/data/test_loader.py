@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from megatron.data.dataset import Sample
-from megatron.data.loader import Loader, StepPlan, evaluation_loader
+from megatron.data.loader import Loader, StepPlan
+from megatron.training.evaluation import evaluation_loader
 
 SEQ = 4
 

@@ -22,8 +22,7 @@ def moments() -> None:
     The moments are data, step, skip, evaluate, save and sample; step's note holds its number.
     """
     from megatron.analysis import finish
-    from megatron.training import run_data
-    from megatron.training.trainer import Trainer
+    from megatron.training import run_data, trainer
 
     def number(arguments: tuple[Any, ...]) -> int:
         return arguments[0].state.iteration + 1
@@ -31,8 +30,12 @@ def moments() -> None:
     run_data.check_files = _noted("data", run_data.check_files)
     finish.generate = _noted("sample", finish.generate)
     os.fsync = _of_checkpoints(os.fsync, _noted("save", os.fsync))
-    for moment in ("step", "skip", "evaluate"):
-        setattr(Trainer, moment, _noted(moment, getattr(Trainer, moment), number))
+    for owner, moment in (
+        (trainer.Trainer, "step"),
+        (trainer.Trainer, "skip"),
+        (trainer, "evaluate"),
+    ):
+        setattr(owner, moment, _noted(moment, getattr(owner, moment), number))
 
 
 def _of_checkpoints(plain: Any, noted: Any) -> Any:

@@ -64,7 +64,7 @@ def test_sophia(tmp_path: Path) -> None:
     plan = _plan("sophia-gpu-01", environ, LaunchRequest(16, 2, 8, folder=tmp_path))
     exported = (
         "LD_LIBRARY_PATH MASTER_ADDR MASTER_PORT MEGATRON_HEARTBEAT MEGATRON_WORLD_SIZE PATH "
-        "PYTHONUNBUFFERED TORCH_FR_BUFFER_SIZE WANDB_API_KEY"
+        "PYTHONUNBUFFERED PYTORCH_ALLOC_CONF TORCH_FR_BUFFER_SIZE WANDB_API_KEY"
     )
     names = " ".join(f"-x {name}" for name in exported.split())
     assert plan.text == f"mpirun -n 16 -N 8 --hostfile {tmp_path}/hostfile {names} {TEXT}"
@@ -304,6 +304,26 @@ def test_the_flight_recorder_is_on_unless_it_is_set(
     environ = slurm_job("nid1") | {"NERSC_HOST": "perlmutter"} | own
     plan = _plan("nid1", environ, LaunchRequest(4, 1, 4, folder=tmp_path))
     assert plan.environ.get("TORCH_FR_BUFFER_SIZE") == fr
+
+
+@pytest.mark.parametrize(
+    ("site", "own", "expected"),
+    [
+        ("NERSC_HOST=perlmutter", "", "expandable_segments:True"),
+        ("NERSC_HOST=perlmutter", "PYTORCH_CUDA_ALLOC_CONF=max_split_size_mb:64", None),
+        ("NERSC_HOST=perlmutter", "PYTORCH_ALLOC_CONF=backend:cudaMallocAsync", "backend:cud"),
+        ("NERSC_HOST=perlmutter", "TORCH_NCCL_USE_TENSOR_REGISTER_ALLOCATOR_HOOK=1", None),
+        ("LMOD_SYSTEM_NAME=frontier", "", None),
+        ("PBS_O_HOST=aurora", "", None),
+    ],
+)
+def test_memory_grows_in_segments_on_nvidia_unless_the_user_decides(
+    tmp_path: Path, site: str, own: str, expected: str | None
+) -> None:
+    environ = dict([site.split("=")]) | dict([own.split("=")] if own else []) | slurm_job("nid1")
+    found = _plan("nid1", environ, LaunchRequest(4, 1, 4, folder=tmp_path)).environ
+    value = found.get("PYTORCH_ALLOC_CONF")
+    assert value == expected or (expected and str(value).startswith(expected))
 
 
 # --- What the ranks get of devices and of MPI -----------------------------------------------------

@@ -202,7 +202,8 @@ def test_time_off_the_clock_counts_when_it_ends_in_an_error(clock: Clock) -> Non
 def test_an_overflow_is_work_without_an_update(clock: Clock) -> None:
     meter = make(clock)
     clock.now += 2.0
-    meter.step(1.0, 1.0, 65536.0, updated=False)
+    meter.step(1.0, 1.0, 65536.0)
+    meter.refused(1)
     record = meter.record(STATE, 1e-3)
     assert (record["event"], record["skipped_iterations"]) == ("step", 1)
     assert record["elapsed_s"] == 2.0

@@ -1,0 +1,93 @@
+"""Evaluation: the mean loss of EVAL_ITERS batches, the same samples each time."""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from megatron.checkpoint.state import RunState
+from megatron.config.schema import RunConfig
+from megatron.data.dataset import SampleSource
+from megatron.data.loader import HOST, Loader, StepPlan
+from megatron.engine import Engine, MicroBatches
+from megatron.launch.heartbeat import Heartbeat
+from megatron.training.optimizers.schedule_free import evaluation_weights
+
+
+class Evaluated(Protocol):
+    """The Trainer as an evaluation sees it."""
+
+    run: RunConfig
+    state: RunState
+    engine: Engine
+    heartbeat: Heartbeat
+    full_plan: StepPlan
+    reads_data: bool
+    validation_loss: tuple[int, float | None]
+
+    def agree(self) -> int:
+        """What asks any rank to stop, 0 for nothing; a collective."""
+
+    def micro_batches(
+        self, loader: Loader | None, iteration: int, *, marked: bool = True
+    ) -> MicroBatches:
+        """The (tokens, labels) of one batch."""
+
+    def log_event(self, event: str, **values: Any) -> None:
+        """Logs a record that is not of a step."""
+
+
+def evaluate(trainer: Evaluated, split: str, dataset: SampleSource | None) -> int:
+    """Logs the mean loss of EVAL_ITERS batches over all ranks; a collective.
+
+    The losses stay on the device until the last batch: no batch waits for it.
+
+    Args:
+        trainer: whose model, and where its validation loss is kept.
+        split: validation or test.
+        dataset: its samples; does nothing where the run has none, or never evaluates.
+
+    Returns:
+        What asked to stop meanwhile, 0 for nothing; the evaluation then ends without a record.
+    """
+    run, engine = trainer.run, trainer.engine
+    if dataset is None or run.log.eval_interval == 0:
+        return 0
+    trainer.heartbeat.enter("evaluate", trainer.state.iteration)
+    start = time.perf_counter()
+    loader: AbstractContextManager[Loader | None] = nullcontext()
+    if trainer.reads_data:
+        loader = evaluation_loader(dataset, trainer.full_plan, run.log.eval_iters, engine.device)
+    weights = evaluation_weights(engine.optimizer, engine.refresh_weights)
+    losses: list[Tensor] = []
+    with loader as batches, weights:
+        for number in range(1, run.log.eval_iters + 1):
+            micro_batches = trainer.micro_batches(batches, number, marked=False)
+            losses.append(engine.eval_batch(micro_batches))
+            if cause := trainer.agree():
+                return cause
+    loss = sum(torch.stack(losses).flatten().tolist()) / len(losses)
+    if split == "validation":
+        trainer.validation_loss = trainer.state.iteration, loss
+    trainer.log_event(
+        "eval",
+        split=split,
+        loss=loss,
+        perplexity=math.exp(min(loss, 20.0)),  # this order keeps a nan
+        samples=len(losses) * run.train.global_batch_size,
+        elapsed_s=time.perf_counter() - start,
+    )
+    return 0
+
+
+def evaluation_loader(
+    dataset: SampleSource, plan: StepPlan, eval_iters: int, device: torch.device = HOST
+) -> Loader:
+    """Loader of one evaluation: always samples [0, eval_iters x GBS), to be comparable."""
+    steps = [(j + 1, j * plan.global_batch_size) for j in range(eval_iters)]
+    return Loader(dataset, plan, steps, device=device)
