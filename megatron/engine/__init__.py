@@ -7,7 +7,6 @@ package imports deepspeed; `patches.py` lists the changes to it.
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import logging
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ import deepspeed
 import torch
 from torch import nn
 
+from megatron.engine.compiled import compiled, warm_up
 from megatron.engine.distributed import (
     ModelParallelUnit,
     quiet,
@@ -58,6 +58,7 @@ __all__ = [
     "start_distributed",
     "start_engine",
     "stop_distributed",
+    "warm_up",
 ]
 
 
@@ -70,7 +71,7 @@ def make_engine(
     deepspeed_config: dict[str, Any],
     *,
     stage_bounds: Sequence[int],
-    compile: bool = False,
+    compiled_shape: tuple[int, int, int] | None = None,
     recompute_num_layers: int = 0,
     mics_shard_size: int = 0,
     pipeline_schedule: str = "1f1b",
@@ -87,7 +88,7 @@ def make_engine(
         deepspeed_config: DeepSpeed's JSON as a dict.
         stage_bounds: into the list of layers, one more than there are stages (two stages per rank
             with the schedule dualpipev).
-        compile: compile each block.
+        compiled_shape: (B, s, H) of a block's input, for which each is compiled; None: eager.
         recompute_num_layers: keep the input of every n-th block only; 0: leave it to the blocks.
         mics_shard_size: ZeRO-3 partitions inside groups of this many data-parallel ranks; 0: over
             all.
@@ -103,8 +104,8 @@ def make_engine(
     gc.freeze()
     if documents is not None:
         layers = [follow_documents(layer, documents) for layer in layers]
-    if compile:
-        layers = [_compiled(layer) if layer.recompute else layer for layer in layers]
+    if compiled_shape:
+        layers = [compiled(layer, compiled_shape) if layer.recompute else layer for layer in layers]
     # For ZeRO and gradient averaging, sequence-parallel ranks are data-parallel ranks.
     merged = groups.without_sequence()
     if groups.layout.pp > 1:
@@ -182,14 +183,3 @@ def start_engine(
         )
     reject_overflows(zero)
     return kind(module, optimizer, started, zero, loss, groups, device, replica)
-
-
-def _compiled(layer: Layer) -> Layer:
-    """The layer with its module compiled as it is built: one graph serves all blocks."""
-
-    def build() -> nn.Module:
-        module = layer.build()
-        module.compile()
-        return module
-
-    return dataclasses.replace(layer, build=build)
