@@ -205,9 +205,7 @@ def build_engine(
         device.torch_device,
         deepspeed_config(run),
         stage_bounds=stage_bounds(run.stage_blocks),
-        compiled_shape=block_input(run)
-        if compiles(run, device.kind, os.environ, control)
-        else None,
+        compiled_shape=block_input(run) if compiled else None,
         recompute_num_layers=kept if run.train.activation_checkpointing == "1" and kept > 1 else 0,
         mics_shard_size=run.parallel.mics_shard_size,
         pipeline_schedule=run.parallel.pipeline_schedule,
