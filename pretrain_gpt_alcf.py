@@ -41,13 +41,19 @@ from megatron.launch.start import configuration
 from megatron.launch.starts import accept
 from megatron.launch.walltime import job_end
 from megatron.model.document_mask import Documents
-from megatron.parallel.control import Control, make_control
+from megatron.parallel.control import ALONE, Control, make_control
 from megatron.parallel.groups import Groups, make_groups
 from megatron.parallel.meeting import MeetingError
 from megatron.plan.report import architecture_box
 from megatron.training import log
 from megatron.training.attention_kernel import chosen
-from megatron.training.build import documents_followed, loss_targets, model_layers
+from megatron.training.build import (
+    block_input,
+    documents_followed,
+    loss_targets,
+    model_layers,
+)
+from megatron.training.compiler import compile_now, compiles
 from megatron.training.corpus_loss import CorpusLosses
 from megatron.training.device import Device, detect, prepare
 from megatron.training.float8 import with_float8
@@ -103,7 +109,7 @@ def pretrain(
     groups, control = make_groups(run.layout), make_control()
     data = build_data(run, control)
     documents = documents_followed(run, data.tokenizer.eod)
-    engine = build_engine(run, groups, device, data.corpus_losses, documents)
+    engine = build_engine(run, groups, device, data.corpus_losses, documents, control)
     # To the very end: what comes after the last save must not turn a saved run into a failed one.
     with stop_request(run, started, signals, leads=leads) as stop:
         status = train(run, engine, data, device, stop, control, heartbeat, config)
@@ -186,6 +192,7 @@ def build_engine(
     device: Device,
     corpus_losses: CorpusLosses | None = None,
     documents: Documents | None = None,
+    control: Control = ALONE,
 ) -> Engine:
     """Model, optimizer and DeepSpeed for this rank.
 
@@ -194,6 +201,7 @@ def build_engine(
     kept = run.train.checkpoint_num_layers
     attention = chosen(run, device.torch_device)
     layers = model_layers(run, groups.tp, groups.sp, attention)
+    compiled = compiles(run, device.kind, os.environ, control)
     engine = make_engine(
         with_float8(run, layers, device.torch_device),
         loss_targets(run, groups.tp, corpus_losses, documents),
@@ -203,12 +211,13 @@ def build_engine(
         deepspeed_config(run),
         stage_bounds=stage_bounds(run.stage_blocks),
         sharded=run.sharded,
-        compile={"0": False, "1": True, "auto": device.kind != "cpu"}[run.train.compile],
+        compiled_shape=block_input(run) if compiled else None,
         recompute_num_layers=kept if run.train.activation_checkpointing == "1" and kept > 1 else 0,
         mics_shard_size=run.parallel.mics_shard_size,
         pipeline_schedule=run.parallel.pipeline_schedule,
         documents=documents,
     )
+    compile_now(run, engine, documents)
     if isinstance(engine.optimizer, WholeMatrixOptimizer):
         engine.optimizer.bind(
             engine.module.named_parameters(),

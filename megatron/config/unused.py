@@ -81,6 +81,10 @@ USES: dict[str, Use] = {
     "checkpoint.keep_last": _SAVES,
     "checkpoint.keep_every": _SAVES,
     "checkpoint.keep_best": _SAVES,
+    "train.compile": Use(
+        lambda flat: flat.get("parallel.zero_stage") != 3 or flat["train.compile"] == "0",
+        "ZERO_STAGE 0 to 2",
+    ),
     "log.tensorboard_dir": _unless("log.no_tensorboard", "runs with TensorBoard"),
     "log.wandb_exp_name": _WANDB,
 }

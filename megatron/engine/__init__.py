@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from megatron.config.engine_choice import ShardedSettings
+from megatron.engine.compiled import compiled, warm_up
 from megatron.engine.distributed import (
     ModelParallelUnit,
     quiet,
@@ -66,6 +67,7 @@ __all__ = [
     "start_distributed",
     "start_engine",
     "stop_distributed",
+    "warm_up",
 ]
 
 
@@ -79,7 +81,7 @@ def make_engine(
     *,
     stage_bounds: Sequence[int],
     sharded: ShardedSettings | None = None,
-    compile: bool = False,
+    compiled_shape: tuple[int, int, int] | None = None,
     recompute_num_layers: int = 0,
     mics_shard_size: int = 0,
     pipeline_schedule: str = "1f1b",
@@ -97,7 +99,7 @@ def make_engine(
         stage_bounds: into the list of layers, one more than there are stages (two stages per rank
             with the schedule dualpipev).
         sharded: of our own engine; None: DeepSpeed takes the steps.
-        compile: compile each block.
+        compiled_shape: (B, s, H) of a block's input, for which each is compiled; None: eager.
         recompute_num_layers: keep the input of every n-th block only; 0: leave it to the blocks.
         mics_shard_size: ZeRO-3 partitions inside groups of this many data-parallel ranks; 0: over
             all.
@@ -113,8 +115,8 @@ def make_engine(
     gc.freeze()
     if documents is not None:
         layers = [follow_documents(layer, documents) for layer in layers]
-    if compile:
-        layers = [_compiled(layer) if layer.recompute else layer for layer in layers]
+    if compiled_shape:
+        layers = [compiled(layer, compiled_shape) if layer.recompute else layer for layer in layers]
     if sharded is not None:
         gathering, dtype = Gathering(), DTYPES[sharded.dtype]
         layers = [_moved(layer, device, dtype) for layer in layers]
@@ -208,14 +210,3 @@ def start_engine(
 def _moved(layer: Layer, device: torch.device, dtype: torch.dtype) -> Layer:
     """The layer on its device as soon as it is built: the host holds one layer in fp32 at most."""
     return dataclasses.replace(layer, build=lambda: layer.build().to(device, dtype))
-
-
-def _compiled(layer: Layer) -> Layer:
-    """The layer with its module compiled as it is built: one graph serves all blocks."""
-
-    def build() -> nn.Module:
-        module = layer.build()
-        module.compile()
-        return module
-
-    return dataclasses.replace(layer, build=build)

@@ -2,13 +2,53 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from megatron.parallel.groups import SERIAL, Axis
 from megatron.parallel.layers import set_tensor_parallel_attributes, shard_size
 from megatron.parallel.mappings import copy_to_tensor_parallel, reduce_from_tensor_parallel
+
+
+class _RMSNorm(Function):
+    """For the CPU, where torch has no kernel and its composite takes twice the time and memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        y: Tensor = (x * scale).mul_(weight).to(x.dtype)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, scale = ctx.saved_tensors
+        size = x.shape[-1]
+        wide, grad = x.to(scale.dtype), grad.to(scale.dtype)
+        product = grad * wide
+        rows = product.reshape(-1, size)
+        weight_grad = scale.reshape(1, -1) @ rows
+        # x * scale = y: dy/dx = scale * (1 - y y^T / size)
+        along = (rows @ weight.to(scale.dtype)).view_as(scale) * scale.pow(3).div_(-size)
+        x_grad = torch.mul(grad, weight, out=product).mul_(scale).addcmul_(wide, along)
+        return x_grad.to(x.dtype), weight_grad.view(size).to(weight.dtype), None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last dimension; x (..., size), weight (size,)."""
+    if x.is_cpu and not torch.compiler.is_compiling():
+        y: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+    else:
+        y = F.rms_norm(x, weight.shape, weight, eps)
+    return y
 
 
 class RMSNorm(nn.Module):
@@ -45,7 +85,7 @@ class RMSNorm(nn.Module):
         weight: Tensor = self.weight
         if self.summed.size > 1:
             weight = copy_to_tensor_parallel(weight, self.summed)
-        return F.rms_norm(x, (self.size,), weight, self.eps)
+        return rms_norm(x, weight, self.eps)
 
 
 class AllHeadsRMSNorm(nn.Module):
@@ -74,7 +114,7 @@ class AllHeadsRMSNorm(nn.Module):
         """This rank's heads (..., heads/tp, width) -> the same shape."""
         y = x.flatten(-2)
         if self.tp.size == 1:
-            return F.rms_norm(y, (self.size,), self.weight, self.eps).view_as(x)
+            return rms_norm(y, self.weight, self.eps).view_as(x)
         wide = y.float()
         squares = reduce_from_tensor_parallel(wide.square().sum(-1, keepdim=True), self.tp)
         # Each rank's gradient of the sum is that of its own heads.

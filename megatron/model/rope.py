@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from megatron.config.rope_scaling import Llama3Scaling
 
@@ -76,8 +78,36 @@ def tables_for(rope: Rope, x: Tensor) -> tuple[Tensor, Tensor]:
     return _kept_tables(rope, length, x.device, x.dtype)
 
 
+class _Rotation(Function):
+    """Half the passes of the formula below, and none of its copies; keeps the tables only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        (first, second), (sin_1, sin_2) = x.chunk(2, dim=-1), sin.chunk(2, dim=-1)
+        y = x * cos
+        y_1, y_2 = y.chunk(2, dim=-1)
+        y_1.addcmul_(second, sin_1, value=-1)
+        y_2.addcmul_(first, sin_2)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        (first, second), (sin_1, sin_2) = grad.chunk(2, dim=-1), sin.chunk(2, dim=-1)
+        x_grad = grad * cos
+        x_1, x_2 = x_grad.chunk(2, dim=-1)
+        x_1.addcmul_(second, sin_2)
+        x_2.addcmul_(first, sin_1, value=-1)
+        return x_grad, None, None
+
+
 def apply_rope(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     """Rotates x (B, N, S, D) by the angles of the tables, each (S, D)."""
     cos, sin = tables
+    if not torch.compiler.is_compiling():
+        y: Tensor = _Rotation.apply(x, cos, sin)  # type: ignore[no-untyped-call]
+        return y
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-second, first), dim=-1) * sin

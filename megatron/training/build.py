@@ -40,6 +40,15 @@ def model_layers(
     return run.architecture.layers(run.model, context)
 
 
+def block_input(run: RunConfig) -> tuple[int, int, int]:
+    """(B, s, H) of what a block takes in a training step on each rank."""
+    layout = run.parallel
+    shards = layout.sequence_parallel
+    if layout.megatron_sequence_parallel:
+        shards *= layout.tensor_parallel
+    return run.train.micro_batch_size, run.model.seq_length // shards, run.model.hidden_size
+
+
 def documents_followed(run: RunConfig, eod: int) -> Documents | None:
     """What the ends of documents decide in this run, None where nothing; `eod` ends a document."""
     data = run.data
