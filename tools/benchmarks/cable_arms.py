@@ -34,7 +34,7 @@ BUCKET_MB = 4  # of DDP's gradients: a fifth of the model's, as 25 MB are of a s
 """DDP's default of 25 MB is more than all gradients of this model: nothing would overlap."""
 
 VARIABLES = {
-    "NLAYERS": "6",
+    "NLAYERS": "4",
     "HIDDEN": "256",
     "HEADS": "4",
     "NUM_KV_HEAD": "4",

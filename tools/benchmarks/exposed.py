@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from megatron.engine import start_distributed
-from tools.link import wire
-from tools.link.arms import Arm, Step, prepared
+from tools.benchmarks import wire
+from tools.benchmarks.cable_arms import Arm, Step, prepared
 
-STEPS = 3
+STEPS = 2
 ANSWER_S = 120.0
 CARDS = ("lo", wire.CARD)
 
