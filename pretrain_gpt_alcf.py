@@ -197,6 +197,7 @@ def build_engine(
         device.torch_device,
         deepspeed_config(run),
         stage_bounds=stage_bounds(run.stage_blocks),
+        sharded=run.sharded,
         compile={"0": False, "1": True, "auto": device.kind != "cpu"}[run.train.compile],
         recompute_num_layers=kept if run.train.activation_checkpointing == "1" and kept > 1 else 0,
         mics_shard_size=run.parallel.mics_shard_size,

@@ -9,12 +9,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron.config import batch_sizes, labels, skip, update_rules
+from megatron.config.engine_choice import ENGINES, LIMITS, ShardedSettings, limit
 from megatron.config.errors import ConfigError
 from megatron.config.layout import Layout
 from megatron.config.option import Option, option
@@ -49,6 +51,7 @@ class ParallelConfig:
     zero_hpz_partition_size: int = option(1, "ZERO_HPZ_PARTITION_SIZE", "--zero-hpz-partition-size", "ZeRO-3: size of the secondary parameter partition (hpZ), usually the ranks of a host; 1: off", least=1)
     mics_shard_size: int = option(0, "MICS_SHARD_SIZE", "--mics-shard-size", "MiCS: ZeRO-3 shards within groups of this many ranks and replicates across the groups; 0: off")
     cpu_optimizer: bool = option(False, "CPU_OPTIMIZER", "--cpu-optimizer", "offload optimizer states and the optimizer step to the host")
+    engine: str = option("auto", "ENGINE", "--engine", "who takes the optimizer's step: sharded (ours: PP=1, ZeRO 0 to 2, bf16 or fp32), deepspeed, or auto: ours where it can", ENGINES)
     world_size: int = option(None, "WORLD_SIZE", "--world-size", "total number of ranks; default: from the scheduler, or TP x PP x SP without an accelerator", least=1)
 
     @property
@@ -249,6 +252,16 @@ class RunConfig:
     def zero_ranks(self) -> int:
         """Ranks that ZeRO shards one set of states over: those of DP x SP, or of a MiCS shard group."""
         return self.parallel.mics_shard_size or self.data_parallel * self.parallel.sequence_parallel
+
+    @property
+    def sharded(self) -> ShardedSettings | None:
+        """What the sharded engine is given, None where DeepSpeed takes the steps."""
+        train, stage = self.train, self.parallel.zero_stage
+        values = {one.key: operator.attrgetter(one.key)(self) for one in LIMITS}
+        if self.parallel.engine == "deepspeed" or limit(values):
+            return None
+        sent_in = "bf16" if train.grad_reduce_in_bf16 else "fp32"
+        return ShardedSettings(train.dtype, sent_in, train.gradient_accumulation_steps, stage == 2, self.optimizer.clip_grad)
 
     @property
     def stage_blocks(self) -> tuple[int, ...]:

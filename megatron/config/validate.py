@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from megatron.config import rope_scaling, update_rules
+from megatron.config import engine_choice, rope_scaling, update_rules
 from megatron.config.errors import ConfigError
 from megatron.config.option import Draft, Setting
 from megatron.config.pipeline_stages import num_stages_per_rank, parse_cuts
@@ -232,6 +232,19 @@ def check_zero(draft: Draft) -> Iterator[str]:
         )
 
 
+def check_engine(draft: Draft) -> Iterator[str]:
+    """The sharded engine, where it is asked for, can do the rest."""
+    engine = draft["parallel.engine"]
+    met = engine_choice.limit({one.key: draft.get(one.key) for one in engine_choice.LIMITS})
+    if engine.value == "sharded" and met:
+        other = draft[met.key]
+        value = int(other.value) if isinstance(other.value, bool) else other.value
+        yield (
+            f"{engine} does not run with {other.name}={value}: {met.why}. Unset {engine.name}: "
+            "DeepSpeed then takes the steps"
+        )
+
+
 def check_reduction(draft: Draft) -> Iterator[str]:
     """Only bf16 gradients have a choice of precision."""
     reduction, dtype = draft["train.grad_reduce_in_bf16"], draft["train.dtype"]
@@ -430,6 +443,7 @@ LAYOUT_CHECKS: tuple[Check, ...] = (
     check_pipeline,
     check_world,
     check_zero,
+    check_engine,
     check_reduction,
     check_optimizer,
 )

@@ -1,8 +1,8 @@
-"""The training engine: DeepSpeed behind one interface, in this package only.
+"""The training engine: our own sharded step, or DeepSpeed, behind one interface.
 
-One stage runs `Stack` under DeepSpeedEngine, more stages `PipelineModule` under PipelineEngine.
-Both use the same list of layers and the same parameter names, and give the same losses. No other
-package imports deepspeed; `patches.py` lists the changes to it.
+One stage runs `Stack` under ShardedEngine or DeepSpeedEngine, more stages `PipelineModule` under
+PipelineEngine. All use the same list of layers and the same parameter names, and give the same
+losses. No other package imports deepspeed; `patches.py` lists the changes to it.
 """
 
 from __future__ import annotations
@@ -17,13 +17,19 @@ import deepspeed
 import torch
 from torch import nn
 
+from megatron.config.engine_choice import ShardedSettings
 from megatron.engine.distributed import (
     ModelParallelUnit,
     quiet,
     start_distributed,
     stop_distributed,
 )
-from megatron.engine.document_engine import DocumentPipelineEngine, DocumentZeroEngine
+from megatron.engine.document_engine import (
+    DocumentPipelineEngine,
+    DocumentShardedEngine,
+    DocumentZeroEngine,
+    FollowsDocuments,
+)
 from megatron.engine.interface import (
     Engine,
     Gate,
@@ -35,6 +41,7 @@ from megatron.engine.older import reject_overflows
 from megatron.engine.patches import patch_new_group, patch_partition_tables, require_accelerator
 from megatron.engine.pipeline import PipelineEngine
 from megatron.engine.pipeline_schedules import pipeline_module
+from megatron.engine.sharded import DTYPES, ShardedEngine
 from megatron.engine.shards import ReadPiece, Shards, Span
 from megatron.engine.zero import ZeroEngine
 from megatron.engine.zero3 import make_secondary_group, mics_axes, partitioned_initialisation
@@ -70,6 +77,7 @@ def make_engine(
     deepspeed_config: dict[str, Any],
     *,
     stage_bounds: Sequence[int],
+    sharded: ShardedSettings | None = None,
     compile: bool = False,
     recompute_num_layers: int = 0,
     mics_shard_size: int = 0,
@@ -87,6 +95,7 @@ def make_engine(
         deepspeed_config: DeepSpeed's JSON as a dict.
         stage_bounds: into the list of layers, one more than there are stages (two stages per rank
             with the schedule dualpipev).
+        sharded: of our own engine; None: DeepSpeed takes the steps.
         compile: compile each block.
         recompute_num_layers: keep the input of every n-th block only; 0: leave it to the blocks.
         mics_shard_size: ZeRO-3 partitions inside groups of this many data-parallel ranks; 0: over
@@ -105,6 +114,12 @@ def make_engine(
         layers = [follow_documents(layer, documents) for layer in layers]
     if compile:
         layers = [_compiled(layer) if layer.recompute else layer for layer in layers]
+    if sharded is not None:
+        dtype = DTYPES[sharded.dtype]
+        module = Stack([_moved(layer, device, dtype) for layer in layers], recompute_num_layers)
+        log.debug(f"the model on this rank:\n{module}")
+        kind = ShardedEngine if documents is None else DocumentShardedEngine
+        return _followed(kind(module, loss, make_optimizer, groups, device, sharded), documents)
     # For ZeRO and gradient averaging, sequence-parallel ranks are data-parallel ranks.
     merged = groups.without_sequence()
     if groups.layout.pp > 1:
@@ -144,8 +159,8 @@ def make_engine(
     return _followed(engine, documents)
 
 
-def _followed(engine: ZeroEngine, documents: Documents | None) -> Engine:
-    if isinstance(engine, DocumentZeroEngine):
+def _followed(engine: Engine, documents: Documents | None) -> Engine:
+    if isinstance(engine, FollowsDocuments):
         assert documents is not None
         engine.follow(documents)
     return engine
@@ -182,6 +197,11 @@ def start_engine(
         )
     reject_overflows(zero)
     return kind(module, optimizer, started, zero, loss, groups, device, replica)
+
+
+def _moved(layer: Layer, device: torch.device, dtype: torch.dtype) -> Layer:
+    """The layer on its device as soon as it is built: the host holds one layer in fp32 at most."""
+    return dataclasses.replace(layer, build=lambda: layer.build().to(device, dtype))
 
 
 def _compiled(layer: Layer) -> Layer:

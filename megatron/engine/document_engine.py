@@ -10,13 +10,15 @@ from deepspeed.runtime.pipe import schedule
 from torch import Tensor
 
 from megatron.engine.interface import MicroBatches
+from megatron.engine.one_stage import OneStageEngine
 from megatron.engine.pipeline import PipelineEngine
+from megatron.engine.sharded import ShardedEngine
 from megatron.engine.zero import ZeroEngine
 from megatron.model.document_mask import Documents
 from megatron.parallel.ulysses import all_positions
 
 
-class DocumentZeroEngine(ZeroEngine):
+class FollowsDocuments(OneStageEngine):
     """One stage: the backward pass of a micro-batch follows its forward pass at once."""
 
     _documents: Documents
@@ -34,7 +36,15 @@ class DocumentZeroEngine(ZeroEngine):
         return super()._forward(tokens)
 
 
-class DocumentPipelineEngine(DocumentZeroEngine, PipelineEngine):
+class DocumentZeroEngine(FollowsDocuments, ZeroEngine):
+    """Under DeepSpeed."""
+
+
+class DocumentShardedEngine(FollowsDocuments, ShardedEngine):
+    """Under the sharded engine."""
+
+
+class DocumentPipelineEngine(FollowsDocuments, PipelineEngine):
     """Several stages: each counts its passes, which take the micro-batches in order.
 
     Forward and backward passes alternate, so a recomputed forward pass needs its own micro-batch

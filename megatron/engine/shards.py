@@ -1,7 +1,7 @@
-"""The weights and optimizer states that this rank owns, under any ZeRO stage.
+"""The weights and optimizer states that this rank owns, under any engine and ZeRO stage.
 
-DeepSpeed keeps fp32 weights and optimizer states in flat buffers, partitioned over the
-data-parallel ranks; nothing else reads them. A `Span` locates a run of a parameter in a buffer.
+Engines keep fp32 weights and optimizer states in flat buffers, partitioned over the data-parallel
+ranks; nothing else reads them. A `Span` locates a run of a parameter in a buffer.
 """
 
 from __future__ import annotations
@@ -54,49 +54,33 @@ class Shards:
 
     Args:
         module: the local part of the model.
-        zero: DeepSpeed's optimizer around `optimizer`.
-        optimizer: the optimizer itself.
+        optimizer: of the flat buffers.
         tp: tensor-parallel axis.
+        spans: gives the runs that this rank updates.
+        refresh: rebuilds the model's weights from the fp32 ones, on all data-parallel ranks.
         writes: False for MiCS' replicas after the first; only the first writes.
-        scales: whether the loss is scaled (fp16).
+        scaler: of the loss (fp16).
     """
 
     def __init__(
         self,
         module: nn.Module,
-        zero: Any,
         optimizer: torch.optim.Optimizer,
         tp: Axis,
+        spans: Callable[[], list[Span]],
+        refresh: Callable[[], None],
         *,
         writes: bool = True,
-        scales: bool = False,
+        scaler: Any = None,
     ) -> None:
         self._names = {id(p): name for name, p in module.named_parameters()}
-        self._zero = zero
-        self._optimizer = optimizer
-        self._tp = tp
-        self._writes = writes
-        self._scales = scales
+        self._optimizer, self._tp = optimizer, tp
+        self._spans, self._refresh = spans, refresh
+        self._writes, self._scaler = writes, scaler
 
     def spans(self) -> list[Span]:
-        """The runs this rank updates, for ZeRO 1, 2, 3 and DeepSpeed's bf16 optimizer."""
-        zero, kind = self._zero, type(self._zero).__name__
-        if _is_stage3(zero):
-            return list(_stage3_spans(zero))
-        if kind == "BF16_Optimizer":
-            groups, flats = zero.bf16_groups, zero.fp32_groups_flat_partition
-        elif kind == "DeepSpeedZeroOptimizer":
-            groups, flats = zero.bit16_groups, zero.single_partition_of_fp32_groups
-        else:
-            raise AssertionError(f"no checkpoint support for DeepSpeed's {kind}")
-        return [
-            Span(parameter, flat, fp32.start, own.start, own.numel)
-            for group, flat in zip(groups, flats, strict=True)
-            for parameter in group
-            if parameter._hp_mapping is not None
-            for fp32 in [parameter._hp_mapping.hp_fragment_address]
-            for own in [parameter._hp_mapping.lp_fragment_address]
-        ]
+        """The runs this rank updates."""
+        return self._spans()
 
     def owned(self, vocab_size: int) -> Iterator[Span]:
         """The runs that this rank writes: every element of a layout is in one of one rank.
@@ -174,9 +158,7 @@ class Shards:
                 span.view(state[key]).copy_(value)
             for key, number in scalars.items():
                 state[key] = self._step(number, span.flat) if key == "step" else number
-        if not _is_stage3(self._zero):
-            self._zero._hp_optimizer_states_linked = False  # relinked at the next step
-        refresh_weights(self._zero)
+        self._refresh()
 
     def counters(self) -> dict[str, float]:
         """Numbers that belong to the whole optimizer, kept beside the states."""
@@ -190,13 +172,13 @@ class Shards:
 
     def scaler_state(self) -> dict[str, float]:
         """The numbers of fp16's loss scaler; empty in bf16 and fp32."""
-        scaler = vars(self._zero.loss_scaler) if self._scales else {}
-        return {key: scaler[key] for key in SCALER_STATE if self._scales}
+        scaler = {} if self._scaler is None else vars(self._scaler)
+        return {key: scaler[key] for key in SCALER_STATE if key in scaler}
 
     def load_scaler_state(self, values: Mapping[str, float]) -> None:
         """Loads what `scaler_state` gave; does nothing where the precision has changed."""
-        if values and self._scales:
-            vars(self._zero.loss_scaler).update(values)
+        if values and self._scaler is not None:
+            vars(self._scaler).update(values)
 
     def _step(self, value: float, flat: Tensor) -> Tensor:
         # torch keeps the step as a tensor: on the host, or beside the weights when fused.
@@ -225,32 +207,3 @@ class Shards:
         if getattr(parameter, "ds_pipe_replicated", False):
             return True  # a tied weight; the first stage writes it
         return self._tp.rank > 0 and not getattr(parameter, "tensor_model_parallel", False)
-
-
-def refresh_weights(zero: Any) -> None:
-    """Rebuilds the model's weights from the fp32 ones, on all data-parallel ranks."""
-    if not _is_stage3(zero):
-        zero.update_lp_params()
-        return
-    zero._partition_all_parameters()
-    for group in range(len(zero.fp16_groups)):
-        zero._reassign_or_swap_out_partitioned_parameters(group)
-    if zero.persistent_parameters:
-        zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
-    zero.invalidate_secondary_tensor()
-
-
-def _is_stage3(zero: Any) -> bool:
-    return type(zero).__name__ == "DeepSpeedZeroOptimizer_Stage3"
-
-
-def _stage3_spans(zero: Any) -> Iterator[Span]:
-    for parameters in zero.fp16_groups:
-        for parameter in parameters:
-            group, offset, _ = zero.grad_position[zero.get_param_id(parameter)]
-            partition = parameter.ds_tensor.ds_numel
-            start = zero._get_param_partition_rank(parameter) * partition
-            length = min(partition, parameter.ds_numel - start)  # the last partition is padded
-            if length > 0:
-                flat = zero.fp32_partitioned_groups_flat[group]
-                yield Span(parameter, flat, offset, start, length)

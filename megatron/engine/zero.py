@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron.engine.interface import Engine, Gate, LossFunction, MicroBatches
-from megatron.engine.shards import Shards, refresh_weights
+from megatron.engine.interface import Gate, LossFunction, MicroBatches
+from megatron.engine.one_stage import OneStageEngine
+from megatron.engine.shards import Shards
 from megatron.engine.zero3 import average_over_replicas
+from megatron.engine.zero_spans import refresh_weights, zero_spans
 from megatron.parallel.groups import SERIAL, Axis, Groups
-from megatron.parallel.ulysses import all_positions, own_positions
 
 
-class ZeroEngine(Engine):
+class ZeroEngine(OneStageEngine):
     """DeepSpeed around a module and the optimizer of its parameters."""
 
     def __init__(
@@ -43,11 +43,9 @@ class ZeroEngine(Engine):
             device: where the model lives.
             replica: MiCS' ranks with equal states.
         """
-        self.module, self.optimizer, self.groups, self.device = module, optimizer, groups, device
-        self._deepspeed, self._zero = deepspeed, zero
-        self._loss, self._replica = loss, replica
-        self._accumulation_steps = int(deepspeed.gradient_accumulation_steps())
-        self._total_loss = torch.zeros((), device=device)
+        steps = int(deepspeed.gradient_accumulation_steps())
+        super().__init__(module, optimizer, loss, groups, device, steps)
+        self._deepspeed, self._zero, self._replica = deepspeed, zero, replica
         self._answer: bool | None = None  # the gate's, in this step
         if deepspeed.fp16_enabled():  # at the lowest scale an overflow skips the step, no more
             zero.loss_scaler.raise_error_at_min_scale = False
@@ -57,34 +55,13 @@ class ZeroEngine(Engine):
         self._answer = None
         self._total_loss = total = torch.zeros((), device=self.device)
         for tokens, labels in self._to_device(micro_batches):
-            loss = self._loss(self._deepspeed(tokens), labels)
+            loss = self._loss(self._outputs(tokens), labels)
             self._deepspeed.backward(loss)
             if self._replica.size > 1 and self._deepspeed.is_gradient_accumulation_boundary():
                 average_over_replicas(self._zero, self._replica)
             total += loss.detach().float()
             self._deepspeed.step()  # updates the weights after the last micro-batch only
         return self._mean_loss()
-
-    @torch.no_grad()
-    def eval_batch(self, micro_batches: MicroBatches) -> Tensor:
-        self.module.eval()
-        total = torch.zeros((), device=self.device)
-        count = 0
-        for tokens, labels in self._to_device(micro_batches):
-            total += self._loss(self._deepspeed(tokens), labels).float()
-            count += 1
-        self.module.train()
-        return self._mean_over_data_parallel(total / count)
-
-    @torch.no_grad()
-    def logits(self, tokens: Tensor) -> Tensor | None:
-        self.module.eval()
-        sp, length = self.groups.sp, tokens.shape[1]
-        # Equal shards for both kinds of sequence parallelism; causal attention ignores the padding.
-        tokens = F.pad(tokens, (0, -length % (sp.size * self.groups.tp.size)))
-        output = self._forward(own_positions(tokens.to(self.device), sp))
-        self.module.train()
-        return None if output is None else all_positions(output, sp)[:, :length]
 
     def set_accumulation_steps(self, steps: int) -> None:
         engine, self._accumulation_steps = self._deepspeed, steps
@@ -140,45 +117,19 @@ class ZeroEngine(Engine):
     def shards(self) -> Shards:
         return Shards(
             self.module,
-            self._zero,
             self.optimizer,
             self.groups.tp,
+            partial(zero_spans, self._zero),
+            self.refresh_weights,
             writes=self._replica.rank == 0,
-            scales=self._deepspeed.fp16_enabled(),
+            scaler=self._zero.loss_scaler if self._deepspeed.fp16_enabled() else None,
         )
-
-    @property
-    def last_stage(self) -> int:
-        return 0
-
-    def pipeline_bubble(self) -> float | None:
-        return None
 
     def close(self) -> None:
         if self._deepspeed is not None:
             self._deepspeed.destroy()
         self._deepspeed = self._zero = None
 
-    def _forward(self, tokens: Tensor) -> Tensor | None:
+    def _outputs(self, tokens: Tensor) -> Tensor:
         output: Tensor = self._deepspeed(tokens)
         return output
-
-    def _to_device(self, micro_batches: MicroBatches) -> Iterator[tuple[Tensor, Tensor]]:
-        """This rank's positions of each micro-batch, on the device."""
-        sp, device = self.groups.sp, self.device
-        for tokens, labels in micro_batches:
-            if sp.size > 1:
-                tokens, labels = own_positions(tokens, sp), own_positions(labels, sp)
-            yield tokens.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-
-    def _mean_loss(self) -> Tensor:
-        """Of the global batch; a collective over the data-parallel ranks."""
-        return self._mean_over_data_parallel(self._total_loss / self._accumulation_steps)
-
-    def _mean_over_data_parallel(self, value: Tensor) -> Tensor:
-        """The mean over samples and, as sequences are split evenly, over their positions."""
-        dp = self.groups.dp_sp
-        if dp.group is not None:
-            dist.all_reduce(value, group=dp.group)
-            value /= dp.size
-        return value

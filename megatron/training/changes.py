@@ -55,7 +55,7 @@ SAME_NUMBERS = (
     "parallel.tensor_parallel", "parallel.pipeline_parallel", "parallel.pipeline_schedule",
     "parallel.pipeline_cuts", "parallel.sequence_parallel", "parallel.megatron_sequence_parallel",
     "parallel.zero_stage", "parallel.zero_hpz_partition_size", "parallel.mics_shard_size",
-    "parallel.cpu_optimizer", "parallel.world_size",
+    "parallel.cpu_optimizer", "parallel.engine", "parallel.world_size",
     "train.micro_batch_size", "train.gradient_accumulation_steps",
     "train.activation_checkpointing", "train.checkpoint_num_layers", "train.compile",
     "train.no_flash_attention",

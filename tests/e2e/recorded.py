@@ -17,6 +17,7 @@ from megatron.data.dataset import Dataset
 from megatron.data.indexed import IndexedWriter
 from megatron.engine import Engine
 from megatron.engine.pipeline import PipelineEngine
+from megatron.engine.sharded import ShardedEngine
 from megatron.engine.zero import ZeroEngine
 from megatron.launch import starts
 from megatron.launch.ranks import Ranks
@@ -81,7 +82,7 @@ def train_recorded(variables: Mapping[str, str]) -> Recording:
         return noted_train_batch
 
     Dataset.sample = noted_sample
-    for kind in (ZeroEngine, PipelineEngine):
+    for kind in (ShardedEngine, ZeroEngine, PipelineEngine):
         kind.train_batch = noted(kind.train_batch)
     resolved = resolve({**VARIABLES, **variables}, [], Site())
     rank, world = dist.get_rank(), dist.get_world_size()

@@ -18,6 +18,7 @@ from megatron.data.indexed import IndexedWriter
 from megatron.data.indexed_header import read_header
 from megatron.data.splits import build_stages
 from megatron.engine.pipeline import PipelineEngine
+from megatron.engine.sharded import ShardedEngine
 from megatron.engine.zero import ZeroEngine
 from tests.e2e.recorded import VARIABLES, VOCAB_SIZE, Recording, train_recorded
 
@@ -57,7 +58,7 @@ def _write(folder: Path, text: np.ndarray) -> None:
 def train_poisoned(variables: Mapping[str, str], step: int) -> Recording:
     """Trains; in one step the gradient of a weight is NaN, on the last rank alone."""
     if dist.get_rank() == dist.get_world_size() - 1:
-        for kind in (ZeroEngine, PipelineEngine):
+        for kind in (ShardedEngine, ZeroEngine, PipelineEngine):
             kind.train_batch = _poisoned(kind.train_batch, step)
     return train_recorded(variables)
 

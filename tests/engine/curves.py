@@ -23,6 +23,7 @@ CASES: dict[str, dict[str, str]] = {
     "zero1": Case(dp=2, gas=2).variables(),
     "zero1-fp16": Case(dp=2, dtype="fp16").variables(),
     "zero2": Case(dp=2, zero_stage=2, gas=2).variables(),
+    "sharded": Case(dp=2, zero_stage=2, gas=2, dtype="bf16").variables(),
     "zero3": Case(dp=2, zero_stage=3, gas=2).variables(),
     "pp2": Case(pp=2, gas=2, tied=True).variables(),
     "pp2-bf16": Case(pp=2, gas=2, dtype="bf16").variables(),
@@ -38,7 +39,7 @@ def curves(names: list[str]) -> dict[str, object]:
     """Case -> (loss, gradient norm) of each step, the same on all ranks; or the error's end."""
     found: dict[str, object] = {}
     for name in names:
-        variables = CASES[name]
+        variables = CASES[name] | {"ENGINE": "sharded" if name == "sharded" else "deepspeed"}
         try:
             made = run(front.train, front.world(variables), variables, STEPS, True, timeout=120)
         except RankError as error:

@@ -19,6 +19,8 @@ ADAM = {"OPT": "adamw", "LR": "0.01"}
 SETTINGS = {
     "zero1": Case(dp=2).variables() | ADAM,
     "zero2": Case(dp=2, zero_stage=2, gas=2).variables() | ADAM,
+    "deepspeed": Case(dp=2, engine="deepspeed").variables() | ADAM,
+    "deepspeed-bf16": Case(dp=2, dtype="bf16", engine="deepspeed").variables() | ADAM,
     "zero3": Case(dp=2, zero_stage=3, gas=2).variables() | ADAM,
     "zero0-bf16": Case(dp=2, zero_stage=0, dtype="bf16").variables() | ADAM,
     "zero2-bf16": Case(dp=2, zero_stage=2, dtype="bf16").variables() | ADAM,
@@ -44,7 +46,8 @@ SETTINGS = {
 
 
 LONG = {
-    "zero2-bf16", "zero3-bf16", "tp2-zero3", "pp2-bf16", "dualpipev", "tp2-pp2-dp2",
+    "zero2-bf16", "zero3-bf16", "deepspeed-bf16", "tp2-zero3", "pp2-bf16", "dualpipev",
+    "tp2-pp2-dp2",
     "host-zero3-bf16", "adafactor", "sophiag", "zero2", "host", "mics", "sgd", "schedule-free",
 }  # fmt: skip
 ALL = [pytest.param(name, marks=[pytest.mark.long] * (name in LONG)) for name in SETTINGS]

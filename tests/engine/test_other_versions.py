@@ -66,6 +66,8 @@ def test_the_oldest_deepspeed_computes_the_same(tmp_path: Path) -> None:
         assert [loss for loss, _ in other] == [loss for loss, _ in curve], name
         assert [norm for _, norm in other] == pytest.approx([n for _, n in curve], rel=NORM), name
     # What it would apply, were it not for engine/older.py: gradients that are not finite.
-    names = " or ".join(f"none[{name}]" for name in ("zero1", "zero3", "zero0-bf16", "fp16", "pp2"))
+    names = " or ".join(
+        f"none[{name}]" for name in ("deepspeed", "zero3", "deepspeed-bf16", "fp16", "pp2")
+    )
     gate = under(tmp_path, "pytest", "-q", "-m", "", "tests/engine/test_gate.py", "-k", names)
     assert gate.returncode == 0 and "5 passed" in gate.stdout, gate.stdout

@@ -30,6 +30,7 @@ class Case:
         recompute: none, selective or full.
         steps: to take.
         optimizer: sgd or adamw.
+        engine: auto, sharded or deepspeed.
     """
 
     tp: int = 1
@@ -45,6 +46,7 @@ class Case:
     recompute: str = "none"
     steps: int = 10
     optimizer: str = "sgd"
+    engine: str = "auto"
 
     @property
     def world(self) -> int:
@@ -70,6 +72,7 @@ class Case:
             "DTYPE": self.dtype,
             "USE_ACTIVATION_CHECKPOINTING": RECOMPUTE[self.recompute],
             "OPT": self.optimizer,
+            "ENGINE": self.engine,
             "WEIGHT_DECAY": "0" if self.optimizer == "sgd" else "0.1",
             "LR": LEARNING_RATE[self.dtype] if self.optimizer == "sgd" else "3e-3",
         }
@@ -79,13 +82,14 @@ class Case:
         names = f"tp{self.tp}-pp{self.pp}-dp{self.dp}-z{self.zero_stage}-{tied}-gas{self.gas}"
         extra = [x for x in (self.dtype, self.recompute) if x not in ("fp32", "none")]
         extra += [f"sp{self.sp}"] * (self.sp > 1) + ["sequence"] * self.sequence_parallel
+        extra += [self.engine] * (self.engine != "auto")
         extra += [f"kv{self.kv_heads}"] * (self.kv_heads != 4)
         return "-".join([names, *extra])
 
 
 def reference(case: Case) -> Case:
     """The one-process case with the same result."""
-    serial = {"tp": 1, "pp": 1, "dp": 1, "sp": 1, "sequence_parallel": False}
+    serial = {"tp": 1, "pp": 1, "dp": 1, "sp": 1, "sequence_parallel": False, "engine": "auto"}
     return dataclasses.replace(case, **serial, zero_stage=1, gas=1, recompute="none")
 
 

@@ -24,7 +24,7 @@ TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3}
 
 
 def zero_stages(layout: dict[str, int]) -> tuple[int, ...]:
-    """Stages as DeepSpeed gets them; ZERO_STAGE=0 is handed over as 1 (test_deepspeed_config)."""
+    """Stages as engines get them; ZERO_STAGE=0 runs as 1 (test_deepspeed_config)."""
     return (1,) if "pp" in layout else (1, 2, 3)
 
 
@@ -34,6 +34,14 @@ MATRIX = [
     for layout in LAYOUTS.values()
     for stage, tied, gas in itertools.product(zero_stages(layout), (False, True), (1, 4))
 ]
+
+
+DEEPSPEED = [  # where the sharded engine is the default
+    Case(**LAYOUTS[layout], zero_stage=stage, gas=4, dtype=dtype, engine="deepspeed")
+    for layout, stage, dtype in (
+        ("dp2", 1, "fp32"), ("dp2", 1, "bf16"), ("dp2", 2, "bf16"), ("tp2-dp2", 1, "fp32"),
+    )
+]  # fmt: skip
 
 
 def is_quick(case: Case) -> bool:
@@ -76,7 +84,9 @@ def test_layout(case: Case) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("case", [case for case in MATRIX if not is_quick(case)], ids=str)
+@pytest.mark.parametrize(
+    "case", [*(case for case in MATRIX if not is_quick(case)), *DEEPSPEED], ids=str
+)
 def test_layout_long(case: Case) -> None:
     check(case)
 

@@ -92,23 +92,45 @@ def weights(ranks: int, size: int) -> dict:
     return {Sent("all_gather_into_tensor", ranks, BF16): size}
 
 
+DEEPSPEED = {"ENGINE": "deepspeed"}  # below ZeRO-3 it all-reduces
+EXCHANGE = "all_to_all_single"  # of slices: what gloo sends for a reduce-scatter
 ZERO3 = {"ZERO_STAGE": "3", "WORLD_SIZE": "4"}
 MEGATRON = {"TP": "2", "SEQUENCE_PARALLEL": "1"}
 # Each: variables, type of the gradient reduction, bytes that are sent.
 CASES: dict[str, tuple[dict[str, str], str, dict[Sent, float]]] = {
-    "zero1": ({"WORLD_SIZE": "2"}, "bf16", gradients(2, b * P) | weights(2, b * P)),
+    "zero1": ({"WORLD_SIZE": "2"}, "bf16", gradients(2, b * P, EXCHANGE) | weights(2, b * P)),
     "zero1-fp32": (
         {"WORLD_SIZE": "2"},
         "fp32",
-        gradients(2, 4 * P, dtype=FP32) | weights(2, b * P),
+        gradients(2, 4 * P, EXCHANGE, FP32) | weights(2, b * P),
     ),
     "zero2": (
         {"WORLD_SIZE": "2", "ZERO_STAGE": "2"},
         "bf16",
-        gradients(2, m * b * P) | weights(2, b * P),
+        gradients(2, m * b * P, EXCHANGE) | weights(2, b * P),
     ),
     "zero2-fp32": (
         {"WORLD_SIZE": "2", "ZERO_STAGE": "2"},
+        "fp32",
+        gradients(2, m * 4 * P, EXCHANGE, FP32) | weights(2, b * P),
+    ),
+    "deepspeed-zero1": (
+        {**DEEPSPEED, "WORLD_SIZE": "2"},
+        "bf16",
+        gradients(2, b * P) | weights(2, b * P),
+    ),
+    "deepspeed-zero1-fp32": (
+        {**DEEPSPEED, "WORLD_SIZE": "2"},
+        "fp32",
+        gradients(2, 4 * P, dtype=FP32) | weights(2, b * P),
+    ),
+    "deepspeed-zero2": (
+        {**DEEPSPEED, "WORLD_SIZE": "2", "ZERO_STAGE": "2"},
+        "bf16",
+        gradients(2, m * b * P) | weights(2, b * P),
+    ),
+    "deepspeed-zero2-fp32": (
+        {**DEEPSPEED, "WORLD_SIZE": "2", "ZERO_STAGE": "2"},
         "fp32",
         gradients(2, m * 4 * P, dtype=FP32) | weights(2, b * P),
     ),
@@ -161,16 +183,12 @@ CASES: dict[str, tuple[dict[str, str], str, dict[Sent, float]]] = {
     "ulysses": (
         {"SP": "2"},
         "bf16",
-        gradients(2, m * L * 4 * (x / 2) * 1.5, "all_to_all_single")
-        | gradients(2, b * P)
-        | weights(2, b * P),
+        gradients(2, m * L * 4 * (x / 2) * 1.5 + b * P, EXCHANGE) | weights(2, b * P),
     ),
     "ulysses-selective": (  # the attention's output goes twice
         {"SP": "2", "USE_ACTIVATION_CHECKPOINTING": "selective"},
         "bf16",
-        gradients(2, m * L * (4 * (x / 2) * 1.5 + x / 2), "all_to_all_single")
-        | gradients(2, b * P)
-        | weights(2, b * P),
+        gradients(2, m * L * (4 * (x / 2) * 1.5 + x / 2) + b * P, EXCHANGE) | weights(2, b * P),
     ),
     "pp": ({"PP": "2"}, "bf16", gradients(2, m * x, "send")),
     "pp-tp": (  # the first stage has half of the layers; it gathers its output and the gradient
@@ -181,7 +199,7 @@ CASES: dict[str, tuple[dict[str, str], str, dict[Sent, float]]] = {
         | weights(2, m * 2 * x),
     ),
 }  # fmt: skip
-QUICK = ("zero1-fp32", "zero3", "hpz", "mics-fp32", "tp")
+QUICK = ("zero1-fp32", "zero2", "zero3", "hpz", "mics-fp32", "tp")
 
 
 @pytest.mark.parametrize("case", [x if x in QUICK else pytest.param(x, marks=LONG) for x in CASES])

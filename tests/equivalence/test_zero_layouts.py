@@ -225,11 +225,10 @@ def test_no_rank_ever_holds_the_whole_model(world: int) -> None:
 
 def state_bytes(engine: Engine) -> dict[str, int]:
     """Bytes of fp32 weights and optimizer states, gradients, and weights that a rank keeps."""
-    zero = engine._zero
     stage3 = "ds_id" in vars(next(engine.module.parameters()))
     flats = [p for group in engine.optimizer.param_groups for p in group["params"]]
     if stage3:
-        flats = zero.fp32_partitioned_groups_flat
+        flats = engine._zero.fp32_partitioned_groups_flat
     states = [
         value
         for flat in flats
@@ -241,7 +240,7 @@ def state_bytes(engine: Engine) -> dict[str, int]:
         parameters = list(engine.module.parameters())
         seconds = [p.ds_secondary_tensor for p in parameters if p.ds_secondary_tensor is not None]
         kept["weights"] = sum(_bytes(t) for t in [*(p.ds_tensor for p in parameters), *seconds])
-        kept["gradients"] = _bytes(zero.grad_partitions_flat_buffer)
+        kept["gradients"] = _bytes(engine._zero.grad_partitions_flat_buffer)
     else:
         kept["weights"] = sum(_bytes(p) for p in engine.module.parameters())
     return kept

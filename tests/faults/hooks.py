@@ -82,6 +82,7 @@ def fail() -> None:
 def _at_step(action: Callable[[], None]) -> None:
     """Inside the step: in the engine, after the step has begun for all who watch it."""
     from megatron.engine.pipeline import PipelineEngine
+    from megatron.engine.sharded import ShardedEngine
     from megatron.engine.zero import ZeroEngine
     from megatron.training.trainer import Trainer
 
@@ -104,7 +105,7 @@ def _at_step(action: Callable[[], None]) -> None:
         return train
 
     Trainer.step = numbered  # type: ignore[method-assign]
-    for engine in (ZeroEngine, PipelineEngine):
+    for engine in (ShardedEngine, ZeroEngine, PipelineEngine):
         engine.train_batch = planted(engine.train_batch)
 
 
@@ -146,6 +147,7 @@ def plant() -> None:
     as its spike detector alone is told. Each rank notes which updates were applied.
     """
     from megatron.engine.pipeline import PipelineEngine
+    from megatron.engine.sharded import ShardedEngine
     from megatron.engine.zero import ZeroEngine
     from megatron.training.stability import SpikeDetector
     from megatron.training.trainer import Trainer
@@ -184,7 +186,7 @@ def plant() -> None:
         return judge(self, loss * 1e3 if wrong[0] and kind == "misread" else loss, norm)
 
     Trainer.step, SpikeDetector.judge = noted_step, misread  # type: ignore[method-assign]
-    for engine in (ZeroEngine, PipelineEngine):
+    for engine in (ShardedEngine, ZeroEngine, PipelineEngine):
         engine.train_batch = planted(engine.train_batch)
 
 
@@ -202,6 +204,7 @@ def note_batches() -> None:
     import zlib
 
     from megatron.engine.pipeline import PipelineEngine
+    from megatron.engine.sharded import ShardedEngine
     from megatron.engine.zero import ZeroEngine
     from megatron.training.trainer import Trainer
 
@@ -227,5 +230,5 @@ def note_batches() -> None:
         return train
 
     Trainer.step = numbered  # type: ignore[method-assign]
-    for engine in (ZeroEngine, PipelineEngine):
+    for engine in (ShardedEngine, ZeroEngine, PipelineEngine):
         engine.train_batch = noted(engine.train_batch)

@@ -56,7 +56,7 @@ JOURNEYS = {
     "save": Journey(
         "one save", "megatron.training.saving:save_checkpoint", False, False, 12, folders=4
     ),
-    "setting": Journey(f"{VARIABLE} to DeepSpeed", "", True, False, 8),
+    "setting": Journey(f"{VARIABLE} to the engine", "", True, False, 8),
 }
 
 RUN = {
@@ -192,13 +192,12 @@ def _stack(frame: FrameType | None) -> set[str]:
 
 
 def _setting_moments() -> dict[str, set[str]]:
-    """Watches VARIABLE: parsed, read into DeepSpeed's dictionary, given to deepspeed.initialize."""
-    import deepspeed
-
+    """Watches VARIABLE: parsed, read into the engine's settings, given to the engine."""
     from megatron.config import option, schema
+    from megatron.engine.sharded import ShardedEngine
 
     moments: dict[str, set[str]] = {}
-    parse, initialize = option.Option.parse, deepspeed.initialize
+    parse, initialize = option.Option.parse, ShardedEngine.__init__
 
     def parsed(self: option.Option, text: str, name: str) -> Any:
         if name == VARIABLE:
@@ -208,18 +207,18 @@ def _setting_moments() -> dict[str, set[str]]:
 
     def read(self: Any, name: str) -> Any:
         if name == FIELD:
-            stack = _stack(sys._getframe(1))
-            if any(file.endswith("config/deepspeed.py") for file in stack):
-                moments["read"] = stack
+            caller = sys._getframe(1)
+            if caller.f_code.co_name == "sharded":
+                moments["read"] = _stack(caller)
         return object.__getattribute__(self, name)
 
-    def given(*args: Any, **kwargs: Any) -> Any:
-        moments["given"] = _stack(sys._getframe(1))
-        return initialize(*args, **kwargs)
+    def given(*args: Any, **kwargs: Any) -> None:
+        moments["given"] = _stack(sys._getframe(1)) | {initialize.__code__.co_filename}
+        initialize(*args, **kwargs)
 
     option.Option.parse = parsed  # type: ignore[method-assign]
     schema.ParallelConfig.__getattribute__ = read  # type: ignore[method-assign, assignment]
-    deepspeed.initialize = given
+    ShardedEngine.__init__ = given  # type: ignore[method-assign, assignment]
     return moments
 
 

@@ -26,11 +26,11 @@ def test_the_way_is_short(name: str, journeys: dict[str, dict[str, int]]) -> Non
     [
         (
             "step",  # data in the thread that reads ahead, model, loss, and types of annotations
-            ["data/dataset.py", "data/loader.py", "data/samples.py", "engine/zero.py",
+            ["data/dataset.py", "data/loader.py", "data/samples.py", "engine/sharded.py",
              "model/attention.py", "parallel/cross_entropy.py", "checkpoint/state.py"],
         ),
         ("save", ["checkpoint/store.py", "checkpoint/tensors.py", "engine/shards.py"]),
-        ("setting", ["config/schema.py", "config/option.py", "config/deepspeed.py"]),
+        ("setting", ["config/schema.py", "config/option.py", "engine/sharded.py"]),
     ],
 )  # fmt: skip
 def test_what_is_surely_on_the_way_is_counted(

@@ -1,0 +1,176 @@
+"""Our own ZeRO 0 to 2 for one stage: gradients are reduced behind the backward pass, each rank
+updates its slice of the weights, and all gather the result.
+
+Stages 0 and 1 accumulate micro-batches in full and reduce once a step; stage 2 reduces every
+micro-batch and keeps its slice alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron.config.engine_choice import ShardedSettings
+from megatron.engine.buckets import Bucket, buckets_of
+from megatron.engine.interface import Gate, LossFunction, MakeOptimizer, MicroBatches
+from megatron.engine.one_stage import OneStageEngine
+from megatron.engine.reduction import Reduction, in_backward_order
+from megatron.engine.shards import Shards
+from megatron.parallel.groups import Groups
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class ShardedEngine(OneStageEngine):
+    """A module with the optimizer of its flat, sharded parameters.
+
+    Args:
+        module: this rank's part of the model, on the device and in the type that it computes in.
+        loss: of the last layer's output.
+        make_optimizer: from the named parameters; its groups get this rank's slices instead.
+        groups: of this rank.
+        device: where the model lives.
+        settings: of this engine.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        loss: LossFunction,
+        make_optimizer: MakeOptimizer,
+        groups: Groups,
+        device: torch.device,
+        settings: ShardedSettings,
+    ) -> None:
+        optimizer = make_optimizer(module.named_parameters())
+        super().__init__(module, optimizer, loss, groups, device, settings.accumulation_steps)
+        dp, buckets = groups.dp_sp, list[Bucket]()
+        for group in optimizer.param_groups:
+            own = buckets_of(group["params"], dp)
+            group["params"] = [bucket.master for bucket in own]
+            buckets += own
+        self._buckets = in_backward_order(buckets, list(module.parameters()))
+        self._reduction = Reduction(
+            self._buckets, dp, DTYPES[settings.sent_in], each=settings.reduces_each
+        )
+        self._clip = settings.clip_grad
+        self._norm = torch.zeros((), device=device)
+        self._gate: Gate | None = None
+        self._applied = True
+        self._replicas = dist.group.WORLD if groups.layout.world > 1 else None
+
+    def train_batch(self, micro_batches: MicroBatches) -> Tensor:
+        if not self.module.training:
+            self.module.train()
+        steps = self._accumulation_steps
+        self._total_loss = total = torch.zeros((), device=self.device)
+        # Sums over micro-batches and ranks are means.
+        share = torch.full((), 1 / (steps * self.groups.dp_sp.size), device=self.device)
+        for number, (tokens, labels) in enumerate(self._to_device(micro_batches)):
+            loss = self._loss(self._outputs(tokens), labels)
+            self._reduction.begin(number, steps)
+            loss.backward(share.to(loss.dtype))  # type: ignore[no-untyped-call]
+            self._reduction.end()
+            total += loss.detach().float()
+        self._update()
+        return self._mean_loss()
+
+    def set_accumulation_steps(self, steps: int) -> None:
+        self._accumulation_steps = steps
+
+    def set_learning_rate(self, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def gradient_norm(self) -> Tensor | float:
+        return self._norm
+
+    @property
+    def step_applied(self) -> bool:
+        return self._applied
+
+    @property
+    def loss_scale(self) -> float:
+        return 1.0
+
+    @contextmanager
+    def unclipped(self) -> Iterator[None]:
+        clip, self._clip = self._clip, 0.0
+        try:
+            yield
+        finally:
+            self._clip = clip
+
+    @contextmanager
+    def gated(self, gate: Gate) -> Iterator[None]:
+        self._gate = gate
+        try:
+            yield
+        finally:
+            self._gate = None
+
+    @torch.no_grad()
+    def refresh_weights(self) -> None:
+        works = [bucket.gather() for bucket in reversed(self._buckets)]
+        for work in works:
+            if work is not None:
+                work.wait()
+
+    def shards(self) -> Shards:
+        return Shards(
+            self.module,
+            self.optimizer,
+            self.groups.tp,
+            lambda: [span for bucket in self._buckets for span in bucket.spans()],
+            self.refresh_weights,
+        )
+
+    def close(self) -> None:
+        self._reduction.close()
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        """Clips and steps, unless the gradient is not finite or the gate refuses; drops it."""
+        self._sum_partial()
+        self._norm = self._global_norm()
+        self._applied = bool(self._norm.isfinite())
+        if self._applied and self._gate is not None:
+            self._applied = self._gate(self._mean_loss(), self._norm)
+        if self._applied:
+            if self._clip > 0:
+                excess = (self._norm + 1e-6) / self._clip
+                if self.device.type != "cpu" or excess > 1:
+                    torch._foreach_mul_(gradients_of(self._buckets), 1 / excess.clamp(min=1.0))
+            self.optimizer.step()
+            self.refresh_weights()
+        for bucket in self._buckets:
+            bucket.master.grad = None
+
+    def _sum_partial(self) -> None:
+        """Sums gradients of which each tensor-parallel rank has a part, in one all-reduce."""
+        tp, gradients = self.groups.tp, gradients_of(b for b in self._buckets if b.kind.partial)
+        if tp.group is None or not gradients:
+            return
+        flat = torch.cat(gradients)
+        dist.all_reduce(flat, group=tp.group)
+        sums = torch.split(flat, [gradient.numel() for gradient in gradients])
+        torch._foreach_copy_(gradients, sums)
+
+    def _global_norm(self) -> Tensor:
+        """Of the gradient of the whole model, a replicated weight's once; a collective of all."""
+        first = self.groups.tp.rank == 0
+        counted = (bucket for bucket in self._buckets if first or bucket.kind.sharded)
+        norms = torch._foreach_norm(gradients_of(counted))
+        square = torch.stack(norms).square().sum()
+        if self._replicas is not None:
+            dist.all_reduce(square, group=self._replicas)
+        return square.sqrt()
+
+
+def gradients_of(buckets: Iterable[Bucket]) -> list[Tensor]:
+    """Of the buckets' slices, after their reduction."""
+    return [bucket.master.grad for bucket in buckets if bucket.master.grad is not None]
