@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from megatron.config import deepspeed as deepspeed_file
 from megatron.config.resolve import Site, resolve
 from megatron.config.schema import RunConfig
+from megatron.engine import buckets
 from megatron.model.block import Block
 from megatron.model.stack import Stack
 from megatron.parallel.groups import Groups, make_groups
@@ -30,8 +31,7 @@ from pretrain_gpt_alcf import build_engine
 
 Step = Callable[[], None]
 FORWARD_S = 0.010  # slept in a block's forward; its backward takes twice that
-BUCKET_MB = 4  # of DDP's gradients: a fifth of the model's, as 25 MB are of a small real one
-"""DDP's default of 25 MB is more than all gradients of this model: nothing would overlap."""
+BUCKET = 1 << 20  # parameters reduced together: a quarter of the model. By default more than all
 
 VARIABLES = {
     "NLAYERS": "4",
@@ -46,6 +46,7 @@ VARIABLES = {
     "MICRO_BATCH": "1",
     "GLOBAL_BATCH": "",
     "CLIP_GRAD": "1.0",
+    "ENGINE": "auto",
 }
 
 
@@ -71,6 +72,7 @@ def run_config(arm: Arm, world_size: int) -> RunConfig:
 
 def prepared(arm: Arm, world_size: int) -> Step:
     """This rank's step; the process group is up. A collective of all ranks."""
+    buckets.LARGEST = BUCKET
     shipped = deepspeed_file._zero
     deepspeed_file._zero = lambda run: shipped(run) | dict(arm.zero)
     run = run_config(arm, world_size)
@@ -92,10 +94,10 @@ def ours(run: RunConfig, groups: Groups) -> Step:
 def ddp(run: RunConfig, groups: Groups) -> Step:
     """torch's DistributedDataParallel; with bf16 weights, AdamW updates copies in fp32."""
     module = _model(run)
-    wrapped = DistributedDataParallel(
-        module, bucket_cap_mb=BUCKET_MB, gradient_as_bucket_view=True, static_graph=True
-    )
     weights = list(module.parameters())
+    wrapped = DistributedDataParallel(
+        module, bucket_cap_mb=BUCKET * weights[0].element_size() / 2**20, gradient_as_bucket_view=True, static_graph=True
+    )
     masters = [p.detach().float().clone() if p.dtype != torch.float32 else p for p in weights]
     optimizer = torch.optim.AdamW(masters, lr=1e-4, fused=True)
 

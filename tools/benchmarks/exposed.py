@@ -26,7 +26,6 @@ from tools.benchmarks.cable_arms import Arm, Step, prepared
 
 STEPS = 2
 ANSWER_S = 120.0
-CARDS = ("lo", wire.CARD)
 
 
 class Row(NamedTuple):
@@ -52,15 +51,10 @@ class Row(NamedTuple):
 
 
 def measured(
-    arms: Mapping[str, Arm],
-    rounds: int,
-    ranks: int = 2,
-    bytes_per_s: float = wire.GBIT,
-    latency_s: float = 1e-4,
-    steps: int = STEPS,
+    arms: Mapping[str, Arm], cable: wire.Cable, rounds: int, ranks: int = 2, steps: int = STEPS
 ) -> list[Row]:
-    """A row for each arm, half of its ranks on each of two hosts; needs root."""
-    with wire.cable(bytes_per_s, latency_s) as cable, contextlib.ExitStack() as stack:
+    """A row for each arm, half of its ranks on each of the cable's hosts."""
+    with contextlib.ExitStack() as stack:
         cable.shape(False)
         workers = {
             name: stack.enter_context(_workers(cable, arm, ranks, 29500 + number))
@@ -133,16 +127,15 @@ def _rank(
     """Trains a few steps whenever it is asked to."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     try:
-        each = ranks // 2
-        cable.enter(rank // each)
-        os.environ["GLOO_SOCKET_IFNAME"] = wire.CARD
+        first = cable.enter(rank, ranks)
+        os.environ["GLOO_SOCKET_IFNAME"] = cable.card
         start_distributed("gloo", rank, ranks, 0, f"tcp://{cable.addresses[0]}:{port}", 60)
         step = prepared(arm, ranks)
         step()
         dist.barrier()
         pipe.send(0)
         while True:
-            pipe.send(_timed(step, pipe.recv(), rank % each == 0))
+            pipe.send(_timed(step, pipe.recv(), first))
     except EOFError:
         pass
     except Exception as error:
@@ -152,7 +145,7 @@ def _rank(
 def _timed(step: Step, steps: int, counts: bool) -> tuple[float, float]:
     """Seconds of a step, and bytes that this host has sent in one; one step leads in."""
     dist.barrier()
-    before = wire.sent(CARDS)
+    before = wire.sent()
     step()
     began = time.perf_counter()
     for _ in range(steps):
@@ -160,4 +153,4 @@ def _timed(step: Step, steps: int, counts: bool) -> tuple[float, float]:
     seconds = (time.perf_counter() - began) / steps
     dist.barrier()
     time.sleep(0.02)  # what is on its way
-    return seconds, (wire.sent(CARDS) - before) / (steps + 1) if counts else 0
+    return seconds, (wire.sent() - before) / (steps + 1) if counts else 0
