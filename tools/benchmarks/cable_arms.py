@@ -29,9 +29,23 @@ from megatron.training.build import loss_function, model_layers
 from megatron.training.device import detect
 from pretrain_gpt_alcf import build_engine
 
-Step = Callable[[], None]
+
+
+class Step(NamedTuple):
+    """A rank's training step.
+
+    Attributes:
+        run: takes it.
+        finish: waits for what it has left to the next one.
+    """
+
+    run: Callable[[], None]
+    finish: Callable[[], Any] = lambda: None
+
+
 FORWARD_S = 0.010  # slept in a block's forward; its backward takes twice that
-BUCKET = 1 << 20  # parameters reduced together: a quarter of the model. By default more than all
+SMALL = 16  # buckets are divided by it: the model is small, and all of it would be one bucket
+DDP_BUCKET_MB = 25  # torch's default
 
 VARIABLES = {
     "NLAYERS": "4",
@@ -72,7 +86,7 @@ def run_config(arm: Arm, world_size: int) -> RunConfig:
 
 def prepared(arm: Arm, world_size: int) -> Step:
     """This rank's step; the process group is up. A collective of all ranks."""
-    buckets.LARGEST = BUCKET
+    buckets.LARGEST //= SMALL
     shipped = deepspeed_file._zero
     deepspeed_file._zero = lambda run: shipped(run) | dict(arm.zero)
     run = run_config(arm, world_size)
@@ -88,7 +102,7 @@ def ours(run: RunConfig, groups: Groups) -> Step:
         tokens = [_sample(run) for _ in range(run.train.gradient_accumulation_steps)]
         engine.train_batch(iter(tokens))
 
-    return step
+    return Step(step, lambda: engine.module)
 
 
 def ddp(run: RunConfig, groups: Groups) -> Step:
@@ -96,7 +110,7 @@ def ddp(run: RunConfig, groups: Groups) -> Step:
     module = _model(run)
     weights = list(module.parameters())
     wrapped = DistributedDataParallel(
-        module, bucket_cap_mb=BUCKET * weights[0].element_size() / 2**20, gradient_as_bucket_view=True, static_graph=True
+        module, bucket_cap_mb=DDP_BUCKET_MB / SMALL, gradient_as_bucket_view=True, static_graph=True
     )
     masters = [p.detach().float().clone() if p.dtype != torch.float32 else p for p in weights]
     optimizer = torch.optim.AdamW(masters, lr=1e-4, fused=True)
@@ -159,7 +173,7 @@ def _plain(
         update()
         module.zero_grad()
 
-    return step
+    return Step(step)
 
 
 def _model(run: RunConfig) -> nn.Module:

@@ -131,8 +131,7 @@ def _rank(
         os.environ["GLOO_SOCKET_IFNAME"] = cable.card
         start_distributed("gloo", rank, ranks, 0, f"tcp://{cable.addresses[0]}:{port}", 60)
         step = prepared(arm, ranks)
-        step()
-        dist.barrier()
+        step.run()
         pipe.send(0)
         while True:
             pipe.send(_timed(step, pipe.recv(), first))
@@ -144,13 +143,20 @@ def _rank(
 
 def _timed(step: Step, steps: int, counts: bool) -> tuple[float, float]:
     """Seconds of a step, and bytes that this host has sent in one; one step leads in."""
-    dist.barrier()
+    _settled(step)
     before = wire.sent()
-    step()
+    step.run()
     began = time.perf_counter()
     for _ in range(steps):
-        step()
+        step.run()
     seconds = (time.perf_counter() - began) / steps
-    dist.barrier()
-    time.sleep(0.02)  # what is on its way
+    _settled(step)
     return seconds, (wire.sent() - before) / (steps + 1) if counts else 0
+
+
+def _settled(step: Step) -> None:
+    """Nothing of this arm is on the cable."""
+    step.finish()
+    dist.barrier()
+    time.sleep(0.02)
+    dist.barrier()
