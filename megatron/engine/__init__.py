@@ -30,6 +30,7 @@ from megatron.engine.document_engine import (
     DocumentZeroEngine,
     FollowsDocuments,
 )
+from megatron.engine.gathering import Gathering
 from megatron.engine.interface import (
     Engine,
     Gate,
@@ -115,11 +116,16 @@ def make_engine(
     if compile:
         layers = [_compiled(layer) if layer.recompute else layer for layer in layers]
     if sharded is not None:
-        dtype = DTYPES[sharded.dtype]
-        module = Stack([_moved(layer, device, dtype) for layer in layers], recompute_num_layers)
+        gathering, dtype = Gathering(), DTYPES[sharded.dtype]
+        layers = [_moved(layer, device, dtype) for layer in layers]
+        if groups.dp_sp.size > 1:
+            layers = [gathering.waiting(layer) for layer in layers]
+        module = Stack(layers, recompute_num_layers)
         log.debug(f"the model on this rank:\n{module}")
         kind = ShardedEngine if documents is None else DocumentShardedEngine
-        return _followed(kind(module, loss, make_optimizer, groups, device, sharded), documents)
+        return _followed(
+            kind(module, loss, make_optimizer, groups, device, sharded, gathering), documents
+        )
     # For ZeRO and gradient averaging, sequence-parallel ranks are data-parallel ranks.
     merged = groups.without_sequence()
     if groups.layout.pp > 1:

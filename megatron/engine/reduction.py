@@ -19,6 +19,7 @@ from megatron.engine.buckets import Bucket
 from megatron.parallel.groups import Axis
 
 IN_FLIGHT = 2  # reductions under way; more would keep more buffers
+WITHOUT_REDUCE_SCATTER = ("gloo",)  # backends whose own is an all-reduce
 
 
 class _Flight(NamedTuple):
@@ -66,8 +67,8 @@ class Reduction:
         self._reduces, self._added_in = True, self._sent_in  # in this micro-batch
         self._next = 0  # bucket
         self._flying: deque[_Flight] = deque()
-        on_host = dp.group is not None and dist.get_backend(dp.group) == "gloo"
-        self._send = _exchange if on_host else _reduce_scatter
+        backend = None if dp.group is None else dist.get_backend(dp.group)
+        self._send = _exchange if backend in WITHOUT_REDUCE_SCATTER else _reduce_scatter
         # One rank in fp32 leaves gradients where autograd puts them.
         self._is_direct = dp.size == 1 and buckets[0].parameters[0].dtype == torch.float32
         self._hooks = []

@@ -1,5 +1,5 @@
 """Our own ZeRO 0 to 2 for one stage: gradients are reduced behind the backward pass, each rank
-updates its slice of the weights, and all gather the result.
+updates its slice of the weights, and the result is gathered behind the next forward pass.
 
 Stages 0 and 1 accumulate micro-batches in full and reduce once a step; stage 2 reduces every
 micro-batch and keeps its slice alone.
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from megatron.config.engine_choice import ShardedSettings
 from megatron.engine.buckets import Bucket, buckets_of
+from megatron.engine.gathering import Gathering
 from megatron.engine.interface import Gate, LossFunction, MakeOptimizer, MicroBatches
 from megatron.engine.one_stage import OneStageEngine
 from megatron.engine.reduction import Reduction, in_backward_order
@@ -35,6 +36,7 @@ class ShardedEngine(OneStageEngine):
         groups: of this rank.
         device: where the model lives.
         settings: of this engine.
+        gathering: the layers of the module wait for their weights with it.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class ShardedEngine(OneStageEngine):
         groups: Groups,
         device: torch.device,
         settings: ShardedSettings,
+        gathering: Gathering,
     ) -> None:
         optimizer = make_optimizer(module.named_parameters())
         super().__init__(module, optimizer, loss, groups, device, settings.accumulation_steps)
@@ -57,11 +60,12 @@ class ShardedEngine(OneStageEngine):
         self._reduction = Reduction(
             self._buckets, dp, DTYPES[settings.sent_in], each=settings.reduces_each
         )
-        self._clip = settings.clip_grad
-        self._norm = torch.zeros((), device=device)
+        self._gathering, self._clip = gathering, settings.clip_grad
+        # Schedule-free rules change the slices between steps.
+        self._gathers_behind = "train_mode" not in optimizer.param_groups[0]
+        self._norm = self._mean = torch.zeros((), device=device)
         self._gate: Gate | None = None
         self._applied = True
-        self._replicas = dist.group.WORLD if groups.layout.world > 1 else None
 
     def train_batch(self, micro_batches: MicroBatches) -> Tensor:
         if not self.module.training:
@@ -77,7 +81,7 @@ class ShardedEngine(OneStageEngine):
             self._reduction.end()
             total += loss.detach().float()
         self._update()
-        return self._mean_loss()
+        return self._mean
 
     def set_accumulation_steps(self, steps: int) -> None:
         self._accumulation_steps = steps
@@ -113,14 +117,12 @@ class ShardedEngine(OneStageEngine):
         finally:
             self._gate = None
 
-    @torch.no_grad()
     def refresh_weights(self) -> None:
-        works = [bucket.gather() for bucket in reversed(self._buckets)]
-        for work in works:
-            if work is not None:
-                work.wait()
+        self._gathering.begin(reversed(self._buckets))
+        self._gathering.finish()
 
     def shards(self) -> Shards:
+        self._gathering.finish()
         return Shards(
             self.module,
             self.optimizer,
@@ -130,23 +132,26 @@ class ShardedEngine(OneStageEngine):
         )
 
     def close(self) -> None:
+        self._gathering.finish()
         self._reduction.close()
 
     @torch.no_grad()
     def _update(self) -> None:
         """Clips and steps, unless the gradient is not finite or the gate refuses; drops it."""
         self._sum_partial()
-        self._norm = self._global_norm()
+        self._norm, self._mean = self._totals()
         self._applied = bool(self._norm.isfinite())
         if self._applied and self._gate is not None:
-            self._applied = self._gate(self._mean_loss(), self._norm)
+            self._applied = self._gate(self._mean, self._norm)
         if self._applied:
             if self._clip > 0:
                 excess = (self._norm + 1e-6) / self._clip
                 if self.device.type != "cpu" or excess > 1:
                     torch._foreach_mul_(gradients_of(self._buckets), 1 / excess.clamp(min=1.0))
             self.optimizer.step()
-            self.refresh_weights()
+            self._gathering.begin(reversed(self._buckets))
+            if not self._gathers_behind:
+                self._gathering.finish()
         for bucket in self._buckets:
             bucket.master.grad = None
 
@@ -160,15 +165,19 @@ class ShardedEngine(OneStageEngine):
         sums = torch.split(flat, [gradient.numel() for gradient in gradients])
         torch._foreach_copy_(gradients, sums)
 
-    def _global_norm(self) -> Tensor:
-        """Of the gradient of the whole model, a replicated weight's once; a collective of all."""
+    def _totals(self) -> tuple[Tensor, Tensor]:
+        """Gradient norm of the whole model, and mean loss of the global batch; a collective of all.
+
+        A replicated weight counts once. One message has both, before that of the weights.
+        """
         first = self.groups.tp.rank == 0
         counted = (bucket for bucket in self._buckets if first or bucket.kind.sharded)
         norms = torch._foreach_norm(gradients_of(counted))
-        square = torch.stack(norms).square().sum()
-        if self._replicas is not None:
-            dist.all_reduce(square, group=self._replicas)
-        return square.sqrt()
+        sums = torch.stack([torch.stack(norms).square().sum(), self._total_loss])
+        ranks = self.groups.layout.world
+        if ranks > 1:
+            dist.all_reduce(sums)
+        return sums[0].sqrt(), sums[1] / (self._accumulation_steps * ranks)
 
 
 def gradients_of(buckets: Iterable[Bucket]) -> list[Tensor]:

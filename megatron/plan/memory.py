@@ -14,6 +14,7 @@ from megatron.config.deepspeed import LARGEST_BUCKET, engine_zero_stage
 from megatron.config.pipeline_stages import num_stages_per_rank
 from megatron.config.schema import RunConfig
 from megatron.config.update_rules import RULES
+from megatron.plan.reductions import gradient_moments
 
 GIB = 2**30
 LOSS_BLOCK = 1 << 24  # logits that the cross entropy turns into fp32 at once
@@ -72,23 +73,37 @@ def _rank(run: RunConfig, rank: int) -> MemoryEstimate:
         _weights(part.parameters, run),
         _optimizer(part.parameters, part.table, run),
     )
-    standing, produced = _gradients(part.parameters, run)
     in_flight = _in_flight(run, rank) / len(own)
     kept, again = _activations(run, part, in_flight)
-    resident, per_parameter, at_end = _buffers(part, run)
-    # From the second micro-batch on, the gradients of the first are there at the loss.
-    before = produced if run.train.gradient_accumulation_steps > 1 else 0
     logits = _logits(run) if part.last else 0
     others = int(kept * (1 - 1 / in_flight))  # of the micro-batches behind this one
+    held = ((kept, logits), (kept, 0), (others, 0), (kept + again, 0), (0, 0))
     moments = (
-        (standing + before, kept, logits, resident),
-        (standing + before, kept, 0, resident + per_parameter * part.deepest),
-        (standing + produced, others, 0, resident + per_parameter * part.largest),
-        (standing + before, kept + again, 0, resident),
-        (standing + produced, 0, 0, resident + at_end),
+        (gradients, *of_model, buffers)
+        for (gradients, buffers), of_model in zip(_moments(part, run), held, strict=True)
     )
     gradients, activations, logits, buffers = max(moments, key=sum)
     return MemoryEstimate(weights, gradients, optimizer, activations, logits, buffers)
+
+
+def _moments(part: _Part, run: RunConfig) -> list[tuple[int, int]]:
+    """(gradients, buffers) at the loss, the first and the last gradient, in a block, at the end."""
+    if run.sharded is not None:
+        tied = run.model.tie_embeddings
+        table = part.table if tied else part.table // 2
+        found = gradient_moments(run.sharded, run.zero_ranks, part.parameters, table, tied=tied)
+        return [(gradients, 0) for gradients in found]
+    standing, produced = _gradients(part.parameters, run)
+    resident, per_parameter, at_end = _buffers(part, run)
+    # From the second micro-batch on, the gradients of the first are there at the loss.
+    before = produced if run.train.gradient_accumulation_steps > 1 else 0
+    return [
+        (standing + before, resident),
+        (standing + before, resident + per_parameter * part.deepest),
+        (standing + produced, resident + per_parameter * part.largest),
+        (standing + before, resident),
+        (standing + produced, resident + at_end),
+    ]
 
 
 def _two_stages(run: RunConfig) -> bool:
@@ -180,7 +195,9 @@ def _optimizer(count: int, table: int, run: RunConfig) -> int:
     """fp32 master weights and the states of the update rule; `table` of `count` are vocabulary."""
     if run.parallel.cpu_optimizer:
         return 0
-    numbers = (1 + RULES[run.optimizer.optimizer].states) * count
+    # In fp32 the sharded engine updates the model's weights themselves.
+    copies = 0 if run.sharded is not None and run.train.dtype == "fp32" else 1
+    numbers = (copies + RULES[run.optimizer.optimizer].states) * count
     if run.optimizer.optimizer == "muon":  # embedding and head are AdamW's
         numbers += table
     return _shard(4 * numbers, run, from_stage=1)
