@@ -43,16 +43,16 @@ class Step(NamedTuple):
     finish: Callable[[], Any] = lambda: None
 
 
-FORWARD_S = 0.010  # slept in a block's forward; its backward takes twice that
+FORWARD_S = 0.005  # slept in a block's forward; its backward takes twice that
 SMALL = 16  # buckets are divided by it: the model is small, and all of it would be one bucket
 DDP_BUCKET_MB = 25  # torch's default
 
 VARIABLES = {
-    "NLAYERS": "4",
-    "HIDDEN": "256",
+    "NLAYERS": "8",
+    "HIDDEN": "192",
     "HEADS": "4",
     "NUM_KV_HEAD": "4",
-    "FFN_HIDDEN_SIZE": "768",
+    "FFN_HIDDEN_SIZE": "512",
     "SEQ": "16",
     "VOCAB_SIZE": "512",
     "TOKENIZER_TYPE": "NullTokenizer",
