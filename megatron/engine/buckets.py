@@ -22,7 +22,7 @@ LARGEST = 1 << 24  # elements of a bucket, unless one parameter has more
 ALIGNMENT = 64  # elements at whose multiples parameters and slices begin
 
 
-class Kind(NamedTuple):
+class TensorKind(NamedTuple):
     """What tensor parallelism makes of a parameter; alike in a bucket.
 
     Attributes:
@@ -139,10 +139,10 @@ def _flattened(parameters: list[nn.Parameter], multiple: int) -> tuple[list[int]
     return starts, flat
 
 
-def kind_of(parameter: nn.Parameter) -> Kind:
+def kind_of(parameter: nn.Parameter) -> TensorKind:
     """What tensor parallelism has marked the parameter as."""
     sharded = getattr(parameter, "tensor_model_parallel", False)
-    return Kind(sharded, is_partial(parameter))
+    return TensorKind(sharded, is_partial(parameter))
 
 
 def buckets_of(parameters: Iterable[nn.Parameter], dp: Axis) -> list[Bucket]:
@@ -156,7 +156,7 @@ def buckets_of(parameters: Iterable[nn.Parameter], dp: Axis) -> list[Bucket]:
         dp: the ranks that own slices.
     """
     buckets: list[list[nn.Parameter]] = []
-    before: Kind | None = None  # of the parameters in the last bucket; None: it is closed
+    before: TensorKind | None = None  # of the parameters in the last bucket; None: it is closed
     size = 0
     for parameter in parameters:
         kind = kind_of(parameter)

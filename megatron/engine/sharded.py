@@ -7,8 +7,10 @@ micro-batch and keeps its slice alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -65,7 +67,10 @@ class ShardedEngine(OneStageEngine):
         self._gathers_behind = "train_mode" not in optimizer.param_groups[0]
         self._norm = self._mean = torch.zeros((), device=device)
         self._gate: Gate | None = None
-        self._applied = True
+        self._applied: bool | Tensor = True
+        # What GradScaler, too, asks a rule before it leaves scale and verdict to the kernel.
+        fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+        self._waits = device.type == "cpu" or not fused
 
     def train_batch(self, micro_batches: MicroBatches) -> Tensor:
         if not self.module.training:
@@ -95,7 +100,7 @@ class ShardedEngine(OneStageEngine):
 
     @property
     def step_applied(self) -> bool:
-        return self._applied
+        return bool(self._applied)
 
     @property
     def loss_scale(self) -> float:
@@ -127,7 +132,7 @@ class ShardedEngine(OneStageEngine):
             self.module,
             self.optimizer,
             self.groups.tp,
-            lambda: [span for bucket in self._buckets for span in bucket.spans()],
+            [span for bucket in self._buckets for span in bucket.spans()],
             self.refresh_weights,
         )
 
@@ -141,20 +146,39 @@ class ShardedEngine(OneStageEngine):
         partial = (bucket for bucket in self._buckets if bucket.kind.partial)
         sum_parts(gradients_of(partial), self.groups.tp)
         self._norm, self._mean = self._totals()
-        self._applied = bool(self._norm.isfinite())
-        if self._applied and self._gate is not None:
-            self._applied = self._gate(self._mean, self._norm)
-        if self._applied:
-            if self._clip > 0:
-                excess = (self._norm + 1e-6) / self._clip
-                if self.device.type != "cpu" or excess > 1:
-                    torch._foreach_mul_(gradients_of(self._buckets), 1 / excess.clamp(min=1.0))
-            self.optimizer.step()
+        excess = ((self._norm + 1e-6) / (self._clip or math.inf)).clamp(min=1.0)
+        if self._waits or self._gate is not None:
+            self._applied = self._step_if_fit(excess)
+        else:
+            self._applied = self._step_where_finite(excess)
+        if self._applied is not False:
             self._gathering.begin(reversed(self._buckets))
             if not self._gathers_behind:
                 self._gathering.finish()
         for bucket in self._buckets:
             bucket.master.grad = None
+
+    def _step_if_fit(self, excess: Tensor) -> bool:
+        """A step by any rule; waits for the norm. Returns whether it was taken."""
+        fit = bool(self._norm.isfinite())
+        if fit and self._gate is not None:
+            fit = self._gate(self._mean, self._norm)
+        if fit:
+            if excess > 1:
+                torch._foreach_mul_(gradients_of(self._buckets), 1 / excess)
+            self.optimizer.step()
+        return fit
+
+    def _step_where_finite(self, excess: Tensor) -> Tensor:
+        """A step by a fused rule, whose kernel reads both numbers on the device: nothing waits."""
+        rule: Any = self.optimizer
+        finite = self._norm.isfinite()
+        rule.grad_scale, rule.found_inf = excess, (~finite).float()
+        try:
+            rule.step()
+        finally:
+            rule.grad_scale = rule.found_inf = None
+        return finite
 
     def _totals(self) -> tuple[Tensor, Tensor]:
         """Gradient norm of the whole model, and mean loss of the global batch; a collective of all.

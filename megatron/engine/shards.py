@@ -56,7 +56,7 @@ class Shards:
         module: the local part of the model.
         optimizer: of the flat buffers.
         tp: tensor-parallel axis.
-        spans: gives the runs that this rank updates.
+        spans: the runs that this rank updates.
         refresh: rebuilds the model's weights from the fp32 ones, on all data-parallel ranks.
         writes: False for MiCS' replicas after the first; only the first writes.
         scaler: of the loss (fp16).
@@ -67,7 +67,7 @@ class Shards:
         module: nn.Module,
         optimizer: torch.optim.Optimizer,
         tp: Axis,
-        spans: Callable[[], list[Span]],
+        spans: list[Span],
         refresh: Callable[[], None],
         *,
         writes: bool = True,
@@ -80,7 +80,7 @@ class Shards:
 
     def spans(self) -> list[Span]:
         """The runs this rank updates."""
-        return self._spans()
+        return self._spans
 
     def owned(self, vocab_size: int) -> Iterator[Span]:
         """The runs that this rank writes: every element of a layout is in one of one rank.

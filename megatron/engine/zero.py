@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -117,7 +116,7 @@ class ZeroEngine(OneStageEngine):
             self.module,
             self.optimizer,
             self.groups.tp,
-            partial(zero_spans, self._zero),
+            zero_spans(self._zero),
             self.refresh_weights,
             writes=self._replica.rank == 0,
             scaler=self._zero.loss_scaler if self._deepspeed.fp16_enabled() else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from megatron.engine.buckets import Bucket, buckets_of
 from megatron.engine.reduction import Reduction, in_backward_order
 from megatron.engine.sharded import ShardedEngine
 from megatron.parallel.groups import SERIAL, Axis
+from megatron.parallel.piece import WEIGHT
 from tests.equivalence import front
 from tests.equivalence.case import Case
 from tests.spawn import run
@@ -208,6 +210,42 @@ def test_partial_gradients_are_summed_over_tensor_parallel_ranks_before_the_norm
     for norm, spread in run(partial_gradients, 2, variables, True):
         assert norm == pytest.approx(expected, rel=1e-6) and spread == 0.0
     assert run(partial_gradients, 2, variables, False)[0][1] > 0.0  # the test has teeth
+
+
+# --- The step of an accelerator, which does not wait ----------------------------------------------
+
+
+def unwaited(variables: dict[str, str], waits: bool, poisoned: int) -> list[Any]:
+    """Curve, what was applied, and the weights, with one step whose gradient is not finite."""
+    config = front.run_config(variables)
+    engine = front.build(config)
+    assert isinstance(engine, ShardedEngine) and engine._waits
+    engine._waits = waits
+    weight = next(p for p in engine.module.parameters() if hasattr(p, "partition_dim"))
+    applied, curve = [], []
+    for step in range(4):
+        handle = weight.register_hook(lambda g, at=step: g * math.nan if at == poisoned else g)
+        curve += front.steps(config, engine, step, step + 1)
+        handle.remove()
+        applied.append(engine.step_applied)
+    pieces = engine.shards().pieces()
+    numbers = [piece.scalars for piece in pieces]
+    return [curve, applied, [piece.tensors[WEIGHT].clone() for piece in pieces], numbers]
+
+
+@pytest.mark.parametrize("rule", [ADAM, {"OPT": "sgd"}])
+def test_a_fused_rule_clips_and_skips_on_the_device(rule: dict[str, str]) -> None:
+    variables = Case(dp=2).variables() | rule
+    for waits, not_waiting in zip(
+        *(run(unwaited, 2, variables, waits, 2) for waits in (True, False)), strict=True
+    ):
+        assert not_waiting[1] == waits[1] == [True, True, False, True]
+        assert not_waiting[3] == waits[3]
+        for (loss, _), (expected, _) in zip(not_waiting[0], waits[0], strict=True):
+            assert math.isnan(loss) == math.isnan(expected)
+            assert math.isnan(loss) or loss == pytest.approx(expected, abs=1e-4)
+        for weight, expected in zip(not_waiting[2], waits[2], strict=True):
+            torch.testing.assert_close(weight, expected, atol=1e-5, rtol=1e-4)
 
 
 # --- Checkpoints ----------------------------------------------------------------------------------

@@ -63,6 +63,7 @@ WRITER = "megatron.checkpoint.atomic"  # the one writer of files serves every ro
 
 # Below training, of config, plan and launch: plain values.
 PLAIN = {
+    "megatron.config.engine_choice",
     "megatron.config.errors",
     "megatron.config.layout",
     "megatron.config.update_rules",
