@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -50,9 +51,9 @@ class Gathering:
         """The layer with a forward pass that waits; outside of what is compiled."""
         compute = layer.forward
 
-        def forward(module: nn.Module, x: Tensor) -> Tensor:
+        def forward(module: nn.Module, *inputs: Any) -> Tensor:
             self.wait_for(module)
-            output: Tensor = module(x) if compute is None else compute(module, x)
+            output: Tensor = module(*inputs) if compute is None else compute(module, *inputs)
             return output
 
         return dataclasses.replace(layer, forward=forward)
