@@ -262,7 +262,18 @@ def test_files_say_where_figures_come_from(
 def test_our_step_and_a_peers_compute_one_loss(tmp_path: Path) -> None:
     """Real engines, from the command; every kind of arm that is installed here."""
     command = [sys.executable, "tools/benchmark.py", "step", "--shape", "tiny", "--rounds", "2"]
-    chosen = ["--arms", "ours", "hf", "fsdp2", "hf-trainer", "--seconds", "0.1", "--threads", "1"]
+    chosen = [
+        "--arms",
+        "ours",
+        "hf",
+        "plain",
+        "fsdp2",
+        "hf-trainer",
+        "--seconds",
+        "0.1",
+        "--threads",
+        "1",
+    ]
     result = subprocess.run(
         [*command, *chosen, "--out", str(tmp_path)], cwd=ROOT, env=environment({}), timeout=250
     )

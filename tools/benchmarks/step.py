@@ -33,6 +33,8 @@ PEERS: Mapping[str, tuple[Train, tuple[str, ...]]] = {
     "hf-trainer": (peers.hugging_face_trainer, ("transformers", "accelerate")),
     "litgpt": (peers.litgpt, ("litgpt", "lightning")),
     "litgpt-eager": (partial(peers.litgpt, compile=False), ("litgpt", "lightning")),
+    "plain": (peers.plain, ()),
+    "plain-compile": (partial(peers.plain, compile=True), ()),
     "fsdp2": (peers.fsdp2, ("transformers",)),
     "fsdp2-compile": (partial(peers.fsdp2, compile=True), ("transformers",)),
 }
