@@ -118,7 +118,7 @@ class Arm:
         """Ends the process."""
         with contextlib.suppress(OSError):
             self._pipe.send(0)
-        self._process.join(timeout=20)
+        self._process.join(timeout=5)
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
@@ -162,10 +162,15 @@ def _serve(pipe: Connection, train: Train, work: Workload, log: Path) -> None:
         rounds = Rounds(pipe, device)
         train(rounds, work)
     except EOFError:  # whoever leads is gone
-        return
+        pass
     except Exception as error:
         traceback.print_exc()
         with contextlib.suppress(OSError, EOFError):
             if rounds is None or not rounds.asked:
                 pipe.recv()
-            pipe.send({"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"})
+            pipe.send(
+                {"error": f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"}
+            )
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # taking an engine apart may take longer than a round
