@@ -116,7 +116,7 @@ def hugging_face_trainer(rounds: Rounds, work: Workload) -> None:
     run = work.run()
     train, optimizer = run.train, run.optimizer
 
-    class Samples(torch.utils.data.IterableDataset):
+    class Samples(torch.utils.data.IterableDataset[dict[str, Any]]):
         def __iter__(self) -> Iterator[dict[str, Tensor]]:
             for step in work.batches():
                 for tokens, labels in step:
@@ -231,7 +231,9 @@ def _groups(parameters: Iterable[nn.Parameter], run: RunConfig) -> list[dict[str
     ]
 
 
-def _autocast(rounds: Rounds, work: Workload, wanted: bool) -> contextlib.AbstractContextManager:
+def _autocast(
+    rounds: Rounds, work: Workload, wanted: bool
+) -> contextlib.AbstractContextManager[Any]:
     import torch
 
     if not wanted or work.dtype == "fp32":
