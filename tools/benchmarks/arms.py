@@ -70,4 +70,5 @@ def gemm_rate(answer: dict[str, object]) -> float:
     """TFLOP/s of a round of `gemm`."""
     losses, seconds = answer["losses"], answer["seconds"]
     assert isinstance(losses, list) and isinstance(seconds, float)
-    return 2 * losses[0] ** 3 / seconds / 1e12
+    rate: float = 2 * losses[0] ** 3 / seconds / 1e12
+    return rate

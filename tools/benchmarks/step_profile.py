@@ -11,7 +11,7 @@ import os
 import re
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -161,7 +161,8 @@ def report(watched: Watched, options: argparse.Namespace, vocab_size: int) -> Re
     events = [event for event in watched.profiler.events() if _is_host(event)]
     on_host = watched.device.kind == "cpu"
     times = [_own_time(event, on_host) / watched.steps / 1e3 for event in events]  # ms
-    kinds, calls, operators = Counter[str](), Counter[str](), Counter[str]()
+    kinds, operators = defaultdict[str, float](float), defaultdict[str, float](float)
+    calls = Counter[str]()
     for event, ms in zip(events, times, strict=True):
         kind = kind_of(event, vocab_size)
         kinds[kind] += ms
@@ -181,11 +182,11 @@ def report(watched: Watched, options: argparse.Namespace, vocab_size: int) -> Re
         f"Where a step's time goes: {options.arm}, {options.shape}, {options.dtype}",
         ("kind", "ms a step", "share", "calls a step"),
     )
-    for kind, ms in kinds.most_common():
+    for kind, ms in largest(kinds):
         if abs(ms) > 0.0005 * wall:
             count = calls[kind] / watched.steps
             record.rows.append((kind, f"{ms:.2f}", f"{ms / wall:.1%}", f"{count:.0f}"))
-    top = ", ".join(f"{op} {ms / wall:.1%}" for op, ms in operators.most_common(12))
+    top = ", ".join(f"{op} {ms / wall:.1%}" for op, ms in largest(operators)[:12])
     record.notes = [
         f"a step takes {watched.seconds * 1e3:.1f} ms, {wall:.1f} ms under the profiler, of which "
         "the shares are",
@@ -195,7 +196,7 @@ def report(watched: Watched, options: argparse.Namespace, vocab_size: int) -> Re
         "step_ms": watched.seconds * 1e3,
         "profiled_step_ms": wall,
         "kinds_ms": dict(kinds),
-        "operators_ms": dict(operators.most_common(60)),
+        "operators_ms": dict(largest(operators)[:60]),
     }
     if options.out is not None:
         stacks = folded(events, times)
@@ -204,6 +205,11 @@ def report(watched: Watched, options: argparse.Namespace, vocab_size: int) -> Re
         (options.out / f"{name}.svg").write_text(flame.svg(stacks, record.about))
         record.notes.append(f"flame graph: {name}.svg, stacks: {name}.folded")
     return record
+
+
+def largest(times: Mapping[str, float]) -> list[tuple[str, float]]:
+    """The entries, the largest first."""
+    return sorted(times.items(), key=lambda item: -item[1])
 
 
 def kind_of(event: Any, vocab_size: int) -> str:
@@ -234,7 +240,7 @@ def folded(events: Sequence[Any], times: Sequence[float]) -> Mapping[tuple[str, 
             scopes = tuple(n for n in reversed(names) if "::" not in n and "Backward" not in n)
             if len(scopes) >= len(modules.get(event.sequence_nr, ())):
                 modules[event.sequence_nr] = scopes
-    found: Counter[tuple[str, ...]] = Counter()
+    found: dict[tuple[str, ...], float] = defaultdict(float)
     for event, ms in zip(events, times, strict=True):
         if ms <= 0:
             continue
