@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron.parallel.groups import Axis
 
-Interval = tuple[int, int]  # first element in the flattened matrix, elements
+Extent = tuple[int, int]  # first element in the flattened matrix, elements
 
 
 class SpanExchange:
@@ -28,7 +28,7 @@ class SpanExchange:
     """
 
     def __init__(
-        self, dp: Axis, owners: Sequence[int], runs: Sequence[Interval], device: torch.device
+        self, dp: Axis, owners: Sequence[int], runs: Sequence[Extent], device: torch.device
     ) -> None:
         self._dp = dp
         mine = torch.tensor(runs, device=device).view(-1, 2)
@@ -37,7 +37,7 @@ class SpanExchange:
             tables = [mine]
         else:
             dist.all_gather(tables, mine, group=dp.group)
-        self._runs: list[list[Interval]] = [[(s, n) for s, n in table.tolist()] for table in tables]
+        self._runs: list[list[Extent]] = [[(s, n) for s, n in table.tolist()] for table in tables]
         # Matrices by the place of their owner.
         self._given = [[m for m, o in enumerate(owners) if o == place] for place in range(dp.size)]
         self._owned = self._given[dp.rank]
