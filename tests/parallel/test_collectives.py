@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron.parallel import mappings, sequence
@@ -92,6 +93,44 @@ def test_collectives_run_beside_products_and_nothing_is_copied(
 ) -> None:
     expected = EXPECTED[kind, sequence_parallel]
     assert run(steps_of, 2, kind, sequence_parallel) == [expected, expected]
+
+
+def compiled_backward(sequence_parallel: bool) -> list[str]:
+    """Products, collectives and waiting of the three layers' compiled backward pass, in order."""
+    graphs: list[list[str]] = []
+
+    def note(graph: torch.fx.GraphModule, _: Any) -> torch.fx.GraphModule:
+        calls = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+        graphs.append([call.__name__.split(".")[0] for call in calls])
+        return graph
+
+    tp = whole_world()
+    options = {**DRAWN, "tp": tp, "sequence_parallel": sequence_parallel}
+    layers = [ColumnParallelLinear(IN, OUT, name=name, **options) for name in "qkv"]
+    x = torch.ones(B, S // tp.size if sequence_parallel else S, IN, requires_grad=True)
+    backend = aot_autograd(fw_compiler=note, bw_compiler=note)
+    compiled = torch.compile(column_parallel_linears, backend=backend, fullgraph=True)
+    ys = compiled(x, layers)
+    torch.autograd.backward(ys, [torch.ones_like(y) for y in ys])
+    (_, backward) = graphs
+    return [name for name in backward if name in COMPILED]
+
+
+COMPILED = {
+    "mm": "mm",
+    "addmm": "addmm_",
+    "all_reduce": "allreduce_",
+    "all_gather_into_tensor": "_allgather_base_",
+    "reduce_scatter_tensor": "_reduce_scatter_base_",
+    "wait_tensor": "wait",
+}  # as `Noted` has them
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_a_compiled_graph_has_the_same_order(sequence_parallel: bool) -> None:
+    compiling = {"TORCHDYNAMO_DISABLE": "0"}
+    for names in run(compiled_backward, 2, sequence_parallel, environ=compiling):
+        assert [COMPILED[name] for name in names] == EXPECTED["column", sequence_parallel][1]
 
 
 def summed(dtype: torch.dtype) -> tuple[list[Tensor], int]:
