@@ -292,7 +292,7 @@ def _fill_type(draft: Draft, site: Site) -> list[str]:
             draft.replace(DTYPE, kept, "the run's own")
             said.append(f"DTYPE={kept}, as in this run so far; here the default is {usual}")
         elif "bf16" in slow and draft.sources[DTYPE] == chosen:
-            said.append(f"DTYPE={usual}: {slow['bf16']}")
+            said.append(f"DTYPE={usual}, since bf16 is slow here: {slow['bf16']}")
     if draft.get(DTYPE) in slow:
         said.append(f"{draft[DTYPE]}: {slow[draft.get(DTYPE)]}")
     return said

@@ -30,13 +30,13 @@ def slow_types(environ: Mapping[str, str], root: Path = Path("/")) -> dict[str, 
         return {}
     vector = VECTOR in flags and (may or limit.endswith("_BF16"))
     reason = (
-        "this CPU has no AMX, and bf16 by avx512_bf16 is about 1.6 times slower than fp32"
+        "this CPU has no AMX; products by avx512_bf16 are about 1.6 times slower than in fp32"
         if vector
-        else "bf16 is emulated on this CPU: about 5 times slower than fp32, or more"
+        else "emulated on this CPU: products are about 5 times slower than in fp32, or more"
     )
     return {
         "bf16": reason,
-        "fp16": "fp16 is emulated on this CPU: about 10 times slower than fp32",
+        "fp16": "emulated on this CPU: products are about 10 times slower than in fp32, or more",
     }
 
 

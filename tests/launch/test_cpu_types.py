@@ -50,7 +50,7 @@ def test_a_type_that_the_device_is_fast_at_is_the_default() -> None:
     assert configured(**SMALL, site=OTHER).train.dtype == "bf16"
     found = resolved(**SMALL, site=LAPTOP)
     assert found.run.train.dtype == "fp32"
-    assert "DTYPE=fp32: bf16 is emulated here" in found.notes
+    assert "DTYPE=fp32, since bf16 is slow here: bf16 is emulated here" in found.notes
     assert not any("DTYPE" in warning for warning in found.warnings)
     debug = resolved(site=LAPTOP)  # its preset has fp32, which needs no word
     assert debug.run.train.dtype == "fp32" and not any("DTYPE" in note for note in debug.notes)

@@ -50,6 +50,7 @@ def test_every_option_is_in_one_table() -> None:
 OTHER = {int: lambda v: v + 1, float: lambda v: v * 0.75 + 0.001, bool: lambda v: not v}
 CHOSEN = {
     "train.dtype": "bf16",
+    "train.float8": "rowwise",
     "optimizer.lr_decay_style": "linear",
     "stability.spike_policy": "rollback",
     "optimizer.weight_decay_incr_style": "cosine",
