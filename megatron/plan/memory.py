@@ -245,5 +245,6 @@ def _logits(run: RunConfig) -> int:
     blocks = 4 * min(chunk, LOSS_BLOCK) * (1 if run.train.dtype == "fp32" else 2)
     gathers = run.parallel.megatron_sequence_parallel and run.parallel.tensor_parallel > 1
     states = tokens * hidden * width * (2 if gathers else 1)
-    # fp16 adds the weight's gradient up in fp32
-    return width * chunk + blocks + states + (4 + width if fp16 else width) * columns * hidden
+    if fp16:  # the weight's gradient is added up in fp32, a product at a time
+        return width * chunk + max(blocks, width * columns * hidden) + states + 4 * columns * hidden
+    return width * chunk + blocks + states + width * columns * hidden
