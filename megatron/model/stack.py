@@ -39,9 +39,10 @@ class Stack(nn.Module):
         for index, layer in enumerate(layers):
             module = self._module(index, layer)
             calls.append(module if layer.forward is None else partial(layer.forward, module))
-        *self._calls, self._head = recompute_runs(
+        *self._calls, head = recompute_runs(
             calls, [layer.recompute for layer in layers], recompute_num_layers
         )
+        self._head = partial(head)  # a module would be registered again
 
     def _module(self, index: int, layer: Layer) -> nn.Module:
         if layer.tied_key is None:

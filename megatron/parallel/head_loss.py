@@ -25,8 +25,8 @@ from megatron.parallel.ulysses import all_positions
 CHUNK_BYTES, CHUNK_TOKENS = 1 << 29, 1 << 10
 """A chunk's logits take up to so many bytes, or, where that is more, have so many tokens: fewer
 would leave a GPU's matrix units idle, and round a bf16 gradient of the weight more often."""
-BLOCK_ELEMENTS, BLOCK_PER_THREAD = 1 << 26, 1 << 17
-"""Logits turned into fp32 at once: 256 MiB, which has rows for all units of a GPU; on a CPU what
+BLOCK_ELEMENTS, BLOCK_PER_THREAD = 1 << 25, 1 << 17
+"""Logits turned into fp32 at once: 128 MiB, which has rows for all units of a GPU; on a CPU what
 a core's cache holds."""
 
 
@@ -213,6 +213,7 @@ class _Chunks:
             result[block] = part.amax(dim=-1).to(self.exact) - softmax.amax(dim=-1).log_()
             if keep:
                 part.copy_(softmax)
+            del softmax  # before the next one
         return result
 
     def prepare_gradients(self, rows: Tensor) -> None:

@@ -17,7 +17,8 @@ from megatron.config.update_rules import RULES
 from megatron.plan.reductions import gradient_moments
 
 GIB = 2**30
-LOSS_BLOCK = 1 << 24  # logits that the cross entropy turns into fp32 at once
+CHUNK_BYTES, CHUNK_TOKENS = 1 << 29, 1 << 10  # of logits that the head makes at once
+LOSS_BLOCK = 1 << 25  # of them, that it turns into fp32 at once
 FLAT_BUCKET = 500_000_000  # fp32 gradients that DeepSpeed's bf16 optimizer flattens to reduce them
 LIVE_PARAMETERS = 3_000_000_000  # that ZeRO-3 keeps gathered
 
@@ -30,7 +31,7 @@ class MemoryEstimate(NamedTuple):
         gradients: those that outlive a micro-batch.
         optimizer: fp32 weights and the states of the update rule.
         activations: what blocks keep for the backward pass, and compute again in it.
-        logits: of the loss, with their gradient.
+        logits: a chunk of them, and the gradients that the head forms from it.
         buffers: DeepSpeed's: buckets, gathered parameters, gradients on their way.
     """
 
@@ -247,10 +248,20 @@ def _block(run: RunConfig, recompute: str) -> int:
 
 
 def _logits(run: RunConfig) -> int:
-    """Logits and their gradient in the model's precision, and two fp32 blocks of the loss.
+    """What the head's loss makes: logits, blocks of them in fp32, and the gradients it forms.
 
-    A pipeline holds the logits of the micro-batch before, too.
+    These are of the weight and of the hidden states, all positions of them.
     """
-    logits = _tokens(run) * (run.padded_vocab_size // run.parallel.tensor_parallel)
-    copies = 3 if run.parallel.pipeline_parallel > 1 else 2
-    return copies * logits * _value_bytes(run) + 4 * min(logits, 2 * LOSS_BLOCK)
+    columns = run.padded_vocab_size // run.parallel.tensor_parallel
+    width, tokens, hidden = _value_bytes(run), _tokens(run), run.model.hidden_size
+    fp16 = run.train.dtype == "fp16"
+    chunk = min(
+        tokens, CHUNK_TOKENS if fp16 else max(CHUNK_TOKENS, CHUNK_BYTES // (columns * width))
+    )
+    chunk = -(-tokens // -(-tokens // chunk)) * columns  # equal ones
+    blocks = 4 * min(chunk, LOSS_BLOCK) * (1 if run.train.dtype == "fp32" else 2)
+    gathers = run.parallel.megatron_sequence_parallel and run.parallel.tensor_parallel > 1
+    states = tokens * hidden * width * (2 if gathers else 1)
+    if fp16:  # the weight's gradient is added up in fp32, a product at a time
+        return width * chunk + max(blocks, width * columns * hidden) + states + 4 * columns * hidden
+    return width * chunk + blocks + states + width * columns * hidden

@@ -14,6 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from megatron.engine import reduction
+from megatron.parallel import head_loss
 from tests.equivalence import front
 
 
@@ -88,6 +89,7 @@ def peak_of_a_step(variables: Mapping[str, str]) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.functional, "rms_norm", _fused)
         patch.setattr(reduction, "WITHOUT_REDUCE_SCATTER", ())  # as on a GPU
+        patch.setattr(head_loss, "BLOCK_PER_THREAD", head_loss.BLOCK_ELEMENTS)  # as on a GPU
         engine = front.build(config)
         front.steps(config, engine, 0, 1)
         gc.collect()

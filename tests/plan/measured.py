@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron.config.schema import RunConfig
-from megatron.training.build import loss_function, model_layers
+from megatron.parallel import head_loss as file
+from megatron.parallel.groups import SERIAL
+from megatron.parallel.head_loss import Targets
+from megatron.training.build import model_layers
+from tests.plan.engine_peak import Held
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-Loss = Callable[[Tensor, Tensor], Tensor]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def blocks_and_loss(run: RunConfig) -> tuple[list[nn.Module], Loss]:
-    """The run's blocks and its loss, on one rank: the only function here that knows the model."""
-    blocks = model_layers(run)[1:-2]
-    return [layer.build().to(DTYPES[run.train.dtype]) for layer in blocks], loss_function(run)
+def blocks_of(run: RunConfig) -> list[nn.Module]:
+    """The run's blocks, on one rank."""
+    return [layer.build().to(DTYPES[run.train.dtype]) for layer in model_layers(run)[1:-2]]
 
 
 class _FusedRMSNorm(Function):
@@ -44,7 +43,7 @@ class _FusedRMSNorm(Function):
 
 def blocks_keep(run: RunConfig, blocks: int) -> int:
     """Bytes that the first `blocks` blocks keep of one micro-batch, parameters excluded."""
-    model, _ = blocks_and_loss(run)
+    model = blocks_of(run)
     shape = (run.train.micro_batch_size, run.model.seq_length, run.model.hidden_size)
     x = torch.zeros(shape, dtype=DTYPES[run.train.dtype], requires_grad=True)
     known = {p.untyped_storage().data_ptr() for block in model for p in block.parameters()}
@@ -66,32 +65,15 @@ def blocks_keep(run: RunConfig, blocks: int) -> int:
     return sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in known)
 
 
-class _Peak(TorchDispatchMode):
-    """The most bytes that the results of operations have held at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self._alive = {key: pair for key, pair in self._alive.items() if not pair[0].expired()}
-        self.bytes = max(self.bytes, sum(size for _, size in self._alive.values()))
-        return result
-
-
 def loss_takes(run: RunConfig) -> int:
-    """Peak bytes from the logits to their gradient."""
-    _, loss = blocks_and_loss(run)
-    tokens = (run.train.micro_batch_size, run.model.seq_length)
-    hidden = torch.zeros(*tokens, 1, dtype=DTYPES[run.train.dtype], requires_grad=True)
-    weight = torch.zeros(run.padded_vocab_size, 1, dtype=hidden.dtype)
-    with _Peak() as peak:
-        logits = nn.functional.linear(hidden, weight)
-        loss(logits, torch.zeros(tokens, dtype=torch.int64)).backward()
-    return peak.bytes
+    """Peak bytes of the head's loss and its backward pass, beside its two inputs."""
+    tokens, dtype = (run.train.micro_batch_size, run.model.seq_length), DTYPES[run.train.dtype]
+    hidden = torch.zeros(*tokens, run.model.hidden_size, dtype=dtype, requires_grad=True)
+    weight = torch.zeros(run.padded_vocab_size, hidden.shape[-1], dtype=dtype, requires_grad=True)
+    targets = Targets(torch.zeros(tokens, dtype=torch.int64))
+    with pytest.MonkeyPatch.context() as patch, Held() as held:
+        patch.setattr(file, "BLOCK_PER_THREAD", file.BLOCK_ELEMENTS)  # as on a GPU
+        held.reset()
+        before = held.peak
+        file.head_loss(hidden, weight, targets, SERIAL, run.model.vocab_size).backward()
+    return held.peak - before

@@ -3,6 +3,7 @@
 import pytest
 
 from megatron.config.schema import RunConfig
+from megatron.parallel import head_loss
 from megatron.plan import memory
 from megatron.plan.memory import memory_per_rank
 from tests.config.helpers import configured
@@ -44,7 +45,12 @@ def test_blocks_keep_what_is_measured(shape: dict, recompute: str) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"VOCAB_SIZE": 50000}, {"VOCAB_SIZE": 50000, "DTYPE": "fp32", "MICRO_BATCH": 1}],
+    [
+        {},
+        {"VOCAB_SIZE": 50000},
+        {"VOCAB_SIZE": 50000, "DTYPE": "fp32", "MICRO_BATCH": 1},
+        {"VOCAB_SIZE": 50000, "DTYPE": "fp16", "MICRO_BATCH": 6},
+    ],
 )
 def test_the_loss_takes_what_is_measured(settings: dict) -> None:
     run = configured(**SMALL | settings)
@@ -100,11 +106,18 @@ def test_what_is_sharded(part, settings, shards):
     assert shard == pytest.approx(whole / shards, rel=1e-3)
 
 
-def test_logits_are_sharded_and_the_block_of_the_loss_is_not():
-    whole, tp, sp = (
-        memory._logits(configured(**SEED, NLAYERS=4, **more)) for more in ({}, {"TP": 2}, {"SP": 2})
+def test_the_head_is_the_one_that_runs() -> None:
+    assert (memory.CHUNK_BYTES, memory.CHUNK_TOKENS, memory.LOSS_BLOCK) == (
+        head_loss.CHUNK_BYTES,
+        head_loss.CHUNK_TOKENS,
+        head_loss.BLOCK_ELEMENTS,
     )
-    assert tp == sp and 2 * tp - whole == 2 * 64 * 2**20
+
+
+def test_the_head_takes_1_5_gb_beside_its_gradients() -> None:
+    run = configured(**SEED, NLAYERS=4, SEQ=8192)
+    gradients = 2 * 3072 * (256000 + 8192)
+    assert memory._logits(run) - gradients == 2 * 1024 * 256000 + 2 * 4 * 2**25 < 1.5e9
 
 
 def test_states_are_sharded_over_the_ranks_of_a_sequence_too():

@@ -27,7 +27,7 @@ def test_the_way_is_short(name: str, journeys: dict[str, dict[str, int]]) -> Non
         (
             "step",  # data in the thread that reads ahead, model, loss, and types of annotations
             ["data/dataset.py", "data/loader.py", "data/samples.py", "engine/sharded.py",
-             "model/attention.py", "parallel/cross_entropy.py", "checkpoint/state.py"],
+             "model/attention.py", "parallel/head_loss.py", "checkpoint/state.py"],
         ),
         ("save", ["checkpoint/store.py", "checkpoint/tensors.py", "engine/shards.py"]),
         ("setting", ["config/schema.py", "config/option.py", "engine/sharded.py"]),
