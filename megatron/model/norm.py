@@ -11,8 +11,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from megatron.parallel.groups import SERIAL, Axis
-from megatron.parallel.layers import set_tensor_parallel_attributes, shard_size
-from megatron.parallel.mappings import copy_to_tensor_parallel, reduce_from_tensor_parallel
+from megatron.parallel.layers import set_tensor_parallel_attributes
+from megatron.parallel.mappings import copy_to_tensor_parallel
 
 
 class _RMSNorm(Function):
@@ -35,11 +35,11 @@ class _RMSNorm(Function):
         wide, grad = x.to(scale.dtype), grad.to(scale.dtype)
         product = grad * wide
         rows = product.reshape(-1, size)
-        weight_grad = scale.reshape(1, -1) @ rows
+        weight_grad = rows.t() @ scale.reshape(-1)
         # x * scale = y: dy/dx = scale * (1 - y y^T / size)
         along = (rows @ weight.to(scale.dtype)).view_as(scale) * scale.pow(3).div_(-size)
         x_grad = torch.mul(grad, weight, out=product).mul_(scale).addcmul_(wide, along)
-        return x_grad.to(x.dtype), weight_grad.view(size).to(weight.dtype), None
+        return x_grad.to(x.dtype), weight_grad.to(weight.dtype), None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -86,38 +86,3 @@ class RMSNorm(nn.Module):
         if self.summed.size > 1:
             weight = copy_to_tensor_parallel(weight, self.summed)
         return rms_norm(x, weight, self.eps)
-
-
-class AllHeadsRMSNorm(nn.Module):
-    """RMSNorm over all heads together, which are sharded over the tensor-parallel axis.
-
-    Forward: one all-reduce of a sum of squares per token. Backward: one of its gradient.
-    """
-
-    def __init__(self, heads: int, width: int, eps: float, tp: Axis = SERIAL) -> None:
-        """Builds this rank's shard of the weight, all ones.
-
-        Args:
-            heads: on all ranks.
-            width: of a head.
-            eps: added to the mean square.
-            tp: axis over which the heads are sharded.
-        """
-        super().__init__()
-        self.size = heads * width
-        self.eps = eps
-        self.tp = tp
-        local = torch.ones(shard_size(heads, tp, "heads") * width)
-        self.weight = set_tensor_parallel_attributes(nn.Parameter(local), (self.size,), 0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """This rank's heads (..., heads/tp, width) -> the same shape."""
-        y = x.flatten(-2)
-        if self.tp.size == 1:
-            return rms_norm(y, self.weight, self.eps).view_as(x)
-        wide = y.float()
-        squares = reduce_from_tensor_parallel(wide.square().sum(-1, keepdim=True), self.tp)
-        # Each rank's gradient of the sum is that of its own heads.
-        squares = copy_to_tensor_parallel(squares, self.tp)
-        y = (wide * torch.rsqrt(squares / self.size + self.eps) * self.weight).to(x.dtype)
-        return y.view_as(x)

@@ -28,8 +28,8 @@ class Olmo2(Architecture):
 
     def layers(self, shape: ModelShape, context: ModelContext) -> list[Layer]:
         """Embedding, blocks, final norm, head."""
+        from megatron.model.all_heads_norm import AllHeadsRMSNorm
         from megatron.model.block import PostNormBlock, decoder_layers
-        from megatron.model.norm import AllHeadsRMSNorm
 
         qk_norm = partial(
             AllHeadsRMSNorm, width=shape.head_width, eps=shape.rms_norm_eps, tp=context.tp
