@@ -30,7 +30,6 @@ from megatron.training.device import detect
 from pretrain_gpt_alcf import build_engine
 
 
-
 class Step(NamedTuple):
     """A rank's training step.
 

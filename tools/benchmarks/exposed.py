@@ -121,9 +121,7 @@ def _answer(pipe: Connection) -> Any:
     return answer
 
 
-def _rank(
-    pipe: Connection, cable: wire.Cable, arm: Arm, rank: int, ranks: int, port: int
-) -> None:
+def _rank(pipe: Connection, cable: wire.Cable, arm: Arm, rank: int, ranks: int, port: int) -> None:
     """Trains a few steps whenever it is asked to."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     try:
