@@ -57,8 +57,8 @@ def notes(run: RunConfig) -> list[str]:
     notes = [twin] if twin else []
     if run.parallel.zero_stage == 0:
         notes.append(
-            "ZERO_STAGE=0 is given to DeepSpeed as stage 1 with fp32 gradient accumulation: the "
-            "same update, with correct clipping under PP and less memory"
+            "ZERO_STAGE=0 runs as stage 1 with fp32 gradient accumulation: the same update with "
+            "less memory, and under PP with correct clipping"
         )
     if run.checkpoint.no_load_rng:
         notes.append(

@@ -1,4 +1,4 @@
-"""The engine's interface to training; implemented by `ZeroEngine` and `PipelineEngine`."""
+"""The engine's interface to training: `ShardedEngine`, and DeepSpeed's two behind it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Engine(Protocol):
 
     Attributes:
         module: the local part of the model (the whole of it at PP = 1).
-        optimizer: the optimizer made by `make_optimizer`, with DeepSpeed's flat parameters in it.
+        optimizer: the optimizer made by `make_optimizer`, with flat fp32 parameters in it.
         groups: of this rank.
         device: where the model lives.
     """
@@ -63,7 +63,7 @@ class Engine(Protocol):
     def gradient_norm(self) -> Tensor | float:
         """Norm of the last step's gradient over all ranks before clipping; inf on overflow.
 
-        A tensor on the device where DeepSpeed has one, so that reading it does not wait.
+        A tensor on the device where the engine has one: to hand it on does not wait.
         """
 
     @property
@@ -102,4 +102,4 @@ class Engine(Protocol):
         """
 
     def close(self) -> None:
-        """Removes DeepSpeed's hooks and frees its buffers; the process groups stay."""
+        """Removes hooks and frees what DeepSpeed holds; the process groups stay."""

@@ -217,11 +217,18 @@ def dry_run_text(resolved: Resolved, launch_command: str) -> str:
         ("data", data_text(run)),
         ("steps to skip", skip_text(run)),
         ("run folder", str(run.run_folder)),
-        ("DeepSpeed configuration", json.dumps(deepspeed_config(run), indent=2)),
+        (deepspeed_title(run), json.dumps(deepspeed_config(run), indent=2)),
         ("launch command", launch_command),
     )
     blocks = [f"-- {title} --\n{text}" if title else text for title, text in parts if text]
     return "\n\n".join([*blocks, "Dry run: nothing was started."]) + "\n"
+
+
+def deepspeed_title(run: RunConfig) -> str:
+    """Of DeepSpeed's configuration, which not every run is given."""
+    if run.sharded is None:
+        return "DeepSpeed configuration"
+    return "DeepSpeed configuration, not used: ENGINE=sharded takes the steps"
 
 
 def _columns(rows: Sequence[tuple[str, ...]]) -> str:

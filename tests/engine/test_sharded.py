@@ -15,8 +15,10 @@ from megatron.config.errors import ConfigError
 from megatron.config.schema import RunConfig
 from megatron.engine import buckets
 from megatron.engine.buckets import Bucket, buckets_of
+from megatron.engine.gathering import Gathering
 from megatron.engine.reduction import Reduction, in_backward_order
 from megatron.engine.sharded import ShardedEngine
+from megatron.model.layer import Layer
 from megatron.parallel.groups import SERIAL, Axis
 from megatron.parallel.piece import WEIGHT
 from tests.equivalence import front
@@ -172,6 +174,64 @@ def test_with_one_micro_batch_buckets_live_until_they_are_reduced() -> None:
     for found in run(overlapped, 2, Case(dp=2).variables()):
         assert found["kept"][0] == 1  # the others have no buffer yet
         assert max(found["kept"]) < 4
+
+
+class Slow:
+    """A collective that is under way until it is waited for."""
+
+    done = False
+
+    def wait(self) -> None:
+        self.done = True
+
+
+def test_a_layer_waits_for_its_own_weights_before_it_computes() -> None:
+    first, second = nn.Linear(2, 2), nn.Linear(2, 2)
+    works = {name: Slow() for name in ("first", "second")}
+    gathering = Gathering()
+    for module, work in zip((first, second), works.values(), strict=True):
+        gathering._works |= {id(parameter): work for parameter in module.parameters()}
+
+    def compute(module: nn.Module, x: Tensor) -> Tensor:
+        assert works["first"].done and not works["second"].done
+        return x
+
+    layer = gathering.waiting(Layer("one", nn.Linear, lambda: first, forward=compute))
+    assert layer.forward is not None
+    layer.forward(first, torch.zeros(2))
+    gathering.finish()
+    assert works["second"].done and gathering._works == {}
+
+
+def late(variables: dict[str, str]) -> float:
+    """Loss of a second step where weights come as late as they may."""
+    works: list[Slow] = []
+    gather = Bucket.gather
+
+    class Late(Slow):
+        def __init__(self, bucket: Bucket) -> None:
+            self.bucket = bucket
+
+        def wait(self) -> None:
+            if not self.done:
+                work = gather(self.bucket)
+                assert work is not None
+                work.wait()
+            self.done = True
+
+    def begun(self: Bucket) -> Any:
+        works.append(Late(self))
+        return works[-1]
+
+    Bucket.gather = begun  # type: ignore[method-assign, assignment]
+    config = front.run_config(variables)
+    return front.steps(config, front.build(config), 0, 3)[-1][0]
+
+
+def test_no_weight_is_read_before_it_has_come() -> None:
+    variables = Case(dp=2, dtype="bf16", tied=True).variables()
+    expected = run(front.train, 2, variables, 3)[0][-1][0]
+    assert run(late, 2, variables) == [expected] * 2
 
 
 # --- Clipping, and a parameter whose gradient is a part of a sum ----------------------------------

@@ -114,6 +114,13 @@ CASES: dict[str, tuple[dict[str, str], str, dict[Sent, float]]] = {
         "fp32",
         gradients(2, m * 4 * P, EXCHANGE, FP32) | weights(2, b * P),
     ),
+    "muon": (  # 8 bytes of each matrix to its owner, 4 back; a rank has half of them
+        {"WORLD_SIZE": "2", "OPT": "muon"},
+        "bf16",
+        gradients(2, b * P, EXCHANGE)
+        | weights(2, b * P)
+        | gradients(2, (8 + 4) * L * (3 * 128 * 128 + 3 * 128 * 256) / 2, EXCHANGE, FP32),
+    ),
     "deepspeed-zero1": (
         {**DEEPSPEED, "WORLD_SIZE": "2"},
         "bf16",

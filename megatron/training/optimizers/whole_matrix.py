@@ -21,6 +21,7 @@ from megatron.engine import Span
 from megatron.parallel.groups import Axis
 from megatron.parallel.piece import WHOLE, Piece
 from megatron.training.optimizers.parameter_groups import VOCABULARY
+from megatron.training.optimizers.span_exchange import SpanExchange
 
 # (whole matrix, its group) -> rule
 WholeRule = Callable[[nn.Parameter, Mapping[str, Any]], Optimizer]
@@ -63,7 +64,8 @@ class WholeMatrixOptimizer(Optimizer):
 
     Memory per rank: states are sharded, about 1/N of the stage's on each of its N = DP x TP ranks.
     During a step an owner also holds weight and gradient of its matrices, 8 bytes per parameter of
-    its 1/N (at least its largest matrix). Traffic per parameter: 8 bytes to the owner, 4 back.
+    its 1/N (at least its largest matrix), and as much on its way. A rank sends 8 bytes for each
+    parameter of its own partition to the owners, and 4 for each of its matrices back.
 
     Args:
         param_groups: groups with a unique "name".
@@ -104,7 +106,7 @@ class WholeMatrixOptimizer(Optimizer):
         spans: Iterable[Span],
         vocabulary_size: int,
     ) -> None:
-        """Sets where the shards of each matrix lie; called once, after deepspeed.initialize.
+        """Sets where the shards of each matrix lie; called once, by all ranks of the stage.
 
         Args:
             named_parameters: of the local part of the model.
@@ -117,7 +119,7 @@ class WholeMatrixOptimizer(Optimizer):
         located = {id(span.parameter): span for span in spans}
         owners = _Owners(dp.size, tp.size)
         self._dp, self._tp = dp, tp
-        self._matrices = {}
+        self._matrices, self._exchanges = {}, dict[str, SpanExchange]()
         for group in self.param_groups:
             members = self._members.get(group["name"], [])
             matrices = [
@@ -129,6 +131,11 @@ class WholeMatrixOptimizer(Optimizer):
                 if matrix.owner == (dp.rank, tp.rank):
                     matrix.rule = self._whole(_placeholder(matrix, group["params"][0]), group)
             self._matrices[group["name"]] = matrices
+            if matrices:
+                places = [matrix.owner[0] for matrix in matrices]
+                runs = [(m.span.start, m.span.length) if m.span else (0, 0) for m in matrices]
+                device = group["params"][0].device
+                self._exchanges[group["name"]] = SpanExchange(dp, places, runs, device)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -208,29 +215,22 @@ class WholeMatrixOptimizer(Optimizer):
         return [m for matrices in self._matrices.values() for m in matrices if m.rule is not None]
 
     def _step_whole(self, group: Mapping[str, Any], matrices: list[_Matrix]) -> None:
-        for matrix in matrices:
-            self._to_owner(matrix, group["params"][0])
+        like, exchange = group["params"][0], self._exchanges[group["name"]]
+        whole = exchange.to_owners([_run(matrix, like) for matrix in matrices])
+        for number, both in whole.items():
+            self._to_rule(matrices[number], both)
         for matrix in matrices:
             if matrix.rule is not None:
                 for name in ("lr", "weight_decay"):  # what may change from step to step
                     matrix.rule.param_groups[0][name] = group[name]
                 matrix.rule.step()
-        for matrix in matrices:
-            self._from_owner(matrix, group["params"][0])
+        new = {number: self._from_rule(matrices[number], like) for number in whole}
+        for matrix, run in zip(matrices, exchange.from_owners(new, like.detach()), strict=True):
+            if matrix.span is not None:
+                matrix.span.view(matrix.span.flat).copy_(run)
 
-    def _to_owner(self, matrix: _Matrix, flat: Tensor) -> None:
-        """Assembles weight and gradient of a matrix on its owner; a collective of the stage."""
-        both = torch.zeros(2, matrix.shape.numel(), dtype=flat.dtype, device=flat.device)
-        if matrix.span is not None:
-            assert flat.grad is not None
-            run = both.narrow(1, matrix.span.start, matrix.span.length)
-            run[0] = matrix.span.view(flat)
-            run[1] = matrix.span.view(flat.grad)
-        dp_owner, _ = matrix.owner
-        if self._dp.group is not None:  # each element comes from one rank, so the sum is exact
-            dist.reduce(both, dst=self._dp.ranks[dp_owner], group=self._dp.group)
-        if self._dp.rank != dp_owner:
-            return
+    def _to_rule(self, matrix: _Matrix, both: Tensor) -> None:
+        """Weight and gradient of a shard, (2, elements), to the whole; a collective over TP."""
         shards = [both]
         if matrix.partition_dim is not None and self._tp.group is not None:
             shards = [torch.empty_like(both) for _ in range(self._tp.size)]
@@ -246,26 +246,28 @@ class WholeMatrixOptimizer(Optimizer):
         parameter.data = weights[: matrix.rows].contiguous()
         parameter.grad = gradients[: matrix.rows].contiguous()
 
-    def _from_owner(self, matrix: _Matrix, flat: Tensor) -> None:
-        """Writes the new weight into the flat partitions; a collective of the stage."""
-        dp_owner, tp_owner = matrix.owner
-        shard = torch.empty(matrix.shape, dtype=flat.dtype, device=flat.device)
-        if self._dp.rank == dp_owner:
-            whole = torch.zeros(matrix.full_shape, dtype=flat.dtype, device=flat.device)
-            if matrix.rule is not None:
-                parameter = matrix.rule.param_groups[0]["params"][0]
-                whole[: matrix.rows] = parameter.data
-                _release(parameter)
-            if self._tp.group is not None:
-                dist.broadcast(whole, src=self._tp.ranks[tp_owner], group=self._tp.group)
-            if matrix.partition_dim is not None:
-                whole = whole.chunk(self._tp.size, dim=matrix.partition_dim)[self._tp.rank]
-            shard.copy_(whole)
-        if self._dp.group is not None:
-            dist.broadcast(shard, src=self._dp.ranks[dp_owner], group=self._dp.group)
-        if matrix.span is not None:
-            run = shard.view(-1).narrow(0, matrix.span.start, matrix.span.length)
-            matrix.span.view(flat).copy_(run)
+    def _from_rule(self, matrix: _Matrix, like: Tensor) -> Tensor:
+        """This TP rank's shard of the new weight, 1-D; a collective over TP."""
+        whole = torch.zeros(matrix.full_shape, dtype=like.dtype, device=like.device)
+        if matrix.rule is not None:
+            parameter = matrix.rule.param_groups[0]["params"][0]
+            whole[: matrix.rows] = parameter.data
+            _release(parameter)
+        if self._tp.group is not None:
+            _, tp_owner = matrix.owner
+            dist.broadcast(whole, src=self._tp.ranks[tp_owner], group=self._tp.group)
+        if matrix.partition_dim is not None:
+            whole = whole.chunk(self._tp.size, dim=matrix.partition_dim)[self._tp.rank]
+        return whole.reshape(-1)
+
+
+def _run(matrix: _Matrix, like: Tensor) -> Tensor:
+    """Weight and gradient of this rank's run, (2, elements)."""
+    if matrix.span is None:
+        return like.detach().new_empty(2, 0)
+    flat = matrix.span.flat
+    assert flat.grad is not None
+    return torch.stack([matrix.span.view(flat.detach()), matrix.span.view(flat.grad)])
 
 
 def _whole_state(reader: TensorReader, name: str) -> dict[str, Tensor | float]:
