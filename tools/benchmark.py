@@ -28,6 +28,8 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "overlap": ("tools.benchmarks.overlap", "exposed communication, on a cable of 1 Gbit/s"),
     "step": ("tools.benchmarks.step", "our training step against other programs'"),
     "profile": ("tools.benchmarks.step_profile", "where a step's time goes, and a flame graph"),
+    "seed-table": ("tools.benchmarks.seed_table", "published rows of small models, on one device"),
+    "scaling": ("tools.benchmarks.scaling", "the same model on 1, 2, 4 ranks of this host"),
 }
 """Name -> module with add_arguments(parser) and main(options), and one line of help."""
 

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = (
     "train_alcf.sh", "train_aGPT_7B.sh", "ALCF/helpers.sh", "ALCF/test_alcf.sh", "tests/run.sh",
-    ".ci/run",
+    "tools/gpu_check.sh", ".ci/run",
 )  # fmt: skip
 # One is sourced into shells that are not ours, the other is one line.
 NOT_STRICT = ("ALCF/helpers.sh", "train_aGPT_7B.sh")

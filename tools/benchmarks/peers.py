@@ -39,6 +39,16 @@ def hugging_face(rounds: Rounds, work: Workload, compile: bool = False, pure: bo
     _plain_loop(rounds, work, model, _own_loss(forward), autocast=not pure)
 
 
+def plain(rounds: Rounds, work: Workload, compile: bool = False) -> None:
+    """Llama in a hundred lines of torch, in a plain loop."""
+    import torch
+
+    from tools.benchmarks.plain_llama import PlainLlama
+
+    model: Any = PlainLlama(work.run().model, _weights(work)).to(rounds.device.torch_device)
+    _plain_loop(rounds, work, model, torch.compile(model) if compile else model, autocast=True)
+
+
 def fsdp2(rounds: Rounds, work: Workload, compile: bool = False) -> None:
     """transformers' model, each block under fully_shard, on a mesh of this one rank."""
     import torch
@@ -66,11 +76,9 @@ def litgpt(rounds: Rounds, work: Workload, compile: bool = True) -> None:
     from litgpt import GPT, Config
     from litgpt.scripts.convert_hf_checkpoint import copy_weights_hf_llama
     from litgpt.utils import chunked_cross_entropy
-    from safetensors.torch import load_file
 
-    run, weights = work.run(), {}
-    assert work.weights is not None
-    shape = run.model
+    weights: dict[str, Any] = {}
+    shape = work.run().model
     config = Config(
         block_size=shape.seq_length,
         vocab_size=shape.vocab_size,
@@ -88,10 +96,7 @@ def litgpt(rounds: Rounds, work: Workload, compile: bool = True) -> None:
         norm_eps=shape.rms_norm_eps,
         mlp_class_name="LLaMAMLP",
     )
-    theirs: dict[str, Any] = {}
-    for file in sorted(work.weights.glob("*.safetensors")):
-        theirs.update(load_file(file))
-    copy_weights_hf_llama(config, {}, weights, theirs)
+    copy_weights_hf_llama(config, {}, weights, _weights(work))
     model = GPT(config)
     model.load_state_dict(weights)
     model.to(rounds.device.torch_device)
@@ -157,6 +162,15 @@ def hugging_face_trainer(rounds: Rounds, work: Workload) -> None:
         trainer.add_callback(AfterStep())
         if rounds.wait():
             trainer.train()
+
+
+def _weights(work: Workload) -> dict[str, Tensor]:
+    """By Hugging Face's names."""
+    from safetensors.torch import load_file
+
+    assert work.weights is not None
+    files = sorted(work.weights.glob("*.safetensors"))
+    return {name: weight for file in files for name, weight in load_file(file).items()}
 
 
 def _hugging_face_model(work: Workload, rounds: Rounds, kind: torch.dtype) -> Any:

@@ -38,6 +38,7 @@ class Rounds:
 
     def __init__(self, pipe: Connection, device: Device) -> None:
         self.device = device
+        self.asked = False  # and has not answered yet
         self._pipe = pipe
         self._losses: list[Any] = []
         self._left = 0
@@ -46,6 +47,7 @@ class Rounds:
     def wait(self) -> bool:
         """Waits for a round; False: there is none any more."""
         self._left = self._pipe.recv()
+        self.asked = True
         if self._losses and self.device.kind == "cpu":
             _forget_peak()
         self._losses = []
@@ -76,6 +78,7 @@ class Rounds:
 
     def reply(self, answer: dict[str, Any]) -> None:
         """Sends what a round found."""
+        self.asked = False
         self._pipe.send(answer)
 
 
@@ -149,15 +152,20 @@ def _serve(pipe: Connection, train: Train, work: Workload, log: Path) -> None:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
             os.dup2(out.fileno(), stream.fileno())
+    rounds: Rounds | None = None
     try:
         from megatron.training.device import detect, prepare
 
         run = work.run()
         device = detect(0, run.train.dtype, run.launch.device)
         prepare(device, run.train.dtype)
-        train(Rounds(pipe, device), work)
+        rounds = Rounds(pipe, device)
+        train(rounds, work)
+    except EOFError:  # whoever leads is gone
+        return
     except Exception as error:
         traceback.print_exc()
-        with contextlib.suppress(OSError):
-            pipe.recv()
+        with contextlib.suppress(OSError, EOFError):
+            if rounds is None or not rounds.asked:
+                pipe.recv()
             pipe.send({"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"})

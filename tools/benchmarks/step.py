@@ -33,6 +33,8 @@ PEERS: Mapping[str, tuple[Train, tuple[str, ...]]] = {
     "hf-trainer": (peers.hugging_face_trainer, ("transformers", "accelerate")),
     "litgpt": (peers.litgpt, ("litgpt", "lightning")),
     "litgpt-eager": (partial(peers.litgpt, compile=False), ("litgpt", "lightning")),
+    "plain": (peers.plain, ()),
+    "plain-compile": (partial(peers.plain, compile=True), ()),
     "fsdp2": (peers.fsdp2, ("transformers",)),
     "fsdp2-compile": (partial(peers.fsdp2, compile=True), ("transformers",)),
 }
@@ -122,7 +124,7 @@ def measure(work: Workload, options: argparse.Namespace, folder: Path) -> list[R
     results = [Result(name, missing(name)) for name in options.arms]
     wanted = [result for result in results if not result.why]
     gemm = Arm(arms.GEMM, arms.gemm, work, folder / "gemm.log")
-    gemm.round(WARM_UP)
+    products = max(1, round(options.seconds / 4 / gemm.round(WARM_UP)["seconds"]))
     groups = [[result] for result in wanted] if alone(options.turns) else [wanted]
     for group in groups:
         running = {}
@@ -133,7 +135,7 @@ def measure(work: Workload, options: argparse.Namespace, folder: Path) -> list[R
         for _ in range(options.rounds):
             for result in group:
                 if not result.why:
-                    rate = arms.gemm_rate(gemm.round(gemm_steps(steps)))
+                    rate = arms.gemm_rate(gemm.round(products))
                     result.take(running[result.name].round(steps), rate)
         for arm in running.values():
             arm.close()
@@ -168,11 +170,6 @@ def steps_of(running: Mapping[str, Arm], group: Sequence[Result], seconds: float
     answers = [running[result.name].round(2) for result in group if not result.why]
     times = [answer["seconds"] for answer in answers if "error" not in answer]
     return max(2, round(seconds / min(times))) if times else 2
-
-
-def gemm_steps(steps: int) -> int:
-    """Matrix products in a round: some, but a small part of the time."""
-    return max(4, min(steps, 40))
 
 
 def function_of(name: str) -> Train:
