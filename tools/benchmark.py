@@ -5,6 +5,7 @@
     python3 tools/benchmark.py profile --shape 40m                # where a step's time goes
     python3 tools/benchmark.py seed-table [--rehearse]            # the published rows on one device
     python3 tools/benchmark.py scaling                            # 1, 2, 4 ranks of this host
+    python3 tools/benchmark.py overlap fp32                       # exposed on a slow cable (root)
 
 Every figure comes with its command, commit, hardware and date. Arms take turns in one run: compare
 ratios, never figures of two runs on a machine that others use.
@@ -24,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 from megatron.config.errors import ConfigError
 
 COMMANDS: Mapping[str, tuple[str, str]] = {
+    "overlap": ("tools.benchmarks.overlap", "exposed communication, on a cable of 1 Gbit/s"),
     "step": ("tools.benchmarks.step", "our training step against other programs'"),
     "profile": ("tools.benchmarks.step_profile", "where a step's time goes, and a flame graph"),
     "seed-table": ("tools.benchmarks.seed_table", "published rows of small models, on one device"),

@@ -1,9 +1,9 @@
 """Two hosts joined by one slow cable: network namespaces of this machine; needs root.
 
 The cable is two TAP devices and a process that carries frames between them: each frame waits for
-those before it, at the cable's bytes a second, and arrives a latency later. (The kernel's netem
-does the same where there is one; its tbf shapes without a latency.) The kernel hands over whole
-segments of up to 64 KiB, so 1 Gbit/s is 2,000 frames a second. Everything ends with this process.
+those before it, at the cable's bytes a second, and arrives a latency later. (netem would do the
+same, where the kernel has it.) The kernel hands over whole segments of up to 64 KiB, so 1 Gbit/s is
+2,000 frames a second. Everything ends with this process.
 """
 
 from __future__ import annotations
