@@ -51,7 +51,7 @@ class Journey:
 
 JOURNEYS = {
     "step": Journey(
-        "one training step", "megatron.training.trainer:Trainer.step", True, True, 25, 3450
+        "one training step", "megatron.training.trainer:Trainer.step", True, True, 30, 4350
     ),
     "save": Journey(
         "one save", "megatron.training.saving:save_checkpoint", False, False, 12, folders=4
