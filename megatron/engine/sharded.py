@@ -99,8 +99,8 @@ class ShardedEngine(OneStageEngine):
         return self._norm
 
     @property
-    def step_applied(self) -> bool:
-        return bool(self._applied)
+    def step_applied(self) -> bool | Tensor:
+        return self._applied
 
     @property
     def loss_scale(self) -> float:
