@@ -67,14 +67,17 @@ def memory_per_rank(run: RunConfig) -> MemoryEstimate:
 
 def _rank(run: RunConfig, rank: int) -> MemoryEstimate:
     """Bytes of one pipeline rank at the moment of its peak."""
-    stages = len(run.stage_blocks)
-    own = {rank, stages - 1 - rank} if _two_stages(run) else {rank}
-    part = _part(run, own)
+    part = _part(run, _own(run, rank))
     weights, optimizer = (
         _weights(part.parameters, run),
         _optimizer(part.parameters, part.table, run),
     )
+<<<<<<< HEAD
     in_flight = _in_flight(run, rank) / len(own)
+=======
+    standing, produced = _gradients(part.parameters, run)
+    in_flight = _in_flight(run, rank)
+>>>>>>> h-head
     kept, again = _activations(run, part, in_flight)
     logits = _logits(run) if part.last else 0
     others = int(kept * (1 - 1 / in_flight))  # of the micro-batches behind this one
@@ -87,6 +90,7 @@ def _rank(run: RunConfig, rank: int) -> MemoryEstimate:
     return MemoryEstimate(weights, gradients, optimizer, activations, logits, buffers)
 
 
+<<<<<<< HEAD
 def _moments(part: _Part, run: RunConfig) -> list[tuple[int, int]]:
     """(gradients, buffers) at the loss, the first and the last gradient, in a block, at the end."""
     if run.sharded is not None:
@@ -109,6 +113,12 @@ def _moments(part: _Part, run: RunConfig) -> list[tuple[int, int]]:
 
 def _two_stages(run: RunConfig) -> bool:
     return num_stages_per_rank(run.parallel.pipeline_schedule) == 2
+=======
+def _own(run: RunConfig, rank: int) -> set[int]:
+    """The stages of a pipeline rank."""
+    two = num_stages_per_rank(run.parallel.pipeline_schedule) == 2
+    return {rank, len(run.stage_blocks) - 1 - rank} if two else {rank}
+>>>>>>> h-head
 
 
 def _part(run: RunConfig, own: set[int]) -> _Part:
@@ -129,12 +139,15 @@ def _part(run: RunConfig, own: set[int]) -> _Part:
     return _Part(layers, count, table, largest, deepest, last)
 
 
-def _in_flight(run: RunConfig, rank: int) -> int:
-    """Micro-batches in flight on a rank, summed over its stages."""
+def _in_flight(run: RunConfig, rank: int) -> float:
+    """Micro-batches that a layer of a rank has in flight, the mean over its layers."""
     stages, steps = len(run.stage_blocks), run.train.gradient_accumulation_steps
-    if _two_stages(run):
-        return min(2 * steps, stages + 1)
-    return min(steps, stages - rank)  # 1F1B: one for each stage from it to the last
+    # One for each stage from a stage to the last, in 1F1B and on both legs of DualPipeV.
+    flights = {stage: min(steps, stages - stage) for stage in _own(run, rank)}
+    layers = sum(run.stage_blocks[stage] for stage in flights)
+    if layers == 0:
+        return max(flights.values())
+    return sum(run.stage_blocks[stage] * flight for stage, flight in flights.items()) / layers
 
 
 def _value_bytes(run: RunConfig) -> int:
