@@ -72,12 +72,7 @@ def _rank(run: RunConfig, rank: int) -> MemoryEstimate:
         _weights(part.parameters, run),
         _optimizer(part.parameters, part.table, run),
     )
-<<<<<<< HEAD
-    in_flight = _in_flight(run, rank) / len(own)
-=======
-    standing, produced = _gradients(part.parameters, run)
     in_flight = _in_flight(run, rank)
->>>>>>> h-head
     kept, again = _activations(run, part, in_flight)
     logits = _logits(run) if part.last else 0
     others = int(kept * (1 - 1 / in_flight))  # of the micro-batches behind this one
@@ -90,7 +85,6 @@ def _rank(run: RunConfig, rank: int) -> MemoryEstimate:
     return MemoryEstimate(weights, gradients, optimizer, activations, logits, buffers)
 
 
-<<<<<<< HEAD
 def _moments(part: _Part, run: RunConfig) -> list[tuple[int, int]]:
     """(gradients, buffers) at the loss, the first and the last gradient, in a block, at the end."""
     if run.sharded is not None:
@@ -111,14 +105,10 @@ def _moments(part: _Part, run: RunConfig) -> list[tuple[int, int]]:
     ]
 
 
-def _two_stages(run: RunConfig) -> bool:
-    return num_stages_per_rank(run.parallel.pipeline_schedule) == 2
-=======
 def _own(run: RunConfig, rank: int) -> set[int]:
     """The stages of a pipeline rank."""
     two = num_stages_per_rank(run.parallel.pipeline_schedule) == 2
     return {rank, len(run.stage_blocks) - 1 - rank} if two else {rank}
->>>>>>> h-head
 
 
 def _part(run: RunConfig, own: set[int]) -> _Part:
