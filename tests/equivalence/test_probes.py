@@ -60,7 +60,8 @@ def test_states_of_other_rules(rule: str) -> None:
     """Whole-matrix states count once; a rule without a variance has none on the dashboard."""
     one = run(probed.probed, 1, {"OPT": rule, "LR": "0.01"})[0][-1]["optimizer_states"]
     two = run(probed.probed, 2, {"OPT": rule, "LR": "0.01", "WORLD_SIZE": "2"})
+    tolerance = 3e-3 if rule == "muon" else 1e-3  # torch's Muon orthogonalises in bf16
     for found in two:
-        assert found[-1]["optimizer_states"] == pytest.approx(one, rel=1e-3)
+        assert found[-1]["optimizer_states"] == pytest.approx(one, rel=tolerance)
     assert ("variance_l2" in one) == (rule == "muon")  # AdamW's, of embedding, head and norms
     assert ("momentum_l2" in one) == (rule != "sgd")
