@@ -70,3 +70,10 @@ def test_tables_made_while_evaluating_serve_training(length: int) -> None:
     x = torch.randn(1, 1, length, 8, requires_grad=True)
     apply_rope(x, tables_for(ROPE, x)).sum().backward()
     assert x.grad is not None
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (2, 1, 5, 8)])
+def test_gradients_of_a_rotation_are_those_of_finite_differences(shape: tuple[int, ...]) -> None:
+    x = torch.randn(2, 5, 3, 8, dtype=torch.float64).transpose(1, 2).requires_grad_()
+    tables = torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: apply_rope(x, tables), (x,))
