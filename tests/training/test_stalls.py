@@ -47,6 +47,8 @@ WAITS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.defa
 
 NOT_OURS = {
     "megatron/parallel/layers.py": "ids outside the vocabulary, on the CPU only",
+    "megatron/parallel/head_loss.py": "a gradient's factor, on the CPU only",
+    "megatron/engine/sharded.py": "the CPU, and rules without a fused kernel, look at the norm",
     "deepspeed": "its norm, which decides on the host whether it updates",
 }
 
