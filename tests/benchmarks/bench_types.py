@@ -1,7 +1,7 @@
 """Rates of bf16 and fp16 beside fp32 on this CPU: products, then steps of a model; alternating.
 
-python -m tests.benchmarks.cpu_types          # under a minute, with AMX
-ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 python -m tests.benchmarks.cpu_types   # as an older CPU
+python -m tests.benchmarks.bench_types          # under a minute, with AMX
+ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 python -m tests.benchmarks.bench_types   # as an older CPU
 """
 
 from __future__ import annotations
