@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from megatron.engine.shards import Span
 from megatron.parallel.groups import Axis
 
-LARGEST = 1 << 22  # elements of a bucket, unless one parameter has more
+LARGEST = 1 << 24  # elements of a bucket, unless one parameter has more
 ALIGNMENT = 64  # elements at whose multiples parameters and slices begin
 
 
