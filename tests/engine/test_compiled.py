@@ -26,7 +26,12 @@ LAYOUTS: dict[str, tuple[int, dict[str, str]]] = {
     "zero0": (2, {"ZERO_STAGE": "0", "WORLD_SIZE": "2"}),
     "groups": (
         2,
-        {"ZERO_STAGE": "2", "USE_ACTIVATION_CHECKPOINTING": "1", "ACT_CKPT_NUM_LAYERS": "2"},
+        {
+            "WORLD_SIZE": "2",
+            "ZERO_STAGE": "2",
+            "USE_ACTIVATION_CHECKPOINTING": "1",
+            "ACT_CKPT_NUM_LAYERS": "2",
+        },
     ),
 }
 
