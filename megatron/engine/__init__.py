@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from megatron.config.engine_choice import ShardedSettings
-from megatron.engine.compiled import compiled, warm_up
+from megatron.engine.compiled import compiled_layer, warm_up
 from megatron.engine.distributed import (
     ModelParallelUnit,
     quiet,
@@ -116,7 +116,9 @@ def make_engine(
     if documents is not None:
         layers = [follow_documents(layer, documents) for layer in layers]
     if compiled_shape:
-        layers = [compiled(layer, compiled_shape) if layer.recompute else layer for layer in layers]
+        layers = [
+            compiled_layer(layer, compiled_shape) if layer.recompute else layer for layer in layers
+        ]
     if sharded is not None:
         gathering, dtype = Gathering(), DTYPES[sharded.dtype]
         layers = [_moved(layer, device, dtype) for layer in layers]

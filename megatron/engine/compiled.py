@@ -45,7 +45,7 @@ class CompiledForward:
         return y.detach()
 
 
-def compiled(layer: Layer, shape: tuple[int, ...]) -> Layer:
+def compiled_layer(layer: Layer, shape: tuple[int, ...]) -> Layer:
     """The layer with its module's forward compiled for inputs of `shape`."""
 
     def build() -> nn.Module:

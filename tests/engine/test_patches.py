@@ -166,7 +166,7 @@ def test_a_host_starts_in_fp16_and_without_a_compiler() -> None:
 
 def test_the_step_enters_no_file_of_another_axis() -> None:
     """A dense step at PP = 1 is read in the files of its engine."""
-    own = {"sharded.py", "one_stage.py", "reduction.py", "buckets.py"}
+    own = {"sharded.py", "one_stage.py", "reduction.py", "buckets.py", "gathering.py"}
     assert run(entered, 1, Case(gas=2).variables()) == [own]
 
 

@@ -27,7 +27,7 @@ def test_layout(rule: str, layout: str, tmp_path: Path) -> None:
     for curve, _ in run(front.train_and_save, 4, variables, 5):
         for (loss, norm), (expected_loss, expected_norm) in zip(curve, expected, strict=True):
             assert loss == pytest.approx(expected_loss, abs=2e-5)
-            assert norm == pytest.approx(expected_norm, abs=2e-5)
+            assert norm == pytest.approx(expected_norm, rel=2e-5)
 
 
 @pytest.mark.parametrize("rule", accepted())

@@ -253,15 +253,15 @@ def calls_of_each_direction(variables: dict[str, str]) -> list[int]:
 
 
 def test_dualpipev_recomputes_both_ways() -> None:
-    """Runs of two blocks are one call each: 2 + 2 layers out and back, with the ends around."""
+    """Runs of two blocks are one call each: 2 + 2 layers out and back, with embedding and norm."""
     variables = {**COMMON, **LAYOUTS["dualpipev-recompute"], "PIPELINE_CUTS": "2,2,2,2"}
-    assert run(calls_of_each_direction, 2, variables) == [[2, 3], [1, 1]]
+    assert run(calls_of_each_direction, 2, variables) == [[2, 2], [1, 1]]
 
 
 def test_a_stage_keeps_one_input_a_run_of_layers() -> None:
-    """Blocks of a stage in runs of three: 3 + 1, with the embedding before or norm and head after.
+    """Blocks of a stage in runs of three: 3 + 1, with the embedding before or the norm after.
 
     Runs do not reach over the end of a stage.
     """
     variables = {**COMMON, **LAYOUTS["recompute"], "TP": "1", "PIPELINE_CUTS": "4,4"}
-    assert run(calls_of_each_direction, 2, variables) == [[1 + 2], [2 + 2]]
+    assert run(calls_of_each_direction, 2, variables) == [[1 + 2], [2 + 1]]
