@@ -52,7 +52,7 @@ class ZeroEngine(OneStageEngine):
         self._answer = None
         self._total_loss = total = torch.zeros((), device=self.device)
         for tokens, labels in self._to_device(micro_batches):
-            loss = self._deepspeed(tokens, labels)
+            loss: Tensor = self._call(tokens, labels)
             self._deepspeed.backward(loss)
             if self._replica.size > 1 and self._deepspeed.is_gradient_accumulation_boundary():
                 average_over_replicas(self._zero, self._replica)

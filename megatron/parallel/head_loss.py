@@ -19,8 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron.parallel.groups import Axis
 from megatron.parallel.layers import check_token_ids
-from megatron.parallel.sequence import reduce_scatter_positions
-from megatron.parallel.ulysses import all_positions
+from megatron.parallel.sequence import all_gather_positions, reduce_scatter_positions
 
 CHUNK_BYTES, CHUNK_TOKENS = 1 << 29, 1 << 10
 """A chunk's logits take up to so many bytes, or, where that is more, have so many tokens: fewer
@@ -109,7 +108,7 @@ class _HeadLoss(Function):
         sequence_parallel: bool,
     ) -> tuple[Tensor, Tensor]:
         gathers = sequence_parallel and tp.size > 1
-        whole = all_positions(hidden, tp) if gathers else hidden  # (B, S, H)
+        whole = all_gather_positions(hidden, tp) if gathers else hidden  # (B, S, H)
         rows = whole.flatten(0, 1)  # (T, H)
         chunks = _Chunks(weight, tp, vocab_size, chunk_tokens(len(rows), len(weight), weight.dtype))
         wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]

@@ -94,8 +94,8 @@ def weights(ranks: int, size: int) -> dict:
 
 DEEPSPEED = {"ENGINE": "deepspeed"}  # below ZeRO-3 it all-reduces
 EXCHANGE = "all_to_all_single"  # of slices: what gloo sends for a reduce-scatter
-# Once per step the norms' gradients in fp32, beside the losses of tokens, three numbers each.
-NORMS = gradients(2, (2 * L + 1) * 128 * 4 + 3 * 4 * m * 64, dtype=FP32)
+# Once per step the norms' gradients in fp32.
+NORMS = gradients(2, (2 * L + 1) * 128 * 4, dtype=FP32)
 ZERO3 = {"ZERO_STAGE": "3", "WORLD_SIZE": "4"}
 MEGATRON = {"TP": "2", "SEQUENCE_PARALLEL": "1"}
 # Each: variables, type of the gradient reduction, bytes that are sent.
@@ -180,14 +180,14 @@ CASES: dict[str, tuple[dict[str, str], str, dict[Sent, float]]] = {
         "bf16",
         NORMS
         | gradients(2, m * (4 * L + 2) * x, "reduce_scatter_tensor")
-        | weights(2, m * (6 * L + 3) * x),
+        | weights(2, m * (6 * L + 2) * x),
     ),
     "sequence-full": (  # all but the last collective of a layer's forward again
         {**MEGATRON, "USE_ACTIVATION_CHECKPOINTING": "1"},
         "bf16",
         NORMS
         | gradients(2, m * (5 * L + 2) * x, "reduce_scatter_tensor")
-        | weights(2, m * (8 * L + 3) * x),
+        | weights(2, m * (8 * L + 2) * x),
     ),
     "ulysses": (
         {"SP": "2"},
@@ -217,8 +217,8 @@ def test_bytes_of_a_step(case: str) -> None:
     variables = {**COMMON, **variables, "GRAD_REDUCE_IN_BF16": str(int(reduced_in == "bf16"))}
     ranks = front.world({**variables, "GLOBAL_BATCH": ""})
     sent = run(sent_in_a_step, ranks, {**variables, "GLOBAL_BATCH": ""})[0]
-    # Norms, losses and flags are a few bytes; the losses of tokens under TP three numbers each.
-    small = 100 + 3 * 4 * m * 64
+    # Norms, losses and flags are a few bytes; the losses of tokens two numbers of each TP rank.
+    small = 100 + 2 * 2 * 4 * m * 64
     large = {key: size for key, size in sent.items() if size > small}
     assert set(large) == set(expected)
     for key, size in large.items():
