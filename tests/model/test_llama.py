@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron.model.registry import ARCHITECTURES, architecture_of
 from megatron.model.stack import Stack
+from megatron.parallel.partial_gradients import reduce_partial_gradients
 from tests.model.tiny import KINDS, Tiny, batch, build, layers, loss_and_gradients, tiny
 from tests.parallel.axis import whole_world
 from tests.spawn import RankError, run
@@ -22,6 +23,7 @@ def on_ranks(
     tp = whole_world()
     model = build(config, tp)
     loss, gradients = loss_and_gradients(config, model)
+    reduce_partial_gradients(model.parameters(), tp)
     cut = {
         name: (getattr(p, "partition_dim", None), p.detach())
         for name, p in model.named_parameters()

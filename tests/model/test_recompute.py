@@ -92,7 +92,9 @@ def test_selective_keeps_only_inputs_and_outputs_of_column_products() -> None:
 @pytest.mark.parametrize(("every", "runs"), [(1, 4), (2, 2), (3, 2), (9, 1)])
 def test_a_stack_keeps_one_input_a_run_of_layers(every: int, runs: int) -> None:
     model = build(tiny(), recompute_num_layers=every)
-    assert len(model._calls) == runs + 3  # embedding, final norm and head are not recomputed
+    assert (
+        len(model._calls) == runs + 2
+    )  # embedding and final norm are not recomputed; the head is apart
 
 
 def test_nothing_is_kept_without_gradients() -> None:

@@ -180,6 +180,4 @@ def compiled_and_eager(layout: Layout, megatron: bool) -> float:
     [(Layout(sp=2), False), (Layout(tp=2), False), (Layout(tp=2), True)],
 )
 def test_blocks_compile_as_one_graph(layout: Layout, megatron: bool) -> None:
-    assert all(
-        error < 1e-6 for error in run(compiled_and_eager, 2, layout, megatron, environ=COMPILING)
-    )
+    assert max(run(compiled_and_eager, 2, layout, megatron, environ=COMPILING)) < 5e-6

@@ -88,6 +88,4 @@ def compiled_and_eager(recompute: str) -> float:
     ("ranks", "recompute"), [(1, "none"), (1, "selective"), (1, "full"), (2, "none")]
 )
 def test_blocks_compile_as_one_graph(ranks: int, recompute: str) -> None:
-    assert all(
-        error < 1e-6 for error in run(compiled_and_eager, ranks, recompute, environ=COMPILING)
-    )
+    assert max(run(compiled_and_eager, ranks, recompute, environ=COMPILING)) < 5e-6

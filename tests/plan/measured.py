@@ -13,6 +13,7 @@ from megatron.config.schema import RunConfig
 from megatron.parallel import head_loss as file
 from megatron.parallel.groups import SERIAL
 from megatron.parallel.head_loss import Targets
+from megatron.training.attention_kernel import chosen
 from megatron.training.build import model_layers
 from tests.plan.engine_peak import Held
 
@@ -21,7 +22,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 def blocks_of(run: RunConfig) -> list[nn.Module]:
     """The run's blocks, on one rank."""
-    return [layer.build().to(DTYPES[run.train.dtype]) for layer in model_layers(run)[1:-2]]
+    layers = model_layers(run, attention=chosen(run, torch.device("cpu")))
+    return [layer.build().to(DTYPES[run.train.dtype]) for layer in layers[1:-2]]
 
 
 class _FusedRMSNorm(Function):

@@ -6,6 +6,7 @@ from megatron.config.schema import RunConfig
 from megatron.parallel import head_loss
 from megatron.plan import memory
 from megatron.plan.memory import memory_per_rank
+from megatron.plan.reductions import gradient_moments
 from tests.config.helpers import configured
 from tests.plan.measured import blocks_keep, loss_takes
 
@@ -92,7 +93,6 @@ def test_the_edges_of_the_reference_by_its_own_formula():
 @pytest.mark.parametrize(
     ("part", "settings", "shards"),
     [
-        ("gradients", {"ZERO_STAGE": 2}, 24),
         ("weights", {"ZERO_STAGE": 3}, 24),
         ("weights", {"TP": 2}, 2),
         ("activations", {"SP": 4}, 4),
@@ -104,6 +104,13 @@ def test_what_is_sharded(part, settings, shards):
     whole = getattr(memory_per_rank(configured(**long)), part)
     shard = getattr(memory_per_rank(configured(**long, **settings)), part)
     assert shard == pytest.approx(whole / shards, rel=1e-3)
+
+
+@pytest.mark.parametrize(("stage", "shards"), [(1, 1), (2, 24)])
+def test_what_zero_keeps_of_the_gradients_of_earlier_micro_batches(stage, shards):
+    run = configured(**SEED, NLAYERS=20, GAS=2, ZERO_STAGE=stage)
+    found = gradient_moments(run.sharded, 24, run.parameters, 0, tied=False)
+    assert found.loss == 4 * run.parameters // shards
 
 
 def test_the_head_is_the_one_that_runs() -> None:
