@@ -18,7 +18,7 @@ from megatron.engine.shards import Span
 from megatron.parallel.groups import Axis
 from megatron.parallel.partial_gradients import is_partial
 
-LARGEST = 1 << 24  # elements of a bucket, unless one parameter has more
+LARGEST = 1 << 22  # elements of a bucket, unless one parameter has more
 ALIGNMENT = 64  # elements at whose multiples parameters and slices begin
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from megatron.engine.buckets import Bucket
 from megatron.parallel.groups import Axis
 
-IN_FLIGHT = 2  # reductions under way; more would keep more buffers
+IN_FLIGHT = 1 << 24  # elements of reductions under way; more would keep more buffers
 WITHOUT_REDUCE_SCATTER = ("gloo",)  # backends whose own is an all-reduce
 
 
@@ -27,11 +27,13 @@ class _Flight(NamedTuple):
 
     Attributes:
         bucket: whose gradient it is.
+        size: of it, in elements.
         work: to wait for.
         result: this rank's slice, once it has come.
     """
 
     bucket: Bucket
+    size: int
     work: dist.Work
     result: Callable[[], Tensor]
 
@@ -130,9 +132,10 @@ class Reduction:
         if self._dp.group is None:
             bucket.receive(gradient)
             return
-        if len(self._flying) == IN_FLIGHT:
+        size = gradient.numel()
+        while self._flying and size + sum(one.size for one in self._flying) > IN_FLIGHT:
             self._land()
-        self._flying.append(_Flight(bucket, *self._send(gradient, self._dp)))
+        self._flying.append(_Flight(bucket, size, *self._send(gradient, self._dp)))
 
     def _land(self) -> None:
         flight = self._flying.popleft()

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from megatron.config.engine_choice import ShardedSettings
 
-LARGEST_BUCKET = 1 << 24  # elements
+UNDER_WAY = 1 << 24  # elements of reductions at once, at most
 
 
 class Moments(NamedTuple):
@@ -67,7 +67,7 @@ def gradient_moments(
         first = before + (new if sums else new + kept) * table
         block = before + (0 if sums else flying * table)
     blocks = parameters - (table if tied else 2 * table)
-    under_way = min(blocks, LARGEST_BUCKET)
+    under_way = min(blocks, UNDER_WAY)
     landed = slices if each and several else (parameters - table - under_way) * 4 // ranks
     last = landed + flying * under_way + (kept + new * (2 if tied else 1)) * table
     end = slices + (sent * table if not sums else max(kept, sent) * table)

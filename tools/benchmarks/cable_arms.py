@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from megatron.config import deepspeed as deepspeed_file
 from megatron.config.resolve import Site, resolve
 from megatron.config.schema import RunConfig
-from megatron.engine import buckets
+from megatron.engine import buckets, reduction
 from megatron.model.block import Block
 from megatron.model.stack import Stack
 from megatron.parallel.groups import Groups, make_groups
@@ -86,6 +86,7 @@ def run_config(arm: Arm, world_size: int) -> RunConfig:
 def prepared(arm: Arm, world_size: int) -> Step:
     """This rank's step; the process group is up. A collective of all ranks."""
     buckets.LARGEST //= SMALL
+    reduction.IN_FLIGHT //= SMALL
     shipped = deepspeed_file._zero
     deepspeed_file._zero = lambda run: shipped(run) | dict(arm.zero)
     run = run_config(arm, world_size)
