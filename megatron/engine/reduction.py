@@ -27,13 +27,14 @@ class _Flight(NamedTuple):
 
     Attributes:
         bucket: whose gradient it is.
-        size: of it, in elements.
+        gradient: what is sent. It is held until then on every backend, as NCCL holds it: so the
+            memory of a step does not depend on who was quicker.
         work: to wait for.
         result: this rank's slice, once it has come.
     """
 
     bucket: Bucket
-    size: int
+    gradient: Tensor
     work: dist.Work
     result: Callable[[], Tensor]
 
@@ -132,10 +133,10 @@ class Reduction:
         if self._dp.group is None:
             bucket.receive(gradient)
             return
-        size = gradient.numel()
-        while self._flying and size + sum(one.size for one in self._flying) > IN_FLIGHT:
+        flying, size = self._flying, gradient.numel()
+        while flying and size + sum(one.gradient.numel() for one in flying) > IN_FLIGHT:
             self._land()
-        self._flying.append(_Flight(bucket, size, *self._send(gradient, self._dp)))
+        flying.append(_Flight(bucket, gradient, *self._send(gradient, self._dp)))
 
     def _land(self) -> None:
         flight = self._flying.popleft()

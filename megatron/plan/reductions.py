@@ -66,9 +66,9 @@ def gradient_moments(
     else:
         first = before + (new if sums else new + kept) * table
         block = before + (0 if sums else flying * table)
-    blocks = parameters - (table if tied else 2 * table)
-    under_way = min(blocks, UNDER_WAY)
-    landed = slices if each and several else (parameters - table - under_way) * 4 // ranks
+    others = parameters - table  # than the embedding
+    under_way = min(others, UNDER_WAY)
+    landed = slices if each and several else (others - under_way) * 4 // ranks
     last = landed + flying * under_way + (kept + new * (2 if tied else 1)) * table
     end = slices + (sent * table if not sums else max(kept, sent) * table)
     return Moments(before, first, last, block, end)
