@@ -46,9 +46,10 @@ def trained(variables: dict[str, str], count: int, backend: str) -> Result:
     config = front.run_config(variables)
     engine = front.build(config, eod=EOD)
     first = counters["stats"]["unique_graphs"]
-    evaluated = lambda: float(  # noqa: E731
-        engine.eval_batch(front.micro_batches(config, engine.groups, 99))
-    )
+
+    def evaluated() -> float:
+        return float(engine.eval_batch(front.micro_batches(config, engine.groups, 99)))
+
     curve = front.steps(config, engine, 0, 2)
     evaluated()
     curve += front.steps(config, engine, 2, count)
@@ -77,7 +78,7 @@ def compare(name: str, count: int, backend: str, more: dict[str, str], tolerance
         assert math.isclose(total, logits, rel_tol=tolerance)
 
 
-@pytest.mark.parametrize("name", ["one", "tp2"])
+@pytest.mark.parametrize("name", ["one", pytest.param("tp2", marks=pytest.mark.long)])
 def test_one_graph_serves_all_layers_steps_and_evaluations(name: str) -> None:
     compare(name, 4, "aot_eager", {}, 1e-5)
 
