@@ -1,7 +1,8 @@
-"""What DeepSpeed before 0.19.8 does not do: it applies gradients that are not finite.
+"""What older versions of DeepSpeed do otherwise.
 
-From 0.19.8 on a step whose norm is not finite changes nothing, in every type; before, in fp16 only:
-the norm becomes -1, and of it and the other groups' norms a finite total.
+They apply gradients that are not finite. From 0.19.8 on a step whose norm is not finite changes
+nothing, in every type; before, in fp16 only: the norm becomes -1, and of it and the other groups'
+norms a finite total.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.runtime import bf16_optimizer
+from torch import Tensor
 
 from megatron.launch.versions import numbers
 
@@ -52,3 +54,28 @@ def _bf16_step(zero: Any, step: Callable[..., None], *args: Any) -> None:
     zero._global_grad_norm = math.inf
     zero.clear_hp_grads()
     zero.clear_lp_grads()
+
+
+def scale_in_the_loss(engine: Any, version: str = deepspeed.__version__) -> None:
+    """Lets the last stage of a pipeline divide gradients by the micro-batches in the loss.
+
+    DeepSpeed before 0.19.6 divides them where they enter the module's output, the hidden states:
+    the head, which makes the loss of these, would keep its own undivided.
+
+    Args:
+        engine: DeepSpeed's, changed in place.
+        version: of DeepSpeed.
+    """
+    if numbers(version) >= (0, 19, 6) or not engine.is_last_stage():
+        return
+    whole = engine.module.loss_fn
+
+    def divided(*inputs: Any) -> Tensor:
+        loss: Tensor = whole(*inputs)
+        if loss.requires_grad:
+            steps = engine.gradient_accumulation_steps()
+            loss.register_hook(lambda gradient: gradient / steps)  # type: ignore[no-untyped-call]
+        return loss
+
+    engine.module.loss_fn = divided
+    engine._backward_prologue_per_tensor = lambda gradient: gradient

@@ -120,6 +120,13 @@ PATCHES = (
         "0.19.8 is the oldest version; tests/engine/test_gate.py passes under the oldest",
     ),
     Patch(
+        "deepspeed.runtime.pipe.engine.PipelineEngine._backward_prologue_per_tensor",
+        "megatron.engine.older.scale_in_the_loss",
+        "before 0.19.6 gradients are divided by the micro-batches behind the head, which would keep"
+        " its own undivided",
+        "0.19.6 is the oldest version; tests/engine/test_other_versions.py",
+    ),
+    Patch(
         "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer.step",
         "megatron.engine.norm_gradients.sum_before_steps",
         "it averages gradients and takes their norm with nothing in between: norms' gradients are"

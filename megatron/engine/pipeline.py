@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron.engine.bubble import StageClock
 from megatron.engine.interface import MicroBatches
+from megatron.engine.older import scale_in_the_loss
 from megatron.engine.patches import patch_global_grad_norm, reduce_tied_gradients, replaced
 from megatron.engine.pipeline_module import Stages
 from megatron.engine.zero import ZeroEngine
@@ -28,6 +29,7 @@ class PipelineEngine(ZeroEngine):
         self._full_steps = self._accumulation_steps
         self._clock = StageClock(self.device, self.groups.pp)
         patch_global_grad_norm(self._zero, self.device)
+        scale_in_the_loss(self._deepspeed)
         table = self._deepspeed._INSTRUCTION_MAP
         self._deepspeed._INSTRUCTION_MAP = {
             **table,
