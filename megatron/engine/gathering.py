@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from megatron.engine.buckets import Bucket
 from megatron.model.layer import Layer
+from megatron.parallel.waiting import wait_for
+
+WEIGHTS = "all_gather of weights"
 
 
 class Gathering:
@@ -36,7 +39,7 @@ class Gathering:
     def finish(self) -> None:
         """Waits for all."""
         for work in self._works.values():
-            work.wait()
+            wait_for(work, WEIGHTS)
         self._works = {}
 
     def wait_for(self, module: nn.Module) -> None:
@@ -45,7 +48,7 @@ class Gathering:
             for parameter in module.parameters():
                 work = self._works.pop(id(parameter), None)
                 if work is not None:
-                    work.wait()
+                    wait_for(work, WEIGHTS)
 
     def waiting(self, layer: Layer) -> Layer:
         """The layer with a forward pass that waits; outside of what is compiled."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from megatron.engine.buckets import Bucket
 from megatron.parallel.groups import Axis
+from megatron.parallel.waiting import wait_for
 
 IN_FLIGHT = 1 << 24  # elements of reductions under way; more would keep more buffers
 WITHOUT_REDUCE_SCATTER = ("gloo",)  # backends whose own is an all-reduce
@@ -140,7 +141,7 @@ class Reduction:
 
     def _land(self) -> None:
         flight = self._flying.popleft()
-        flight.work.wait()
+        wait_for(flight.work, "reduce_scatter of gradients")
         flight.bucket.receive(flight.result())
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import FrameType
 
 COLLECTIVES = "torch/distributed/distributed_c10d.py"
+WAITS = "megatron/parallel/waiting.py"  # for collectives that run on by themselves
 
 
 def whereabouts(frames: Mapping[int, FrameType], main: int, own: int) -> str:
@@ -22,9 +23,12 @@ def whereabouts(frames: Mapping[int, FrameType], main: int, own: int) -> str:
     threads = [main, *(thread for thread in frames if thread not in (main, own))]
     stacks = [_outward(frames[thread]) for thread in threads if thread in frames]
     for stack in stacks:
-        for frame in stack:
-            if frame.f_code.co_filename.replace(os.sep, "/").endswith(COLLECTIVES):
+        for place, frame in enumerate(stack):
+            file = frame.f_code.co_filename.replace(os.sep, "/")
+            if file.endswith(COLLECTIVES):
                 return f"{frame.f_code.co_name}{_line_of_ours(stack)}"
+            if file.endswith(WAITS):
+                return f"{frame.f_locals['collective']}{_line_of_ours(stack[place + 1 :])}"
     if not stacks or not stacks[0]:
         return "unknown"
     innermost = stacks[0][0].f_code

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron.parallel.groups import Axis
+from megatron.parallel.waiting import wait_for
 
 
 class Pending(NamedTuple):
@@ -60,7 +61,7 @@ def finished(pending: Pending) -> Tensor:
     if pending.work is None:
         result: Tensor = torch.ops._c10d_functional.wait_tensor(pending.result)
         return result
-    pending.work.wait()
+    wait_for(pending.work, "collective of tensor parallelism")
     return pending.result
 
 

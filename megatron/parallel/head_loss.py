@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from megatron.parallel.groups import Axis
 from megatron.parallel.layers import check_token_ids
 from megatron.parallel.sequence import all_gather_positions, reduce_scatter_positions
+from megatron.parallel.waiting import wait_for
 
 CHUNK_BYTES, CHUNK_TOKENS = 1 << 29, 1 << 10
 """A chunk's logits take up to so many bytes, or, where that is more, have so many tokens: fewer
@@ -240,7 +241,7 @@ class _Chunks:
     def hidden_gradient(self) -> Tensor:
         """(T, H), once all sums over the ranks are there."""
         for work in self._handles:
-            work.wait()
+            wait_for(work, "all_reduce of hidden gradients")
         return self._hidden_grad
 
 
