@@ -43,9 +43,13 @@ ALLOCATOR = {
 HEAP = "glibc.malloc." + ":glibc.malloc.".join(
     ("hugetlb=1", "mmap_threshold=1073741824", "trim_threshold=4294967296", "top_pad=67108864")
 )
-"""GLIBC_TUNABLES of ranks on CPUs: memory of freed tensors is kept for the next ones, in large
-pages. Else each large tensor is mapped anew and every page of it faults: a fifth of a bf16 step.
-"""
+"""Memory of freed tensors is kept for the next ones, in large pages. Else each large tensor is
+mapped anew and every page of it faults: a fifth of a bf16 step."""
+ON_CPU = {
+    "DS_ACCELERATOR": "cpu",  # DeepSpeed would warn that it found none
+    "GLIBC_TUNABLES": HEAP,
+}
+"""What ranks on CPUs get, unless the user has set it."""
 
 
 @dataclass(frozen=True)
@@ -285,8 +289,7 @@ def _environment(
     vetoed = {name for name in wanted if environ.get(name) == ""}
     child = {k: v for k, v in environ.items() if k not in STALE and k not in vetoed}
     if devices == 0:
-        child.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would warn that it found none
-        child.setdefault("GLIBC_TUNABLES", HEAP)
+        child = {**ON_CPU, **child}
     elif "TORCH_NCCL_TRACE_BUFFER_SIZE" not in child:  # the older name of the same
         child.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # a hang's report shows the collectives
     if devices and not ALLOCATOR & child.keys() and (machine.vendor or vendor()) == "nvidia":

@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron.config.shape import ModelShape
+from megatron.model import cpu_attention
 from megatron.model.layer import ModelContext, recomputed
 from megatron.model.rope import Rope, apply_rope, tables_for
 from megatron.parallel.layers import (
@@ -46,6 +48,8 @@ def causal_attention(
     if grouped and expand_kv:
         k, v = (y.repeat_interleave(q.shape[1] // y.shape[1], dim=1) for y in (k, v))
         grouped = False
+    if torch.compiler.is_compiling() and not kernels and cpu_attention.takes(q):
+        return cpu_attention.causal_attention(q, k, v)
     if kernels:
         with sdpa_kernel(list(kernels), set_priority=True):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)

@@ -15,6 +15,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from megatron.config.rope_scaling import Llama3Scaling
+from megatron.model.fusion import materialized
 
 
 class Rope(NamedTuple):
@@ -72,9 +73,11 @@ def tables_for(rope: Rope, x: Tensor) -> tuple[Tensor, Tensor]:
         x: gives length, device and dtype.
     """
     length = x.shape[-2]
-    # Inside a graph they fuse with their use, and a Python cache does not exist.
+    # Inside a graph a Python cache does not exist. On a GPU they fuse with their use; a CPU would
+    # spend longer on the angles of each head and sample than on all else of the rotation.
     if torch.compiler.is_compiling():
-        return rotary_tables(rope, torch.arange(length, device=x.device), x.dtype)
+        cos, sin = rotary_tables(rope, torch.arange(length, device=x.device), x.dtype)
+        return (materialized(cos), materialized(sin)) if x.device.type == "cpu" else (cos, sin)
     return _kept_tables(rope, length, x.device, x.dtype)
 
 

@@ -199,9 +199,9 @@ class _Chunks:
             # softmax - 1 at the label, from the loss: a softmax near 1 is rounded
             label_grad = torch.expm1(-losses)
             label_grad = label_grad if weights is None else label_grad.mul_(weights)
-            other = logits.gather(1, column)
-            label_grad = torch.where(here.unsqueeze(1), label_grad.unsqueeze(1), other)
-            logits.scatter_(1, column, label_grad.to(logits.dtype))
+            place = torch.arange(len(logits), device=logits.device), column.squeeze(1)
+            # Not scatter_: on a CPU it copies the logits twice.
+            logits[place] = torch.where(here, label_grad.to(logits.dtype), logits[place])
         return losses
 
     def _softmax(self, logits: Tensor, keep: bool) -> Tensor:

@@ -27,7 +27,7 @@ class Held(TorchDispatchMode):
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
         self.peak: int = 0
         for tensor in gc.get_objects():
-            if isinstance(tensor, Tensor):
+            if issubclass(type(tensor), Tensor):  # isinstance asks what a dead proxy stood for
                 self._add(tensor)
 
     def reset(self) -> None:
@@ -38,7 +38,7 @@ class Held(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(tensor, Tensor):
+            if issubclass(type(tensor), Tensor):  # isinstance asks what a dead proxy stood for
                 self._add(tensor)
         self._count()
         return result

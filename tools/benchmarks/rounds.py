@@ -12,7 +12,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,14 +90,25 @@ class Arm:
         train: a function of a module; it calls `Rounds.wait` once, and `done` after every step.
         work: handed to it.
         log: file for what the process prints.
+        environment: variables of the process, where they are not set.
     """
 
-    def __init__(self, name: str, train: Train, work: Workload, log: Path) -> None:
+    def __init__(
+        self,
+        name: str,
+        train: Train,
+        work: Workload,
+        log: Path,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.name, self._log = name, log
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, train, work, log), daemon=True)
-        with _threads(work.threads):
+        variables = {**(environment or {}), **os.environ}
+        if work.threads:
+            variables["OMP_NUM_THREADS"] = str(work.threads)
+        with _environment(variables):
             self._process.start()
         theirs.close()
 
@@ -126,18 +137,16 @@ class Arm:
 
 
 @contextlib.contextmanager
-def _threads(count: int) -> Any:
-    """Sets what a new process inherits: OpenMP reads it once, when torch is imported."""
-    before = os.environ.get("OMP_NUM_THREADS")
-    if count:
-        os.environ["OMP_NUM_THREADS"] = str(count)
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """What a new process inherits: the C library and OpenMP read it as they are loaded."""
+    before = dict(os.environ)
+    os.environ.update(variables)
     try:
         yield
     finally:
-        if count:
-            os.environ.pop("OMP_NUM_THREADS")
-        if before is not None:
-            os.environ["OMP_NUM_THREADS"] = before
+        for name in variables.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def _forget_peak() -> None:

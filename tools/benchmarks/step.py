@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from megatron.launch.launch_plan import ON_CPU
 from tools.benchmarks import arms, peers
 from tools.benchmarks.record import Record, spread
 from tools.benchmarks.rounds import Arm, Train
@@ -149,7 +150,12 @@ def start(result: Result, work: Workload, folder: Path, out: Path | None) -> Arm
     if out is not None:
         (out / "logs").mkdir(parents=True, exist_ok=True)
     log = (folder if out is None else out / "logs") / f"{name}.log"
-    return Arm(result.name, function_of(result.name), work, log)
+    return Arm(result.name, function_of(result.name), work, log, environment_of(result.name))
+
+
+def environment_of(name: str) -> Mapping[str, str]:
+    """What a run's launcher would give our ranks; peers start as their users start them."""
+    return ON_CPU if name.startswith(arms.OURS) and not accelerated() else {}
 
 
 def warm_up(result: Result, arm: Arm, results: Sequence[Result], dtype: str) -> None:
@@ -189,8 +195,11 @@ def missing(name: str) -> str:
 
 def alone(turns: str) -> bool:
     """Whether arms do not share the memory: on an accelerator all of them would not fit."""
-    if turns != "auto":
-        return turns == "alone"
+    return accelerated() if turns == "auto" else turns == "alone"
+
+
+def accelerated() -> bool:
+    """Whether this host has a device of torch's."""
     import torch
 
     return torch.cuda.is_available() or torch.xpu.is_available()
