@@ -158,6 +158,8 @@ class TensorReader:
                 tensors[state] = self._run(piece.name, state, piece.shard, piece.start, length)
             else:
                 tensors[state] = part_of(self.whole(piece.name, state), piece)
+        # What has been read of a mapped file counts as this process' memory while it is open.
+        self._open.cache_clear()
         return tensors, self._scalars[piece.name]
 
     def _run(self, name: str, state: str, shard: int, start: int, length: int) -> Tensor:
