@@ -49,13 +49,13 @@ def start(variables: dict[str, str], draws: bool) -> tuple[float, float, float, 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.long)])
 def test_a_resume_holds_no_second_copy(dtype: str, tmp_path: Path) -> None:
-    """fp32: weights and two moments, 12 bytes a parameter; a second copy of all is 24."""
+    """fp32: weights and two moments, 12 bytes a parameter, and at most half as much again; a second copy is 24."""
     variables = {**ADAMW, **WIDE, "DTYPE": dtype, "RUN_DIR": str(tmp_path)}
     run(start, 1, variables, True)
     ((before, built, most, count),) = run(start, 1, variables, False)
     weights = {"fp32": 0, "bf16": 2 + 4}[dtype]  # what the engine copies of what is not there yet
     assert built - before < (weights + 1) * count / 2**20, "fp32 weights are memory not yet used"
-    assert most - before < ({"fp32": 12, "bf16": 14}[dtype] + 3) * count / 2**20
+    assert most - before < ({"fp32": 12, "bf16": 14}[dtype] + 6) * count / 2**20
 
 
 def drawn(variables: dict[str, str]) -> int:
