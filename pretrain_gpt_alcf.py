@@ -62,7 +62,7 @@ from megatron.training.guard import Unstable
 from megatron.training.loggers import make_tracker
 from megatron.training.optimizers.rules import make_optimizer
 from megatron.training.optimizers.whole_matrix import WholeMatrixOptimizer
-from megatron.training.resume import MissingCheckpoint, resume
+from megatron.training.resume import MissingCheckpoint, Source, find_source, resume
 from megatron.training.run_data import Data, build_data, train_data
 from megatron.training.stop import STOP_FILE, StopRequest
 from megatron.training.trainer import Trainer
@@ -109,10 +109,19 @@ def pretrain(
     groups, control = make_groups(run.layout), make_control()
     data = build_data(run, control)
     documents = documents_followed(run, data.tokenizer.eod)
-    engine = build_engine(run, groups, device, data.corpus_losses, documents, control)
+    source = find_source(run, control)
+    engine = build_engine(
+        run,
+        groups,
+        device,
+        data.corpus_losses,
+        documents,
+        control,
+        draw=not source.has_weights,
+    )
     # To the very end: what comes after the last save must not turn a saved run into a failed one.
     with stop_request(run, started, signals, leads=leads) as stop:
-        status = train(run, engine, data, device, stop, control, heartbeat, config)
+        status = train(run, engine, data, device, stop, control, heartbeat, source, config)
         engine.close()
         stop_distributed()
     heartbeat.close()
@@ -127,6 +136,7 @@ def train(
     stop: StopRequest,
     control: Control,
     heartbeat: Heartbeat,
+    source: Source,
     config: Path | None = None,
 ) -> int:
     """Resumes, trains to the last step or until it is asked to stop, and reports.
@@ -135,7 +145,7 @@ def train(
     """
     leads = control.rank == 0
     heartbeat.enter("load")
-    state = resume(run, engine, data.record, control)
+    state = resume(run, engine, data.record, control, source)
     require_start(run, state)
     if state.iteration >= run.train.train_iters:
         finish.log_finished(run, state)
@@ -193,14 +203,17 @@ def build_engine(
     corpus_losses: CorpusLosses | None = None,
     documents: Documents | None = None,
     control: Control = ALONE,
+    *,
+    draw: bool = True,
 ) -> Engine:
     """Model, optimizer and DeepSpeed for this rank.
 
-    Its loss counts into `corpus_losses`; its masks and positions follow `documents`.
+    Its loss counts into `corpus_losses`; its masks and positions follow `documents`. Without `draw`
+    its weights are what memory holds, until `resume` loads them.
     """
     kept = run.train.checkpoint_num_layers
     attention = chosen(run, device.torch_device)
-    layers = model_layers(run, groups.tp, groups.sp, attention)
+    layers = model_layers(run, groups.tp, groups.sp, attention, draw=draw)
     compiled = compiles(run, device.kind, os.environ, control)
     engine = make_engine(
         with_float8(run, layers, device.torch_device),

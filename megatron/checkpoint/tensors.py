@@ -22,6 +22,9 @@ from megatron.checkpoint.piece_index import IndexRow, PieceIndex, Record, build_
 from megatron.checkpoint.rank_file import RankFile, lay_out
 from megatron.parallel.piece import WEIGHT, WHOLE, Piece
 
+MOST_MAPPED = 1 << 27
+"""Bytes that are read before files are closed: mapped, they count as this process' memory."""
+
 
 def plan_file(pieces: Iterable[Piece]) -> tuple[RankFile, list[Record]]:
     """One rank's file, not written yet, and its records for the piece index."""
@@ -105,6 +108,7 @@ class TensorReader:
                 stored.rows.append(row)
         self._runs = lru_cache(maxsize=8)(IndexRow.runs)  # the states of a parameter share a row
         self._open = lru_cache(maxsize=64)(_open)
+        self._read = 0
 
     def names(self) -> list[str]:
         """All parameters, sorted."""
@@ -158,6 +162,10 @@ class TensorReader:
                 tensors[state] = self._run(piece.name, state, piece.shard, piece.start, length)
             else:
                 tensors[state] = part_of(self.whole(piece.name, state), piece)
+        self._read += sum(values.nbytes for values in tensors.values())
+        if self._read > MOST_MAPPED:
+            self._open.cache_clear()
+            self._read = 0
         return tensors, self._scalars[piece.name]
 
     def _run(self, name: str, state: str, shard: int, start: int, length: int) -> Tensor:

@@ -47,7 +47,7 @@ class ModelContext:
     Attributes:
         tp: tensor-parallel axis.
         sp: sequence-parallel axis (Ulysses); B and S are then those of this rank's shard.
-        seed: of the initial weights.
+        seed: of the initial weights; None: none are drawn, a checkpoint brings them.
         recompute: what the backward pass recomputes: "none", "selective" (all but matrix products)
             or "full" (blocks).
         sequence_parallel: Megatron's: shards the residual stream along the sequence over `tp`.
@@ -57,7 +57,7 @@ class ModelContext:
 
     tp: Axis = SERIAL
     sp: Axis = SERIAL
-    seed: int = 1234
+    seed: int | None = 1234
     recompute: str = "none"
     sequence_parallel: bool = False
     attention_kernels: tuple[SDPBackend, ...] = ()

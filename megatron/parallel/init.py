@@ -26,7 +26,7 @@ def block_seed(seed: int, name: str, block: int) -> int:
 def sharded_normal_(
     out: Tensor,
     *,
-    seed: int,
+    seed: int | None,
     name: str,
     shape: tuple[int, int],
     std: float,
@@ -38,7 +38,7 @@ def sharded_normal_(
     Args:
         out: (rows, columns), any dtype and device; written in place. Nothing is drawn for a meta
             tensor.
-        seed: the run's seed.
+        seed: the run's seed; None: nothing is drawn, a checkpoint is to bring every value.
         name: the parameter's name; each name has its own numbers.
         shape: the whole matrix. Rows of `out` beyond it are zero (padding of the vocabulary).
         std: standard deviation; the mean is 0.
@@ -51,7 +51,7 @@ def sharded_normal_(
     first_row, first_column = (start, 0) if dim == 0 else (0, start)
     columns = slice(first_column, first_column + out.shape[1])
     assert dim in (0, 1) and columns.stop <= shape[1] and (dim == 0 or out.shape[0] == shape[0])
-    if out.is_meta:
+    if out.is_meta or seed is None:
         return out
     last_row = min(first_row + out.shape[0], shape[0])
     if last_row <= first_row:

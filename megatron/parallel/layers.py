@@ -73,7 +73,7 @@ def sharded_weight(
     dim: int,
     tp: Axis,
     *,
-    seed: int,
+    seed: int | None,
     name: str,
     std: float,
     used_rows: int | None = None,
@@ -84,7 +84,7 @@ def sharded_weight(
         shape: the whole matrix.
         dim: the dimension sharded over `tp`.
         tp: tensor-parallel axis.
-        seed: of the run.
+        seed: of the run; None: the values are left to a checkpoint.
         name: of the parameter; decides its numbers together with the seed.
         std: standard deviation.
         used_rows: of a vocabulary matrix, the rows that are not padding (which is zero).
@@ -116,7 +116,7 @@ class ColumnParallelLinear(nn.Module):
         out_features: int,
         tp: Axis,
         *,
-        seed: int,
+        seed: int | None,
         name: str,
         std: float,
         used_rows: int | None = None,
@@ -193,7 +193,7 @@ class RowParallelLinear(nn.Module):
         out_features: int,
         tp: Axis,
         *,
-        seed: int,
+        seed: int | None,
         name: str,
         std: float,
         sequence_parallel: bool = False,
@@ -271,7 +271,7 @@ class VocabParallelEmbedding(nn.Module):
         hidden_size: int,
         tp: Axis,
         *,
-        seed: int,
+        seed: int | None,
         name: str,
         std: float,
         sequence_parallel: bool = False,

@@ -15,7 +15,12 @@ RECOMPUTE = {"0": "none", "1": "full", "selective": "selective"}
 
 
 def model_layers(
-    run: RunConfig, tp: Axis = SERIAL, sp: Axis = SERIAL, attention: AttentionChoice = TORCHS
+    run: RunConfig,
+    tp: Axis = SERIAL,
+    sp: Axis = SERIAL,
+    attention: AttentionChoice = TORCHS,
+    *,
+    draw: bool = True,
 ) -> list[Layer]:
     """The run's model on these axes: tokens (B, S) in, loss or this rank's logits out.
 
@@ -23,6 +28,7 @@ def model_layers(
         run: the configuration.
         tp, sp: this rank's axes.
         attention: what `attention_kernel.chosen` says for this rank's device.
+        draw: initial weights; False: a checkpoint is to bring every one.
     """
     recompute = RECOMPUTE[run.train.activation_checkpointing]
     # The engine recomputes groups of blocks; a single block recomputes itself.
@@ -31,7 +37,7 @@ def model_layers(
     context = ModelContext(
         tp=tp,
         sp=sp,
-        seed=run.train.seed,
+        seed=run.train.seed if draw else None,
         recompute=recompute,
         sequence_parallel=run.parallel.megatron_sequence_parallel and tp.size > 1,
         attention_kernels=attention.kernels,

@@ -41,16 +41,32 @@ def model_weights(reader: TensorReader, manifest: Mapping[str, Any]) -> ReadPiec
     return read
 
 
-def load_first_weights(run: RunConfig, engine: Engine, found: store.Found) -> bool:
+def complete(read: ReadPiece, folder: Path, refusal: type[Exception]) -> ReadPiece:
+    """`read`, which refuses by name what a folder lacks: no weight has been drawn either."""
+
+    def checked(piece: Piece) -> tuple[Mapping[str, Tensor], Mapping[str, float]]:
+        try:
+            return read(piece)
+        except (KeyError, ValueError) as error:
+            raise refusal(
+                f"{folder} lacks {piece.name}, or a part of it ({error}): begin with another one"
+            ) from None
+
+    return checked
+
+
+def holds_weights(folder: Path, found: store.Found) -> bool:
+    """Whether a folder, in which `found` was found, has weights that a run can begin with."""
+    return found.checkpoint is not None or foreign.kind_of(folder) is foreign.HUGGING_FACE
+
+
+def load_first_weights(run: RunConfig, engine: Engine, found: store.Found) -> None:
     """Loads the weights that a run with FINETUNE begins with; a collective.
 
     Args:
         run: the configuration.
         engine: to load into.
-        found: what LOAD holds.
-
-    Returns:
-        Whether LOAD holds any; False where its checkpoints are damaged.
+        found: what LOAD holds; without a checkpoint, it is a Hugging Face folder.
 
     Raises:
         ConfigError: they are of another model, or a Hugging Face folder that cannot be read.
@@ -60,8 +76,8 @@ def load_first_weights(run: RunConfig, engine: Engine, found: store.Found) -> bo
         folder = checkpoint.folder
         _check_fits(run, checkpoint.manifest["model"], folder)
         read = model_weights(checkpoint.reader(), checkpoint.manifest)
-        engine.shards().load(read, load_optimizer=False)
-    elif not found.damaged and foreign.kind_of(folder) is foreign.HUGGING_FACE:
+        engine.shards().load(complete(read, folder, ConfigError), load_optimizer=False)
+    else:
         try:
             shape = huggingface.read_shape(folder)
             _check_fits(run, shape.identity(), folder)
@@ -71,10 +87,7 @@ def load_first_weights(run: RunConfig, engine: Engine, found: store.Found) -> bo
             raise
         except (ValueError, OSError) as error:
             raise ConfigError(f"{by_key()['checkpoint.load'].name}={folder}: {error}") from None
-    else:
-        return False
     log.info(f"a new run with the weights of {folder}: step 0, new optimizer and schedule")
-    return True
 
 
 def _part(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,12 @@ from megatron.data.data_record import DataRecord
 from megatron.engine import Engine
 from megatron.parallel.control import ALONE, Control
 from megatron.training.changes import changes_text, model_changes
-from megatron.training.first_weights import load_first_weights, model_weights
+from megatron.training.first_weights import (
+    complete,
+    holds_weights,
+    load_first_weights,
+    model_weights,
+)
 from megatron.training.log import ALIKE
 from megatron.training.optimizers.whole_matrix import WholeMatrixOptimizer
 from megatron.training.run_data import continue_data
@@ -31,8 +37,32 @@ class MissingCheckpoint(RuntimeError):
     exit_status = 4
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where a start's weights come from.
+
+    Attributes:
+        root: folder of the checkpoints that it goes on from.
+        found: what this holds.
+        first: what LOAD holds, where FINETUNE begins with it.
+    """
+
+    root: Path
+    found: store.Found
+    first: store.Found | None = None
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether every weight is read; else the model's own are drawn."""
+        return self.found.checkpoint is not None or self.first is not None
+
+
 def resume(
-    run: RunConfig, engine: Engine, data: DataRecord | None = None, control: Control = ALONE
+    run: RunConfig,
+    engine: Engine,
+    data: DataRecord | None = None,
+    control: Control = ALONE,
+    source: Source | None = None,
 ) -> RunState:
     """Loads the newest sound checkpoint, written in any layout; called by all ranks.
 
@@ -44,22 +74,22 @@ def resume(
         engine: to load into.
         data: the record of this start's data.
         control: messages between all ranks.
+        source: what `find_source` found before the engine was built; None: it is asked now.
 
     Returns:
         The run's state; that of a run's start where there is no checkpoint.
 
     Raises:
-        MissingCheckpoint: there is none where LOAD or --exit-on-missing-checkpoint wants one, the
-            folder holds checkpoints of others, or all are damaged.
-        ConfigError: its model or optimizer differs, a range to skip has passed, or the run's own
-            checkpoints did not begin with LOAD.
+        MissingCheckpoint, ConfigError: as `find_source` has them; the checkpoint lacks a weight.
+        ConfigError: its model or optimizer differs, or a range to skip has passed.
         DataError: it was trained on other data.
     """
-    root, found = _source(run, control)
-    checkpoint = found.checkpoint
+    source = source or find_source(run, control)
+    checkpoint = source.found.checkpoint
     if checkpoint is None:
-        _begin(run, engine, root, found, control)
-        return _with_data(run, RunState(skip_ranges=run.skip_ranges), data, root)
+        if source.first is not None:
+            load_first_weights(run, engine, source.first)
+        return _with_data(run, RunState(skip_ranges=run.skip_ranges), data, source.root)
     manifest = checkpoint.manifest
     _check_beginning(run, manifest, checkpoint)
     _check_model(run, manifest["model"], checkpoint.folder)
@@ -86,11 +116,12 @@ def restore(run: RunConfig, engine: Engine, checkpoint: store.Checkpoint) -> Non
     A collective.
     """
     manifest, reader = checkpoint.manifest, checkpoint.reader()
-    shards = engine.shards()
+    shards, folder = engine.shards(), checkpoint.folder
     if not takes_optimizer(run, manifest):
-        shards.load(model_weights(reader, manifest), load_optimizer=False)
+        read = complete(model_weights(reader, manifest), folder, MissingCheckpoint)
+        shards.load(read, load_optimizer=False)
         return
-    shards.load(reader.for_piece)
+    shards.load(complete(reader.for_piece, folder, MissingCheckpoint))
     shards.load_counters(manifest["counters"])
     shards.load_scaler_state(manifest["loss_scaler"])
     if isinstance(engine.optimizer, WholeMatrixOptimizer):
@@ -107,6 +138,31 @@ def takes_optimizer(run: RunConfig, manifest: Mapping[str, Any]) -> bool:
         return manifest["optimizer"] is not None
     began = bool(manifest.get("run", {}).get("checkpoint", {}).get("no_load_optim"))
     return began and bool(manifest["optimizer"] == run.optimizer.optimizer)
+
+
+def find_source(run: RunConfig, control: Control = ALONE) -> Source:
+    """What a start goes on from; a collective, before the engine is built.
+
+    Raises:
+        MissingCheckpoint: there is none where LOAD or --exit-on-missing-checkpoint wants one, the
+            folder holds checkpoints of others, or all are damaged.
+        ConfigError: the run's own checkpoints did not begin with LOAD.
+    """
+    root, found = _source(run, control)
+    if found.checkpoint is not None:
+        return Source(root, found)
+    _refuse_damaged(root, found)
+    if not run.checkpoint.finetune:
+        _check_new(run, root, control)
+        return Source(root, found)
+    _refuse_foreign(run, root, control)
+    first = _newest(run.load_folder, control, False)
+    _refuse_damaged(run.load_folder, first)
+    if not control.first(lambda: holds_weights(run.load_folder, first)):
+        raise MissingCheckpoint(
+            f"FINETUNE=1: LOAD={run.checkpoint.load} {foreign.contents(run.load_folder)}"
+        )
+    return Source(root, found, first)
 
 
 def _source(run: RunConfig, control: Control) -> tuple[Path, store.Found]:
@@ -137,22 +193,17 @@ def _newest(root: Path, control: Control, own: bool) -> store.Found:
     return store.newest_sound(root, control, partial(log.error, extra=ALIKE), set_aside=own)
 
 
-def _begin(
-    run: RunConfig, engine: Engine, root: Path, found: store.Found, control: Control
-) -> None:
-    """A run without a checkpoint: new weights, or those of LOAD; or a refusal."""
-    keep, own = run.checkpoint, root.resolve() == run.checkpoint_folder.resolve()
-    _refuse_damaged(root, found)
+def _refuse_foreign(run: RunConfig, root: Path, control: Control) -> bool:
+    """Whether `root` is where this run saves; it must not hold checkpoints of others."""
+    own = root.resolve() == run.checkpoint_folder.resolve()
     if own and control.first(lambda: foreign.kind_of(root) is not None):
         raise MissingCheckpoint(f"{root}, where checkpoints are saved, {foreign.contents(root)}")
-    if keep.finetune:
-        source = _newest(run.load_folder, control, False)
-        _refuse_damaged(run.load_folder, source)
-        if not load_first_weights(run, engine, source):
-            raise MissingCheckpoint(
-                f"FINETUNE=1: LOAD={keep.load} {foreign.contents(run.load_folder)}"
-            )
-        return
+    return own
+
+
+def _check_new(run: RunConfig, root: Path, control: Control) -> None:
+    """A run without a checkpoint may begin with new weights."""
+    keep, own = run.checkpoint, _refuse_foreign(run, root, control)
     if keep.exit_on_missing_checkpoint:
         raise MissingCheckpoint(f"--exit-on-missing-checkpoint: {root} {foreign.contents(root)}")
     if keep.load and not own:

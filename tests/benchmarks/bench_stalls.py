@@ -1,6 +1,6 @@
-"""What a step waits for beside its work, in two checkouts, in alternating rounds.
+"""What a step waits for beside its work, here or in two checkouts, in alternating rounds.
 
-python -m tests.benchmarks.bench_stalls OLD NEW [--rounds 5]    # 3 minutes on two quiet cores
+python -m tests.benchmarks.bench_stalls [OLD NEW] [--rounds 5]    # 3 minutes on two quiet cores
 
 Each round is processes of its own: a record with file and console, and with every tracker (W&B
 offline); the message after a step between 2 and 4 ranks; the times of 150 steps of a tiny run.
@@ -29,15 +29,16 @@ STEPS = {
 DEVICE_S = 0.005  # a step's, in which a thread may work
 
 
-def timed(action: Callable[[], object], pause_s: float = 0.0) -> float:
-    """Median milliseconds of 200 calls."""
-    seconds = []
+def timed(action: Callable[[], object], pause_s: float = 0.0) -> tuple[float, float]:
+    """Median milliseconds of 200 calls, on the clock and of this thread's own time."""
+    seconds, own = list[float](), list[float]()
     for _ in range(200):
-        start = time.perf_counter()
+        start, worked = time.perf_counter(), time.thread_time()
         action()
         seconds.append(time.perf_counter() - start)
+        own.append(time.thread_time() - worked)
         time.sleep(pause_s)
-    return 1000 * median(seconds)
+    return 1000 * median(seconds), 1000 * median(own)
 
 
 def message() -> float:
@@ -45,10 +46,10 @@ def message() -> float:
     from megatron.parallel.control import make_control
 
     control = make_control()
-    return timed(lambda: control.maximum([0, 0]))
+    return timed(lambda: control.maximum([0, 0]))[0]
 
 
-def record(wandb_mode: str) -> float:
+def record(wandb_mode: str) -> tuple[float, float]:
     """Of a step's record, and of handing it to the trackers."""
     import torch
 
@@ -83,10 +84,9 @@ def probe() -> None:
     from tests.spawn import run
 
     setup(0, "INFO")
-    found = {
-        "record: file, console": record("disabled"),
-        "record: and dashboards": record("offline"),
-    }
+    found = dict[str, float]()
+    for name, mode in {"file, console": "disabled", "and dashboards": "offline"}.items():
+        found[f"record: {name}"], found[f"record: {name}, CPU time"] = record(mode)
     for ranks in (2, 4):
         found[f"message, {ranks} ranks"] = run(stalls_probe.message, ranks)[0]
     print(json.dumps(found))
@@ -129,11 +129,14 @@ def main() -> int:
     rows: dict[str, list[list[float]]] = {}
     with tempfile.TemporaryDirectory() as name:
         shutil.copy(__file__, Path(name) / "stalls_probe.py")
+        checkouts = given.checkouts or [Path(__file__).parents[2]]
         for _ in range(given.rounds):
-            for place, checkout in enumerate(given.checkouts):
+            for place, checkout in enumerate(checkouts):
                 for row, value in measured(checkout.resolve(), Path(name)).items():
-                    rows.setdefault(row, [[] for _ in given.checkouts])[place].append(value)
-    print("| ms, median of rounds (range) | old | new | new/old |\n|---|---|---|---|")
+                    rows.setdefault(row, [[] for _ in checkouts])[place].append(value)
+    columns = " | ".join(str(checkout) for checkout in checkouts)
+    print(f"| ms, median of rounds (range) | {columns} | last/first |")
+    print("|---" * (len(checkouts) + 2) + "|")
     for row, sides in rows.items():
         shown = [f"{median(side):.3f} ({min(side):.3f} to {max(side):.3f})" for side in sides]
         print(f"| {row} | {' | '.join(shown)} | {median(sides[-1]) / median(sides[0]):.2f} |")

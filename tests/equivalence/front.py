@@ -27,7 +27,7 @@ from megatron.parallel.groups import Groups, make_groups
 from megatron.training.build import documents_followed
 from megatron.training.device import detect
 from megatron.training.optimizers.schedule_free import evaluation_weights
-from megatron.training.resume import resume
+from megatron.training.resume import Source, find_source, resume
 from megatron.training.saving import manifest_of, save_checkpoint
 from pretrain_gpt_alcf import build_engine
 
@@ -68,20 +68,34 @@ def world(variables: Mapping[str, str]) -> int:
     return run_config(variables).parallel.world_size
 
 
-def build(run: RunConfig, large: bool = False, eod: int = -1) -> Engine:
+def build(
+    run: RunConfig,
+    large: bool = False,
+    eod: int = -1,
+    source: Source | None = None,
+    poisoned: bool = True,
+) -> Engine:
     """The engine of this rank.
 
     Args:
         run: the configuration.
         large: ZeRO-3 is at work as it is in a large model.
         eod: id that ends a document, where the run follows documents.
+        source: where its weights will come from.
+        poisoned: until they come, they are not numbers.
     """
     if large and run.parallel.zero_stage == 3:
         _shard_everything()
     rank = dist.get_rank()
     start_distributed("gloo", rank, dist.get_world_size(), 0, "", 60)
     device, documents = detect(rank, run.train.dtype), documents_followed(run, eod)
-    return build_engine(run, make_groups(run.layout), device, documents=documents)
+    groups, draw = make_groups(run.layout), source is None or not source.has_weights
+    # torch then fills the memory that it gives with NaN.
+    torch.use_deterministic_algorithms(poisoned and not draw, warn_only=True)
+    try:
+        return build_engine(run, groups, device, documents=documents, draw=draw)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def _shard_everything() -> None:
@@ -149,8 +163,9 @@ def save(run: RunConfig, engine: Engine, count: int, control: Control) -> None:
 def resume_and_train(variables: Mapping[str, str], count: int, large: bool = False) -> Curve:
     """Takes back the newest checkpoint and trains `count` steps."""
     run, control = run_config(variables), make_control()
-    engine = build(run, large)
-    state = resume(run, engine, None, control)
+    source = find_source(run, control)
+    engine = build(run, large, source=source)
+    state = resume(run, engine, None, control, source)
     return steps(run, engine, state.iteration, state.iteration + count)
 
 

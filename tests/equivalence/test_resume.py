@@ -21,6 +21,7 @@ SAME = [
     Case(dp=2, optimizer="adamw", dtype="bf16"),
     Case(dp=2, optimizer="adamw", dtype="bf16", zero_stage=3),
     Case(optimizer="adamw", dtype="fp16"),
+    pytest.param(Case(dp=2, optimizer="adamw", engine="deepspeed"), marks=pytest.mark.long),
 ]
 
 

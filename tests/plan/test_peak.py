@@ -5,6 +5,7 @@ DeepSpeed's buckets are larger than these models, so each is as large as the mod
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -61,6 +62,19 @@ CASES: dict[str, dict[str, Any]] = {
     "dualpipev": {"PP": "2", "GAS": "4", "PIPELINE_SCHEDULE": "dualpipev"},
 }
 QUICK = ("one rank", "zero 2, short")
+WITHIN = 0.05
+
+
+@cache
+def measured(name: str) -> int:
+    """Bytes of the fullest rank of a case."""
+    variables = {**SIZE, **CASES[name]}
+    return max(run(peak_of_a_step, front.world(variables), variables, timeout=200))
+
+
+def excess(name: str) -> float:
+    """Estimate over what was measured, minus 1."""
+    return memory_per_rank(front.run_config({**SIZE, **CASES[name]})).total / measured(name) - 1
 
 
 @pytest.mark.parametrize(
@@ -68,10 +82,39 @@ QUICK = ("one rank", "zero 2, short")
     [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in CASES],
 )
 def test_the_estimate_is_the_peak_of_a_step(name: str) -> None:
-    variables = {**SIZE, **CASES[name]}
-    config = front.run_config(variables)
-    peak = max(run(peak_of_a_step, config.parallel.world_size, variables, timeout=200))
-    assert memory_per_rank(config).total == pytest.approx(peak, rel=0.05)
+    print(f"{name}: {excess(name):+.1%}")  # with -s: docs/memory.md
+    assert abs(excess(name)) < WITHIN
+
+
+ITEMS: dict[str, tuple[str, str]] = {
+    "weights": ("_weights", "fp32, short"),
+    "fp32 weights and states": ("_optimizer", "one rank"),
+    "gradients": ("gradient_moments", "zero 2, short"),
+    "what blocks keep, and compute again": ("_activations", "blocks"),
+    "micro-batches in flight": ("_in_flight", "pp4, blocks"),
+    "one block": ("_block", "selective"),
+    "logits": ("_logits", "one rank"),
+    "DeepSpeed's gradients": ("_gradients", "deepspeed"),
+    "DeepSpeed's buffers": ("_buffers", "deepspeed, zero 2, short"),
+}
+"""Item -> the function of the formula, and a case that shows where it is half of what it should."""
+
+
+def halved(value: Any) -> Any:
+    """A number, or all numbers in it, half as large."""
+    if isinstance(value, tuple | list):
+        return [halved(part) for part in value]
+    return value / 2
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("item", ITEMS)
+def test_half_of_an_item_is_seen(item: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    function, case = ITEMS[item]
+    assert abs(excess(case)) < WITHIN
+    right = getattr(memory, function)
+    monkeypatch.setattr(memory, function, lambda *a, **k: halved(right(*a, **k)))
+    assert excess(case) < -WITHIN
 
 
 def test_buckets_are_those_of_deepspeed() -> None:

@@ -15,7 +15,7 @@ from megatron.checkpoint.store import step_folder, steps
 from megatron.config.errors import ConfigError
 from megatron.config.resolve import Site, resolve
 from megatron.config.schema import RunConfig
-from megatron.training.resume import MissingCheckpoint, resume
+from megatron.training.resume import MissingCheckpoint, find_source, resume
 from tests.checkpoint.hugging_face_models import hugging_face_model
 from tests.checkpoint.reference_checkpoint import Written, known, write, write_universal
 from tests.equivalence import front
@@ -215,8 +215,9 @@ LAYOUTS: dict[str, dict[str, str]] = {
 def curves(variables: dict[str, str], first: int) -> tuple[int, front.Curve]:
     """One start: the step it begins after, and two steps on the samples of `first`, saved."""
     run, control = front.run_config(variables), front.make_control()
-    engine = front.build(run)
-    state = resume(run, engine, None, control)
+    source = find_source(run, control)
+    engine = front.build(run, source=source)
+    state = resume(run, engine, None, control, source)
     curve = front.steps(run, engine, first, first + 2)
     front.save(run, engine, state.iteration + 2, control)
     return state.iteration, curve
@@ -255,8 +256,9 @@ def test_bits_of_weights_and_of_a_new_optimizer(layout: str, tmp_path: Path) -> 
 
 def loss_of(variables: dict[str, str]) -> tuple[int, front.Curve]:
     run, control = front.run_config(variables), front.make_control()
-    engine = front.build(run)
-    return resume(run, engine, None, control).iteration, front.steps(run, engine, 0, 1)
+    source = find_source(run, control)
+    engine = front.build(run, source=source)
+    return resume(run, engine, None, control, source).iteration, front.steps(run, engine, 0, 1)
 
 
 @pytest.mark.parametrize("layout", ["tp2-pp2", pytest.param("dp2-zero3", marks=pytest.mark.long)])

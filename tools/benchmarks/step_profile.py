@@ -1,7 +1,8 @@
 """`profile`: where a step's time goes, by kind of work and as a flame graph.
 
 The arm is that of `step`, in this process, with torch's profiler around some of its steps. On an
-accelerator the times are those of its kernels, on a CPU those of the operators.
+accelerator the times are those of its kernels, on a CPU those of the operators. Beside each kind
+stands the least time that it can take at this machine's rates (`roofline.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from tools.benchmarks import flame, step
 from tools.benchmarks.record import Record
+from tools.benchmarks.roofline import Rates, Work, measured_rates, step_work
 from tools.benchmarks.workload import Workload, export, shape_variables
 
 if TYPE_CHECKING:
@@ -71,7 +73,9 @@ def main(options: argparse.Namespace) -> int:
         work = Workload(work.variables, work.dtype, Path(folder))
         watched = Watched(device, options.steps, scopes=not compiles(options.arm))
         step.function_of(options.arm)(watched, work)  # type: ignore[arg-type]
-    report(watched, options, run.model.padded_vocab_size()).write(options.out)
+    rates = measured_rates(device, run.train.dtype)
+    record = report(watched, options, run.model.padded_vocab_size(), step_work(run), rates)
+    record.write(options.out)
     if options.out is not None and options.trace:
         watched.profiler.export_chrome_trace(str(options.out / "trace.json.gz"))
     return 0
@@ -156,8 +160,22 @@ def name_modules() -> Callable[[], None]:
     return undo
 
 
-def report(watched: Watched, options: argparse.Namespace, vocab_size: int) -> Record:
-    """The tables, and the flame graph's files."""
+def report(
+    watched: Watched,
+    options: argparse.Namespace,
+    vocab_size: int,
+    work: Mapping[str, Work],
+    rates: Rates,
+) -> Record:
+    """The tables, and the flame graph's files.
+
+    Args:
+        watched: the steps.
+        options: of the subcommand.
+        vocab_size: padded.
+        work: of a step by kind.
+        rates: of this machine.
+    """
     events = [event for event in watched.profiler.events() if _is_host(event)]
     on_host = watched.device.kind == "cpu"
     times = [_own_time(event, on_host) / watched.steps / 1e3 for event in events]  # ms
@@ -180,22 +198,28 @@ def report(watched: Watched, options: argparse.Namespace, vocab_size: int) -> Re
     record = Record(
         name,
         f"Where a step's time goes: {options.arm}, {options.shape}, {options.dtype}",
-        ("kind", "ms a step", "share", "calls a step"),
+        ("kind", "ms a step", "at least", "share", "calls a step"),
     )
+    least = {kind: 1e3 * one.seconds(rates) for kind, one in work.items()}
     for kind, ms in largest(kinds):
         if abs(ms) > 0.0005 * wall:
-            count = calls[kind] / watched.steps
-            record.rows.append((kind, f"{ms:.2f}", f"{ms / wall:.1%}", f"{count:.0f}"))
+            bound = f"{least[kind]:.2f}" if kind in least else ""
+            count = f"{calls[kind] / watched.steps:.0f}"
+            record.rows.append((kind, f"{ms:.2f}", bound, f"{ms / wall:.1%}", count))
     top = ", ".join(f"{op} {ms / wall:.1%}" for op, ms in largest(operators)[:12])
     record.notes = [
         f"a step takes {watched.seconds * 1e3:.1f} ms, {wall:.1f} ms under the profiler, of which "
         "the shares are",
         f"most time in {top}",
+        f"at least {sum(least.values()):.1f} ms a step, by {rates.flops / 1e12:.3f} TFLOP/s of "
+        f"large products and {rates.memory / 1e9:.1f} GB/s of memory, measured after it",
     ]
     record.data = {
         "step_ms": watched.seconds * 1e3,
         "profiled_step_ms": wall,
         "kinds_ms": dict(kinds),
+        "least_ms": least,
+        "rates": rates._asdict(),
         "operators_ms": dict(largest(operators)[:60]),
     }
     if options.out is not None:
