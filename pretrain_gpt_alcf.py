@@ -32,6 +32,7 @@ from megatron.config.deepspeed import deepspeed_config
 from megatron.config.errors import ConfigError, DataError
 from megatron.config.pipeline_stages import stage_bounds
 from megatron.config.schema import RunConfig
+from megatron.display.marked_line import LIVE
 from megatron.engine import Engine, make_engine, start_distributed, stop_distributed
 from megatron.launch.accelerators import promise
 from megatron.launch.heartbeat import HEARTBEAT, Heartbeat
@@ -89,7 +90,8 @@ def pretrain(
 ) -> int:
     """One run, from its configuration to its report; `config` is the file that holds it."""
     started = time.time()
-    log.setup(ranks.rank, "DEBUG" if run.log.debug else run.log.log_level)
+    level = "DEBUG" if run.log.debug else run.log.log_level
+    log.setup(ranks.rank, level, marks=bool(os.environ.get(LIVE)))
     leads = ranks.rank == 0
     if leads:
         print(architecture_box(run))
@@ -107,8 +109,10 @@ def pretrain(
         name=f"{run.run_folder} {ranks.counted}",
     )
     groups, control = make_groups(run.layout), make_control()
+    heartbeat.enter("data")
     data = build_data(run, control)
     documents = documents_followed(run, data.tokenizer.eod)
+    heartbeat.enter("build")
     engine = build_engine(run, groups, device, data.corpus_losses, documents, control)
     # To the very end: what comes after the last save must not turn a saved run into a failed one.
     with stop_request(run, started, signals, leads=leads) as stop:

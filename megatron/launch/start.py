@@ -25,6 +25,8 @@ from megatron.config.errors import ConfigError, DataError
 from megatron.config.resolve import Resolved, resolve
 from megatron.config.schema import RunConfig, read_run
 from megatron.config.validate import WORLD
+from megatron.display.marked_line import LIVE
+from megatron.display.run_view import run_view
 from megatron.launch import launch_plan, starts
 from megatron.launch.claim import Say, claimed
 from megatron.launch.dialect import asker
@@ -128,7 +130,10 @@ def start(
         return config is not None and starts.is_accepted(config)
 
     with ExitStack() as stack:
-        screen = Screen(resolved.run.run_folder / OUTPUT_FILE, accepted)
+        view = run_view(resolved.run.log.log_style, sys.stdout)
+        if view:  # else the ranks print what they have always printed
+            environ = {**environ, LIVE: "1"}
+        screen = Screen(resolved.run.run_folder / OUTPUT_FILE, accepted, view)
         command = shlex.join(["train_alcf.sh", *argv])
         stack.enter_context(owned(resolved.run, command, location.job.id, screen.print))
         origin = provenance(environ, argv, location, ROOT)
