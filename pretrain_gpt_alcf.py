@@ -110,7 +110,7 @@ def pretrain(
     )
     groups, control = make_groups(run.layout), make_control()
     heartbeat.enter("data")
-    data = build_data(run, control)
+    data = build_data(run, control, heartbeat)
     documents = documents_followed(run, data.tokenizer.eod)
     heartbeat.enter("build")
     engine = build_engine(run, groups, device, data.corpus_losses, documents, control)
@@ -139,7 +139,7 @@ def train(
     """
     leads = control.rank == 0
     heartbeat.enter("load")
-    state = resume(run, engine, data.record, control)
+    state = resume(run, engine, data.record, control, heartbeat)
     require_start(run, state)
     if state.iteration >= run.train.train_iters:
         finish.log_finished(run, state)

@@ -33,6 +33,7 @@ PHASES = {
     "data": "reading the data",
     "build": "building the model",
     "load": "looking for a checkpoint to resume from",
+    "restore": "resuming",
     "step": "first step",
     "evaluate": "evaluating",
     "save": "saving a checkpoint",
@@ -64,6 +65,7 @@ class RunView:
         self._footer = Footer(console)
         self._drawn = self._kept_at = self._phase_at = now()
         self._phase, self._ticks, self._done, self._total = "", 0, 0, 0
+        self._took: dict[str, float] = {}  # s, of each phase when it was there last
         self._detail = ""
         self._box: list[str] | None = None
         self._latest: Record | None = None
@@ -110,7 +112,9 @@ class RunView:
     def entered(self, phase: str, step: int | None, ticks: int, total: int) -> None:
         """Rank 0 is in a phase: of `total` ticks, 0 where nobody knows."""
         if phase != self._phase:
-            self._phase, self._phase_at, self._ticks = phase, self._now(), ticks
+            now = self._now()
+            self._took[self._phase] = now - self._phase_at
+            self._phase, self._phase_at, self._ticks = phase, now, ticks
         self._done, self._total = ticks - self._ticks, total
         if phase == "step" and step is not None:
             self._step = max(self._step, step - 1)
@@ -142,9 +146,9 @@ class RunView:
         elif self._box is None:
             return False
         elif line == _BOX_END:
-            words = [part.replace(" ", "\u00a0") for part in self._box]  # not broken inside
+            words = " ".join(part.replace(": ", "=") for part in self._box)
             self._box = None
-            self._print(_text(("  ".join(words), "cyan")))
+            self._print(_text((words, "cyan")))
         else:
             self._box.append(line)
         return True
@@ -212,7 +216,9 @@ class RunView:
         name = PHASES.get(self._phase, self._phase)
         seconds = now - self._phase_at
         if not self._total:
-            return f"{name} ... {seconds:.0f} s"
+            took = self._took.get(self._phase, 0.0)
+            about = f" of about {took:.0f} s" if took >= PATIENCE_S else ""
+            return f"{name} ... {seconds:.0f} s{about}"
         left = ""
         if 0 < self._done < self._total:
             left = f", {clock(seconds * (self._total - self._done) / self._done)} left"
@@ -276,7 +282,7 @@ def _time(seconds: float) -> str:
 FIELDS: list[tuple[str, str, Callable[[float], str], str]] = [
     ("loss ", "loss", "{:.4f}".format, "bold green"),
     ("norm ", "grad_norm", "{:.3g}".format, ""),
-    ("rate ", "learning_rate", "{:.2e}".format, ""),
+    ("lr ", "learning_rate", "{:.2e}".format, ""),
     ("", "elapsed_s", _time, ""),
     ("", "tokens_per_s", lambda value: f"{_scaled(value)} tok/s", "cyan"),
     ("", "tflops_lm", "{:.3g} TFLOPS".format, ""),

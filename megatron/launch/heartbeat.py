@@ -93,13 +93,7 @@ class Heartbeat:
             self._thread.start()
 
     def enter(self, phase: str, step: int | None = None, total: int = 0) -> None:
-        """The rank begins something that can hang: start, data, build, load, step, evaluate, save.
-
-        Args:
-            phase: what it does.
-            step: in which step.
-            total: ticks that it will take; 0: not known.
-        """
+        """The rank begins something that can hang, of `total` ticks (0: not known)."""
         changed = phase != self._place[0]
         self._place, self._total = (phase, step), total
         if changed and self._thread is not None:  # it may hang before the next beat is due

@@ -106,28 +106,22 @@ class Screen:
     def _show(self, lines: bytes, is_error: bool, record: Mapping[str, Any] | None = None) -> None:
         stream = sys.stderr if is_error else sys.stdout
         try:
-            lines = lines if self._view is None else self._undrawn(lines, is_error, record)
-            stream.buffer.write(lines)
-            stream.flush()
+            # A view takes them one by one: those that it does not draw keep their place.
+            for line in [lines] if self._view is None else lines.splitlines(keepends=True):
+                if self._view and not is_error and self._view.show(_text(line), record):
+                    continue
+                if self._view:
+                    self._view.clear()
+                stream.buffer.write(line)
+                stream.flush()
         except BrokenPipeError:
             _drop(stream)
         except OSError:
             pass  # a file on a full disk, perhaps: the next line tries again
 
-    def _undrawn(self, lines: bytes, is_error: bool, record: Mapping[str, Any] | None) -> bytes:
-        """Those of the lines that the view does not draw, with room made for them."""
-        view = self._view
-        assert view is not None
-        if not is_error:
-            rest = lines.splitlines(keepends=True)
-            lines = b"".join(
-                line
-                for line in rest
-                if not view.show(line.decode(errors="replace").rstrip("\r\n"), record)
-            )
-        if lines:
-            view.clear()
-        return lines
+
+def _text(line: bytes) -> str:
+    return line.decode(errors="replace").rstrip("\r\n")
 
 
 def _drop(stream: TextIO) -> None:
