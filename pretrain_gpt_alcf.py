@@ -8,9 +8,11 @@ torchrun --nproc-per-node 2 pretrain_gpt_alcf.py    # every rank makes the same 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 if __name__ == "__main__":  # before the imports, which take seconds
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # `begin` says more, but takes a moment itself
     from megatron.launch.rank_process import begin
     from megatron.launch.versions import exit_unless_fit
 
@@ -20,7 +22,6 @@ if __name__ == "__main__":  # before the imports, which take seconds
 import faulthandler
 import io
 import logging
-import signal
 import time
 from collections.abc import Sequence
 from functools import partial

@@ -6,11 +6,15 @@ Makes the configuration, writes the run's folder, starts the ranks, ends with th
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":  # before the other imports: Ctrl-C in them leaves no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import os
 import platform
 import shlex
 import shutil
-import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -336,4 +340,10 @@ def _require_job(resolved: Resolved, location: Location) -> None:
 if __name__ == "__main__":
     early: list[int] = []
     signal.signal(signal.SIGUSR1, lambda number, frame: early.append(number))
-    sys.exit(main(sys.argv[1:], os.environ, early))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what is owned is given back
+    try:
+        status = main(sys.argv[1:], os.environ, early)
+    except KeyboardInterrupt:
+        print("interrupted: no rank was started", file=sys.stderr)
+        status = 128 + signal.SIGINT
+    sys.exit(status)
