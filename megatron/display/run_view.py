@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TextIO
 
 from megatron.display.footer import Footer
@@ -20,12 +22,13 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 DRAW_S = 0.25
-KEPT = 8  # lines of steps that stay, evenly over the run,
-KEPT_S = 60.0  # and one after so many seconds at the latest
+KEPT = 4  # lines of steps that stay beside the first, evenly over the run,
+KEPT_S = 300.0  # and one after so many seconds at the latest
 SPINNER = "|/-\\"
 PATIENCE_S = 1.0  # a phase between steps is named after so long
 
-Record = Mapping[str, Any]
+Numbers = Mapping[str, Any]
+"""A record of metrics.jsonl."""
 
 PHASES = {
     "": "starting the ranks: importing torch",
@@ -68,7 +71,7 @@ class RunView:
         self._took: dict[str, float] = {}  # s, of each phase when it was there last
         self._detail = ""
         self._box: list[str] | None = None
-        self._latest: Record | None = None
+        self._latest: Numbers | None = None
         self._origin: tuple[int, float] | None = None  # step, when: for the time left
         self._step = self._kept = 0
         self._validation = self._saved = ""
@@ -78,7 +81,7 @@ class RunView:
         """Nothing is drawn from now on."""
         self._footer.draw([])
 
-    def show(self, line: str, record: Record | None = None) -> bool:
+    def show(self, line: str, record: Numbers | None = None) -> bool:
         """Show a line of standard output, or what stands for it.
 
         Args:
@@ -88,8 +91,10 @@ class RunView:
         Returns:
             False where it is to be printed as it is, with `clear` called before.
         """
-        if record is not None and record.get("event") in FORMS:
+        if record is not None and record["event"] in FORMS:
             FORMS[record["event"]](self, record)
+            return True
+        if record is not None and record.get("reason") == "finished":
             return True
         if self._boxed(line):
             return True
@@ -162,28 +167,28 @@ class RunView:
         named = (f"{level}: " if style else "") + (f"{rank}: " if rank else "")
         self._print(_text((f"{at} ", "dim"), (named + text, style)), indent=len(at) + 1)
 
-    def _step_taken(self, record: Record) -> None:
+    def _step_taken(self, record: Numbers) -> None:
         """Note a step; its line stays where it is due."""
         now, number, last = self._now(), record["iteration"], record["train_iters"]
         self._latest, self._step = record, number
         if self._origin is None or number <= self._origin[0]:  # a rollback
-            self._origin, self._kept = (number, now), 0
-        stretch = 1 + number * KEPT // last
+            self._origin, self._kept = (number, now), -1
+        stretch = number * KEPT // last
         if stretch != self._kept or now - self._kept_at >= KEPT_S:
             self._kept, self._kept_at = stretch, now
             self._print(_joined(step_fields(record), self._console.width))
 
-    def _evaluated(self, record: Record) -> None:
+    def _evaluated(self, record: Numbers) -> None:
         split, loss = record["split"], f"{record['loss']:.4f}"
         number, last = record["iteration"], record["train_iters"]
         self._validation = f"{split[:3]} {loss} @ {number}"
         about = f"{split} loss {loss}  perplexity {record['perplexity']:.4g}"
         self._print(_text((f"{number:>{len(str(last))}}/{last}  ", ""), (about, "bold magenta")))
 
-    def _was_saved(self, record: Record) -> None:
+    def _was_saved(self, record: Numbers) -> None:
         self._saved = f"saved @ {record['iteration']}"
 
-    def _unseen(self, record: Record) -> None:
+    def _unseen(self, record: Numbers) -> None:
         """The rows show it all the time."""
 
     def _rows(self, now: float) -> list[Text]:
@@ -242,7 +247,7 @@ class RunView:
         return _text(*((part.text, part.style or "") for part in parts))
 
 
-FORMS: dict[str, Callable[[RunView, Record], None]] = {
+FORMS: dict[str, Callable[[RunView, Numbers], None]] = {
     "step": RunView._step_taken,
     "skip": RunView._step_taken,
     "eval": RunView._evaluated,
@@ -252,7 +257,7 @@ FORMS: dict[str, Callable[[RunView, Record], None]] = {
 """Event -> what stands for its line; the lines of others are shown."""
 
 
-def step_fields(record: Record) -> list[Text]:
+def step_fields(record: Numbers) -> list[Text]:
     """What the line of a step shows, the most important first."""
     number, last = record["iteration"], record["train_iters"]
     fields = [_text((f"{number:>{len(str(last))}}/{last}", "bold"))]
@@ -276,16 +281,16 @@ def _scaled(value: float) -> str:
 
 
 def _time(seconds: float) -> str:
-    return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.3g} s"
+    return f"{seconds * 1000:3.0f} ms" if seconds < 1 else f"{seconds:4.3g} s"
 
 
 FIELDS: list[tuple[str, str, Callable[[float], str], str]] = [
     ("loss ", "loss", "{:.4f}".format, "bold green"),
-    ("norm ", "grad_norm", "{:.3g}".format, ""),
+    ("norm ", "grad_norm", "{:.2f}".format, ""),
     ("lr ", "learning_rate", "{:.2e}".format, ""),
     ("", "elapsed_s", _time, ""),
-    ("", "tokens_per_s", lambda value: f"{_scaled(value)} tok/s", "cyan"),
-    ("", "tflops_lm", "{:.3g} TFLOPS".format, ""),
+    ("", "tokens_per_s", lambda value: f"{_scaled(value):>5} tok/s", "cyan"),
+    ("", "tflops_lm", lambda value: f"{value:.{2 if value < 10 else 1}f} TFLOPS", ""),
 ]
 """Label, key of the record, form and style of each field behind the step's number."""
 
@@ -306,12 +311,19 @@ def _joined(fields: Iterable[Text], width: int) -> Text:
     return line
 
 
-def run_view(style: str, stream: TextIO) -> RunView | None:
-    """The view of a run; None where lines are printed as they are.
+def run_view(style: str, stream: TextIO) -> tuple[RunView | None, str]:
+    """The view of a run, None where lines are printed as they are; and why, if that needs a word.
 
     Args:
         style: LOG_STYLE.
         stream: standard output.
     """
     console = None if style == "line" else terminal(stream)
-    return None if console is None else RunView(console)
+    if console is not None:
+        return RunView(console), ""
+    missing = stream.isatty() and find_spec("rich") is None
+    if missing and style != "line":
+        return None, f"note: the log is shown in full: {sys.executable} has no package rich"
+    if style == "live":
+        return None, "note: LOG_STYLE=live has no effect: standard output is no live terminal"
+    return None, ""

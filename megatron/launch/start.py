@@ -134,7 +134,7 @@ def start(
         return config is not None and starts.is_accepted(config)
 
     with ExitStack() as stack:
-        view = run_view(resolved.run.log.log_style, sys.stdout)
+        view, why = run_view(resolved.run.log.log_style, sys.stdout)
         if view:  # else the ranks print what they have always printed
             environ = {**environ, LIVE: "1"}
         screen = Screen(resolved.run.run_folder / OUTPUT_FILE, accepted, view)
@@ -146,7 +146,7 @@ def start(
         planned = plan_of(resolved.run, environ, location)
         if planned.hostfile:
             write_atomically(*planned.hostfile)
-        for line in _headlines(resolved, planned):
+        for line in [*_headlines(resolved, planned), *([why] if why else [])]:
             screen.print(line)
         status = run_with_retries(planned, screen, resolved.run, early=early)
         if status and status not in REFUSED:

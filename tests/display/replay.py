@@ -74,7 +74,7 @@ class Rank:
 def main(log: str, steps: str = "200", ending: str = "finish") -> int:
     """A run; returns its status."""
     last = int(steps)
-    with closing(Screen(Path(log), view=run_view("auto", sys.stdout))) as screen:
+    with closing(Screen(Path(log), view=run_view("auto", sys.stdout)[0])) as screen:
         screen.print("run folder: runs/debug-seq128-builtin")
         screen.print("launch command: python3 -m megatron.launch -n 1 -- " + "program " * 30)
         rank = Rank(screen)
