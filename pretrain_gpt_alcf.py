@@ -8,9 +8,11 @@ torchrun --nproc-per-node 2 pretrain_gpt_alcf.py    # every rank makes the same 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 if __name__ == "__main__":  # before the imports, which take seconds
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # `begin` says more, but takes a moment itself
     from megatron.launch.rank_process import begin
     from megatron.launch.versions import exit_unless_fit
 
@@ -20,7 +22,6 @@ if __name__ == "__main__":  # before the imports, which take seconds
 import faulthandler
 import io
 import logging
-import signal
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -32,6 +33,7 @@ from megatron.config.deepspeed import deepspeed_config
 from megatron.config.errors import ConfigError, DataError
 from megatron.config.pipeline_stages import stage_bounds
 from megatron.config.schema import RunConfig
+from megatron.display.marked_line import LIVE
 from megatron.engine import Engine, make_engine, start_distributed, stop_distributed
 from megatron.launch.accelerators import promise
 from megatron.launch.heartbeat import HEARTBEAT, Heartbeat
@@ -89,7 +91,8 @@ def pretrain(
 ) -> int:
     """One run, from its configuration to its report; `config` is the file that holds it."""
     started = time.time()
-    log.setup(ranks.rank, "DEBUG" if run.log.debug else run.log.log_level)
+    level = "DEBUG" if run.log.debug else run.log.log_level
+    log.setup(ranks.rank, level, marks=bool(os.environ.get(LIVE)))
     leads = ranks.rank == 0
     if leads:
         print(architecture_box(run))
@@ -107,9 +110,11 @@ def pretrain(
         name=f"{run.run_folder} {ranks.counted}",
     )
     groups, control = make_groups(run.layout), make_control()
-    data = build_data(run, control)
+    heartbeat.enter("data")
+    data = build_data(run, control, heartbeat)
     documents = documents_followed(run, data.tokenizer.eod)
     source = find_source(run, control)
+    heartbeat.enter("build")
     engine = build_engine(
         run,
         groups,
@@ -145,7 +150,7 @@ def train(
     """
     leads = control.rank == 0
     heartbeat.enter("load")
-    state = resume(run, engine, data.record, control, source)
+    state = resume(run, engine, data.record, control, source, heartbeat)
     require_start(run, state)
     if state.iteration >= run.train.train_iters:
         finish.log_finished(run, state)

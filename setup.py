@@ -28,6 +28,7 @@ setup(
         "wandb",
         "safetensors",
         "filelock>=3.16",
+        "rich",
     ],
     extras_require={
         "tensorboard": ["tensorboard"],

@@ -38,6 +38,7 @@ class Beat:
         closed: it ends as it should.
         doing: the collective or the line that its main thread is in; empty: not asked.
         stacks: file with the stacks of its threads, or why there is none; empty: not written.
+        total: ticks of the whole phase; 0: not known.
     """
 
     rank: int
@@ -50,6 +51,7 @@ class Beat:
     closed: bool = False
     doing: str = ""
     stacks: str = ""
+    total: int = 0
 
     def encode(self, token: str) -> bytes:
         """As a datagram."""
@@ -79,7 +81,7 @@ class Heartbeat:
     def __init__(self, address: str = "", rank: int = 0) -> None:
         self._rank, self._number = rank, 0
         self._place: tuple[str, int | None] = ("start", None)
-        self._ticks = 0
+        self._ticks = self._total = 0
         self._over = threading.Event()
         self._launcher: tuple[str, int] | None = None
         self._thread: threading.Thread | None = None
@@ -90,10 +92,10 @@ class Heartbeat:
             self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
             self._thread.start()
 
-    def enter(self, phase: str, step: int | None = None) -> None:
-        """The rank begins something that can hang: start, load, data, step, evaluate, save."""
+    def enter(self, phase: str, step: int | None = None, total: int = 0) -> None:
+        """The rank begins something that can hang, of `total` ticks (0: not known)."""
         changed = phase != self._place[0]
-        self._place = (phase, step)
+        self._place, self._total = (phase, step), total
         if changed and self._thread is not None:  # it may hang before the next beat is due
             self._send()
 
@@ -149,7 +151,7 @@ class Heartbeat:
         closed = self._over.is_set()
         beat = Beat(
             self._rank, socket.gethostname(), os.getpid(), self._number, phase, step, self._ticks,
-            closed, doing, stacks,
+            closed, doing, stacks, self._total,
         )  # fmt: skip
         try:
             self._socket.sendto(beat.encode(self._token), self._launcher)

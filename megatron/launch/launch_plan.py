@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from megatron.config.errors import ConfigError
+from megatron.display.marked_line import LIVE
 from megatron.launch import command, hostlist, ranks
 from megatron.launch.accelerators import RANK_ENVIRONMENT, vendor
 from megatron.launch.dialect import Ask
@@ -28,7 +29,7 @@ STALE = (
 # Prefixes of the variables that Open MPI passes to other hosts.
 EXPORTED = (
     "PATH", "LD_LIBRARY_PATH", "PYTHON", "VIRTUAL_ENV", "CONDA_", "MASTER_", ranks.EXPECTED,
-    HEARTBEAT, "OMP_", "CUDA_", "NCCL_", "RCCL_", "GLOO_", "FI_", "UCX_", "CCL_", "I_MPI_",
+    HEARTBEAT, LIVE, "OMP_", "CUDA_", "NCCL_", "RCCL_", "GLOO_", "FI_", "UCX_", "CCL_", "I_MPI_",
     "MPICH_", "ZE_", "ZES_", "SYCL_", "ONEAPI_", "ROCR_", "HIP_", "HSA_", "MIOPEN_", "KMP_", "MKL_",
     "DS_", "TORCH", "PYTORCH", "TRITON_", "HF_", "TRANSFORMERS_", "TOKENIZERS_", "WANDB_", "XDG_",
     "TMPDIR", "LD_PRELOAD", "http_proxy", "https_proxy", "no_proxy",

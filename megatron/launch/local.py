@@ -125,10 +125,16 @@ def attempt(
     with closing(HangWatch(host, planned.ranks, stacks, hang_timeout_s, tell, own=own)) as hangs:
         environ = {HEARTBEAT: hangs.address}
         grace_s = HUNG_GRACE_S if own else process.GRACE_S
+
+        def poll(signals: Sequence[int], failing: bool) -> bool:
+            first = hangs.table.ranks.get(0)
+            screen.turn(first.beat if first else None)
+            return hangs.poll(signals, failing)
+
         watched = process.watch(
             _children(planned, environ),
             screen.line,
-            hangs=hangs.poll,
+            hangs=poll,
             hung_grace_s=grace_s,
             notices=process.Notices(hangs.all_began, early),
         )

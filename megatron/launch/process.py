@@ -20,6 +20,7 @@ from functools import partial
 from types import FrameType
 from typing import IO, Any
 
+from megatron.display.marked_line import unmarked
 from megatron.launch.failure import TRACEBACK, Ended, FirstError, is_end_line, is_error
 
 SETTLE_S = 1.0  # others that fail for the same reason get this long to print it
@@ -79,7 +80,7 @@ class _Stream:
         return bool(data)
 
     def _line(self, line: bytes) -> None:
-        text = line.decode(errors="replace")
+        text = unmarked(line)[1].decode(errors="replace")
         self._first.take(text)
         if is_end_line(text):
             return

@@ -10,9 +10,13 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
+
+from megatron.display.marked_line import unmarked
+from megatron.display.run_view import RunView
+from megatron.launch.heartbeat import Beat
 
 RETRY_S = 5.0  # between attempts to write a file that could not be written
 FOLD_S = 10.0  # ranks that fail alike get this long to say so in one line
@@ -26,14 +30,21 @@ class Screen:
     Args:
         log: file to append to; None: none.
         ready: whether the file may be written by now; lines wait in memory until it may.
+        view: draws a short form of the lines on the terminal; None: they are printed as they are.
     """
 
-    def __init__(self, log: Path | None = None, ready: Callable[[], bool] = lambda: True) -> None:
+    def __init__(
+        self,
+        log: Path | None = None,
+        ready: Callable[[], bool] = lambda: True,
+        view: RunView | None = None,
+    ) -> None:
         self._log = _LogFile(log, self._show) if log else None
         self._ready = ready
         self._waiting: list[bytes] | None = []
         self._repeats = _Repeats()
         self._lock = threading.RLock()
+        self._view = view
 
     def close(self) -> None:
         """Write what is left, and close the file."""
@@ -42,6 +53,8 @@ class Screen:
             self._write(b"")
             if self._log:
                 self._log.close()
+            if self._view:
+                self._view.close()
             for stream in (sys.stdout, sys.stderr):
                 try:
                     stream.flush()
@@ -53,18 +66,31 @@ class Screen:
         self._ready = lambda: True
 
     def line(self, line: bytes, is_error: bool = False) -> None:
-        """One line with its end."""
+        """One line with its end, and perhaps the record that it was made from before it."""
+        record, line = unmarked(line)
         with self._lock:
-            self._add(self._repeats.fold(line, is_error), is_error)
+            self._add(self._repeats.fold(line, is_error), is_error, record)
+
+    def turn(self, beat: Beat | None) -> None:
+        """Draw where rank 0 is, as its last beat says it; called many times a second."""
+        if self._view is None:
+            return
+        with self._lock:
+            if beat is not None:
+                self._view.entered(beat.phase, beat.step, beat.ticks, beat.total)
+            try:
+                self._view.turn()
+            except OSError:  # the terminal has gone
+                self._view = None
 
     def print(self, text: str, is_error: bool = False) -> None:
         """A text of our own."""
         self.line(f"{text}\n".encode(), is_error)
 
-    def _add(self, lines: bytes, is_error: bool) -> None:
+    def _add(self, lines: bytes, is_error: bool, record: Mapping[str, Any] | None = None) -> None:
         if lines:
             self._write(lines)
-            self._show(lines, is_error)
+            self._show(lines, is_error, record)
 
     def _write(self, lines: bytes) -> None:
         """To the file, or to those that wait for it."""
@@ -77,15 +103,25 @@ class Screen:
             lines, self._waiting = b"".join(self._waiting), None
         self._log.write(lines)
 
-    def _show(self, lines: bytes, is_error: bool) -> None:
+    def _show(self, lines: bytes, is_error: bool, record: Mapping[str, Any] | None = None) -> None:
         stream = sys.stderr if is_error else sys.stdout
         try:
-            stream.buffer.write(lines)
-            stream.flush()
+            # A view takes them one by one: those that it does not draw keep their place.
+            for line in [lines] if self._view is None else lines.splitlines(keepends=True):
+                if self._view and not is_error and self._view.show(_text(line), record):
+                    continue
+                if self._view:
+                    self._view.clear()
+                stream.buffer.write(line)
+                stream.flush()
         except BrokenPipeError:
             _drop(stream)
         except OSError:
             pass  # a file on a full disk, perhaps: the next line tries again
+
+
+def _text(line: bytes) -> str:
+    return line.decode(errors="replace").rstrip("\r\n")
 
 
 def _drop(stream: TextIO) -> None:

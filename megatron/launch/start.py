@@ -6,11 +6,15 @@ Makes the configuration, writes the run's folder, starts the ranks, ends with th
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":  # before the other imports: Ctrl-C in them leaves no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import os
 import platform
 import shlex
 import shutil
-import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +29,8 @@ from megatron.config.errors import ConfigError, DataError
 from megatron.config.resolve import Resolved, resolve
 from megatron.config.schema import RunConfig, read_run
 from megatron.config.validate import WORLD
+from megatron.display.marked_line import LIVE
+from megatron.display.run_view import run_view
 from megatron.launch import launch_plan, starts
 from megatron.launch.claim import Say, claimed
 from megatron.launch.dialect import asker
@@ -128,7 +134,10 @@ def start(
         return config is not None and starts.is_accepted(config)
 
     with ExitStack() as stack:
-        screen = Screen(resolved.run.run_folder / OUTPUT_FILE, accepted)
+        view, why = run_view(resolved.run.log.log_style, sys.stdout)
+        if view:  # else the ranks print what they have always printed
+            environ = {**environ, LIVE: "1"}
+        screen = Screen(resolved.run.run_folder / OUTPUT_FILE, accepted, view)
         command = shlex.join(["train_alcf.sh", *argv])
         stack.enter_context(owned(resolved.run, command, location.job.id, screen.print))
         origin = provenance(environ, argv, location, ROOT)
@@ -137,7 +146,7 @@ def start(
         planned = plan_of(resolved.run, environ, location)
         if planned.hostfile:
             write_atomically(*planned.hostfile)
-        for line in _headlines(resolved, planned):
+        for line in [*_headlines(resolved, planned), *([why] if why else [])]:
             screen.print(line)
         status = run_with_retries(planned, screen, resolved.run, early=early)
         if status and status not in REFUSED:
@@ -331,4 +340,10 @@ def _require_job(resolved: Resolved, location: Location) -> None:
 if __name__ == "__main__":
     early: list[int] = []
     signal.signal(signal.SIGUSR1, lambda number, frame: early.append(number))
-    sys.exit(main(sys.argv[1:], os.environ, early))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what is owned is given back
+    try:
+        status = main(sys.argv[1:], os.environ, early)
+    except KeyboardInterrupt:
+        print("interrupted: no rank was started", file=sys.stderr)
+        status = 128 + signal.SIGINT
+    sys.exit(status)

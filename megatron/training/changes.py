@@ -75,7 +75,7 @@ SAME_NUMBERS = (
     "log.wandb_disabled", "log.no_tensorboard", "log.tensorboard_dir", "log.wandb_exp_name",
     "log.log_params_norm", "log.log_num_zeros_in_grad", "log.log_optimizer_states",
     "log.log_corpus_loss", "log.dump_tokens",
-    "log.dump_skipped_iters", "log.log_level", "log.debug", "log.dry_run",
+    "log.dump_skipped_iters", "log.log_level", "log.log_style", "log.debug", "log.dry_run",
     "launch.hostfile", "launch.num_hosts", "launch.devices_per_host", "launch.cpu_bind",
     "launch.retries", "launch.hang_timeout", "launch.launch_with", "launch.device",
     "launch.distributed_timeout_minutes", "launch.ignore_variables",

@@ -58,7 +58,8 @@ def evaluate(trainer: Evaluated, split: str, dataset: SampleSource | None) -> in
     run, engine = trainer.run, trainer.engine
     if dataset is None or run.log.eval_interval == 0:
         return 0
-    trainer.heartbeat.enter("evaluate", trainer.state.iteration)
+    ticks = run.log.eval_iters * trainer.full_plan.gradient_accumulation_steps
+    trainer.heartbeat.enter("evaluate", trainer.state.iteration, ticks)
     start = time.perf_counter()
     loader: AbstractContextManager[Loader | None] = nullcontext()
     if trainer.reads_data:

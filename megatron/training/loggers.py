@@ -78,11 +78,11 @@ class ConsoleTracker:
 
     def log(self, record: MetricsRecord) -> None:
         """Prints one or two lines."""
-        self._log.info(events.line(record))
+        self._log.info(events.line(record), extra={"made_from": record})
         if record["event"] in ("step", "skip"):
             rest = self._progress.line(record["iteration"], record["train_iters"])
             if rest is not None:
-                self._log.info(rest)
+                self._log.info(rest, extra={"made_from": {"event": "progress"}})
 
     def close(self) -> None:
         """Nothing is pending."""

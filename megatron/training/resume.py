@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from megatron.checkpoint import foreign, store
 from megatron.checkpoint.state import RunState
 from megatron.config.errors import ConfigError
@@ -16,7 +18,9 @@ from megatron.config.schema import RunConfig
 from megatron.config.skip import merge, ranges_text
 from megatron.data.data_record import DataRecord
 from megatron.engine import Engine
+from megatron.launch.heartbeat import Heartbeat
 from megatron.parallel.control import ALONE, Control
+from megatron.parallel.piece import Piece
 from megatron.training.changes import changes_text, model_changes
 from megatron.training.first_weights import (
     complete,
@@ -63,6 +67,7 @@ def resume(
     data: DataRecord | None = None,
     control: Control = ALONE,
     source: Source | None = None,
+    heartbeat: Heartbeat | None = None,
 ) -> RunState:
     """Loads the newest sound checkpoint, written in any layout; called by all ranks.
 
@@ -75,6 +80,7 @@ def resume(
         data: the record of this start's data.
         control: messages between all ranks.
         source: what `find_source` found before the engine was built; None: it is asked now.
+        heartbeat: each parameter that is loaded is a tick of it.
 
     Returns:
         The run's state; that of a run's start where there is no checkpoint.
@@ -102,7 +108,7 @@ def resume(
             "checkpoints of this start hold its states, and later starts take them",
             extra=ALIKE,
         )
-    restore(run, engine, checkpoint)
+    restore(run, engine, checkpoint, heartbeat)
     log.info(f"resumed from {checkpoint.folder} (written as {manifest['layout']})")
     changes = changes_text(run, manifest.get("run", {}), state.iteration)
     if changes:
@@ -110,18 +116,29 @@ def resume(
     return _with_ranges(run, state)
 
 
-def restore(run: RunConfig, engine: Engine, checkpoint: store.Checkpoint) -> None:
+def restore(
+    run: RunConfig,
+    engine: Engine,
+    checkpoint: store.Checkpoint,
+    heartbeat: Heartbeat | None = None,
+) -> None:
     """Loads a checkpoint's weights and, where they are taken, its optimizer's states.
 
-    A collective.
+    A collective; each parameter is a tick of the heartbeat.
     """
     manifest, reader = checkpoint.manifest, checkpoint.reader()
-    shards, folder = engine.shards(), checkpoint.folder
+    shards, folder, beats = engine.shards(), checkpoint.folder, heartbeat or Heartbeat()
+
+    def told(piece: Piece) -> tuple[dict[str, Tensor], dict[str, float]]:
+        beats.tick()
+        return reader.for_piece(piece)
+
+    beats.enter("restore", total=len(shards.spans()))
     if not takes_optimizer(run, manifest):
         read = complete(model_weights(reader, manifest), folder, MissingCheckpoint)
         shards.load(read, load_optimizer=False)
         return
-    shards.load(complete(reader.for_piece, folder, MissingCheckpoint))
+    shards.load(complete(told, folder, MissingCheckpoint))
     shards.load_counters(manifest["counters"])
     shards.load_scaler_state(manifest["loss_scaler"])
     if isinstance(engine.optimizer, WholeMatrixOptimizer):

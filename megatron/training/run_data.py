@@ -22,6 +22,7 @@ from megatron.data.prepare.checks import Report, check_files
 from megatron.data.prepare.tokenizer import Tokenizer, build_tokenizer
 from megatron.data.splits import Origin, build_stages
 from megatron.data.survey import survey_stages
+from megatron.launch.heartbeat import Heartbeat
 from megatron.parallel.control import Control
 from megatron.plan.report import epochs_text
 from megatron.training.corpus_loss import CorpusLosses
@@ -53,15 +54,17 @@ class Data:
     corpus_losses: CorpusLosses | None
 
 
-def build_data(run: RunConfig, control: Control) -> Data:
+def build_data(run: RunConfig, control: Control, heartbeat: Heartbeat | None = None) -> Data:
     """Opens and checks the data; a collective of all ranks, which divide the checks.
+
+    Each file that is checked is a tick of the heartbeat.
 
     Raises:
         DataError: anything is wrong with it, with file and fix.
     """
     stages, tokenizer = _open(run, control)
     sources = [source for stage in stages for source in stage.sources]
-    headers = _checked(run, stages, tokenizer, control)
+    headers = _checked(run, stages, tokenizer, control, heartbeat or Heartbeat())
     splits = ORDERS[run.data.order](run, stages, headers)
     if splits.train is None:
         raise DataError("TRAIN_SPLIT=0 leaves nothing to train on")
@@ -204,10 +207,16 @@ def _open(run: RunConfig, control: Control) -> tuple[tuple[ListStage, ...], Toke
 
 
 def _checked(
-    run: RunConfig, stages: Iterable[ListStage], tokenizer: Tokenizer, control: Control
+    run: RunConfig,
+    stages: Iterable[ListStage],
+    tokenizer: Tokenizer,
+    control: Control,
+    heartbeat: Heartbeat,
 ) -> Mapping[str, IndexHeader]:
     """Headers of all files; each is read and checked by one rank."""
     sources = [source for stage in stages for source in stage.sources]
+    files = len({source.prefix for source in sources})
+    heartbeat.enter("data", total=-(-files // control.size))
     own = check_files(
         sources,
         run.model.vocab_size,
@@ -215,6 +224,7 @@ def _checked(
         control.rank,
         control.size,
         ends=run.data.follows_documents,
+        tick=heartbeat.tick,
     )
     whole = Report.joined(control.all_gather(own))
     whole.raise_problems()

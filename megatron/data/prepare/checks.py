@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -80,6 +80,7 @@ def check_files(
     rank: int = 0,
     world_size: int = 1,
     ends: bool = False,
+    tick: Callable[[], object] = lambda: None,
 ) -> Report:
     """Check this rank's files; the ranks' reports together cover the list.
 
@@ -90,6 +91,7 @@ def check_files(
         rank: takes files rank, rank + world_size, ...
         world_size: ranks that divide the files.
         ends: the tokenizer's end-of-document id must be in the data.
+        tick: called after each file.
     """
     problems: list[str] = []
     without_note: list[str] = []
@@ -113,6 +115,7 @@ def check_files(
                 without_note.append(prefix)
         except DataError as error:
             problems.append(str(error))
+        tick()
     return Report(tuple(problems), tuple(without_note), headers)
 
 
