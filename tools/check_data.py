@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 from megatron.config.errors import ConfigError, DataError
 from megatron.data.data_list import DataSource, parse_data_stages
 from megatron.data.prepare.audit import Audit, audit_file, duplicates
-from megatron.data.prepare.fingerprint import note_path
 from megatron.data.prepare.tokenizer import TOKENIZERS, Tokenizer, build_tokenizer
+from megatron.data.tokenizer_note import note_path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

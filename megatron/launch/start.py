@@ -30,6 +30,7 @@ from megatron.launch.claim import Say, claimed
 from megatron.launch.dialect import asker
 from megatron.launch.host_check import require_hosts
 from megatron.launch.launch_plan import LaunchPlan, LaunchRequest
+from megatron.launch.own_text import prepare_text
 from megatron.launch.provenance import provenance
 from megatron.launch.ranks import Ranks, find_ranks
 from megatron.launch.retry import run_with_retries
@@ -132,6 +133,8 @@ def start(
         command = shlex.join(["train_alcf.sh", *argv])
         stack.enter_context(owned(resolved.run, command, location.job.id, screen.print))
         origin = provenance(environ, argv, location, ROOT)
+        if status := prepare_text(resolved.run, environ, ROOT):
+            return status
         config = stack.enter_context(starts.pending(resolved, origin))
         stack.enter_context(closing(screen))
         planned = plan_of(resolved.run, environ, location)
@@ -221,6 +224,7 @@ def configuration(
     if config:
         run = read_run(config)
         with own(run):
+            _prepare_text(run, environ)
             yield run, config
         return
     environ = {**environ, "WORLD_SIZE": str(ranks.world_size)}
@@ -232,8 +236,18 @@ def configuration(
         return
     print(report.messages_text(resolved), file=sys.stderr)
     origin = provenance(environ, argv, location, ROOT)
-    with own(resolved.run), starts.pending(resolved, origin) as config:
-        yield resolved.run, config
+    with own(resolved.run):
+        _prepare_text(resolved.run, environ)
+        with starts.pending(resolved, origin) as config:
+            yield resolved.run, config
+
+
+def _prepare_text(run: RunConfig, environ: Mapping[str, str]) -> None:
+    """Rank 0 prepares DATA while the others wait for it to come to their meeting."""
+    if status := prepare_text(run, environ, ROOT):
+        raise (DataError if status == DataError.exit_status else ConfigError)(
+            f"DATA={run.data.data} could not be prepared (status {status}, see above)"
+        )
 
 
 @contextmanager

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 from megatron.data.indexed import IndexedDataset
-from megatron.data.prepare import encode, text_input
+from megatron.data.prepare import encode, preprocess, text_input
 from megatron.data.prepare.builtin import train_sentencepiece
-from megatron.data.prepare.fingerprint import read_note
 from megatron.data.prepare.plain_tokenizers import ByteTokenizer
 from megatron.data.prepare.sharded_writer import ShardedWriter
 from megatron.data.prepare.tokenizer import LoadedTokenizer, build_tokenizer
 from megatron.data.prepare.words import WordEncoder
+from megatron.data.tokenizer_note import read_note
 from tests.data.prepare.bpe import write_tokenizer
 from tools import preprocess_data
 
@@ -205,7 +205,7 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, capsys, suffix):
     """Stopped at every unit in turn, whatever of the next one had been written."""
     monkeypatch.setattr(text_input, "UNIT_BYTES", 700)
     monkeypatch.setattr(text_input, "PIECE_CHARACTERS", 300)
-    monkeypatch.setattr(preprocess_data, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(preprocess, "SAVE_SECONDS", 0.0)
     documents = _documents(40)
     if suffix == ".txt":
         path = str(tmp_path / "in.txt")
@@ -214,8 +214,8 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, capsys, suffix):
         path = _as(tmp_path, documents, suffix)
     assert run(tmp_path, "--input", path, "--append-eod") == 0
     whole = [(tmp_path / "out" / f"data_text_document.{s}").read_bytes() for s in ("bin", "idx")]
-    for name in ("bin", "idx", "tokenizer.json"):
-        (tmp_path / "out" / f"data_text_document.{name}").unlink()
+    for name in ("_text_document.bin", "_text_document.idx", "_text_document.tokenizer.json", ".list"):
+        (tmp_path / "out" / f"data{name}").unlink()
     append, stops = ShardedWriter.append, 0
 
     def stopped_after_one(self, unit, *arguments):
@@ -383,13 +383,14 @@ def test_characters_make_their_own_alphabet(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["--input", "nothing*.jsonl"], 2, "no such file"),
-        (["--input", "a.csv"], 2, "unknown kind of file"),
+        (["--input", "nothing*.jsonl"], 3, "does not exist"),
+        (["--input", "a.zip"], 3, "is no text"),
         (["--input", "a.txt", "--json-keys", "a", "b"], 2, "plain text has no keys"),
         (["--input", "a.txt", "--json-keys", "a", "a"], 2, "keys"),
         (["--input", "a.txt", "--vocab-file", "v"], 2, "go together"),
         (["--input", "latin.txt"], 3, r"latin.txt: not UTF-8"),
-        (["--input", "empty.jsonl"], 3, "no document"),
+        (["--input", "empty.jsonl"], 3, "is empty"),
+        (["--input", "blank.jsonl"], 3, "no document"),
     ],
 )
 def test_bad_input_is_refused_with_its_status(
@@ -398,9 +399,10 @@ def test_bad_input_is_refused_with_its_status(
     monkeypatch.chdir(tmp_path)
     for name, content in [
         ("a.txt", b"x"),
-        ("a.csv", b""),
+        ("a.zip", b"PK\0"),
         ("latin.txt", b"\xe4"),
         ("empty.jsonl", b""),
+        ("blank.jsonl", b"\n"),
     ]:
         (tmp_path / name).write_bytes(content)
     assert run(tmp_path, *arguments) == status
