@@ -17,7 +17,6 @@ from megatron.config import (
     experiment,
     flags,
     hints,
-    own_text,
     presets,
     resumed,
     rope_scaling,
@@ -25,6 +24,7 @@ from megatron.config import (
     schema,
     skip,
     strays,
+    text_settings,
     update_rules,
     validate,
 )
@@ -32,7 +32,7 @@ from megatron.config.errors import ConfigError
 from megatron.config.labels import label, with_labels
 from megatron.config.option import Draft
 from megatron.config.schema import SECTIONS, RunConfig
-from megatron.config.tokenizer import fill_tokenizer
+from megatron.config.tokenizer_settings import fill_tokenizer
 from megatron.data import data_list
 from megatron.data import survey as data_survey
 
@@ -351,7 +351,7 @@ def _require_ready(run: RunConfig, draft: Draft, site: Site) -> None:
 def survey_of(run: RunConfig, name: str = "DATA_FILE_LIST") -> data_survey.DataSurvey:
     """The corpora of a run and everything that is wrong with them."""
     data = run.data
-    if own_text.of_run(run):
+    if text_settings.of_run(run):
         return data_survey.DataSurvey((), ())  # to be prepared: nothing is known yet
     train_share = data.train_split / (data.train_split + data.valid_split + data.test_split)
     survey = data_survey.survey_data(

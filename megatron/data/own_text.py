@@ -1,6 +1,6 @@
 """DATA: text of the user's own, prepared once into a folder that later runs share.
 
-Here is what the folder is called and whether it is complete; data/prepare/own_text.py fills it. Its
+Here is what the folder is called and whether it is complete; data/prepare/prepare_text.py fills it. Its
 name follows from the text's path, size and time and from the tokenizer: a changed text has another.
 """
 

@@ -5,8 +5,10 @@ Read without a library: a list's tokenizer is known before a run starts.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,8 +41,13 @@ class Note:
 
     @property
     def maker(self) -> tuple[str, int, int, bool]:
-        """What the pairs of one list, or of a merged pair, must agree on."""
-        return self.tokenizer, self.vocab_size, self.eod, self.append_eod
+        """What the parts of a merged pair must agree on."""
+        return *self.ids, self.append_eod
+
+    @property
+    def ids(self) -> tuple[str, int, int]:
+        """What the pairs of one list must agree on."""
+        return self.tokenizer, self.vocab_size, self.eod
 
     @property
     def named(self) -> str:
@@ -115,34 +122,50 @@ def one_note(prefixes: Iterable[str]) -> tuple[str, Note] | None:
     """The first of some pairs and its note, which those of the others agree with.
 
     Returns:
-        None where the first has no note that names its tokenizer.
+        None where the first has no note that names its tokenizer: no other one is read.
 
     Raises:
-        DataError: two notes name different tokenizers, or one cannot be read.
+        DataError: two notes are of different tokenizers, or one cannot be read.
     """
-    found: tuple[str, Note] | None = None
-    for prefix in prefixes:
-        note = read_note(prefix)
-        if found is None:
-            if note is None or note.kind is None:
-                return None
-            found = prefix, note
-        elif note is not None and note.maker[:3] != found[1].maker[:3]:
-            raise DataError(differ(found, (prefix, note)))
-    return found
+    prefixes = list(prefixes)
+    note = read_note(prefixes[0]) if prefixes else None
+    if note is None or note.kind is None:
+        return None
+    require_one_tokenizer(prefixes)
+    return prefixes[0], note
 
 
 def require_one_tokenizer(prefixes: Iterable[str]) -> None:
-    """Raise a DataError where the notes of some pairs name different tokenizers."""
-    notes = [(prefix, note) for prefix in prefixes if (note := read_note(prefix))]
-    for other in notes[1:]:
-        if other[1].maker[:3] != notes[0][1].maker[:3]:
-            raise DataError(differ(notes[0], other))
+    """Raise a DataError where the notes of some pairs are of different tokenizers."""
+    first: tuple[str, Note] | None = None
+    for prefix in prefixes:
+        note = read_note(prefix)
+        first = first or (note and (prefix, note))
+        if note and first and note.ids != first[1].ids:
+            raise DataError(_differ(first, (prefix, note)))
 
 
-def differ(first: tuple[str, Note], other: tuple[str, Note]) -> str:
-    """The message that two pairs are of different tokenizers."""
+def other_tokenizers(prefixes: Iterable[str]) -> list[tuple[str, str]]:
+    """(prefix, problem) of each pair whose tokenizer is not that of most of them."""
+    notes: dict[str, Note] = {}
+    for prefix in prefixes:
+        with contextlib.suppress(DataError):  # said of its file
+            note = read_note(prefix)
+            if note:
+                notes[prefix] = note
+    kinds = Counter(note.ids for note in notes.values()).most_common()
+    if len(kinds) < 2:
+        return []
+    usual = next(pair for pair in notes.items() if pair[1].ids == kinds[0][0])
+    return [
+        (prefix, _differ(usual, (prefix, note)))
+        for prefix, note in notes.items()
+        if note.ids != usual[1].ids
+    ]
+
+
+def _differ(first: tuple[str, Note], other: tuple[str, Note]) -> str:
     return (
-        f"{first[0]} was made with {first[1].named}, {other[0]} with {other[1].named}: the files "
-        "of a list have one tokenizer; make one of them again, or leave it out"
+        f"{other[0]}.bin was made with {other[1].named}, {first[0]}.bin with {first[1].named}: the "
+        "files of a list have one tokenizer; make one of them again, or leave it out"
     )

@@ -30,12 +30,12 @@ from megatron.launch.claim import Say, claimed
 from megatron.launch.dialect import asker
 from megatron.launch.host_check import require_hosts
 from megatron.launch.launch_plan import LaunchPlan, LaunchRequest
-from megatron.launch.own_text import prepare_text
 from megatron.launch.provenance import provenance
 from megatron.launch.ranks import Ranks, find_ranks
 from megatron.launch.retry import run_with_retries
 from megatron.launch.screen import Screen
 from megatron.launch.site import Location, find_location, site
+from megatron.launch.text_preparation import prepare_text
 from megatron.launch.versions import SINCE, compare, installed, lacking
 from megatron.plan import report
 from megatron.plan.fit import fitted
@@ -309,6 +309,8 @@ def _launch_text(planned: LaunchPlan) -> str:
 def _headlines(resolved: Resolved, planned: LaunchPlan) -> list[str]:
     """What is logged before the ranks start."""
     lines = [report.messages_text(resolved)]
+    if resolved.run.data.data:
+        lines.append(f"DATA={resolved.run.data.data}: {resolved.run.data.data_file_list}")
     if planned.added:
         words = " ".join(f"{name}={value}" for name, value in planned.added.items())
         lines.append(

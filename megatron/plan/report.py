@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from megatron.config import own_text, schema, skip
 from megatron.config import pipeline_stages as stages
+from megatron.config import schema, skip, text_settings
 from megatron.config.deepspeed import deepspeed_config, engine_zero_stage
 from megatron.config.resolve import Resolved, survey_of
 from megatron.config.schema import RunConfig
@@ -137,7 +137,7 @@ def _ranks_text(ranks: tuple[int, ...]) -> str:
 
 def data_text(run: RunConfig) -> str:
     """Tokens and epochs by corpus, then what a real run would stop at."""
-    own = own_text.of_run(run)
+    own = text_settings.of_run(run)
     if own:
         lines = [prepared_text(own)]
     elif run.data.data_file_list == data_list.BUILTIN:

@@ -214,8 +214,9 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, capsys, suffix):
         path = _as(tmp_path, documents, suffix)
     assert run(tmp_path, "--input", path, "--append-eod") == 0
     whole = [(tmp_path / "out" / f"data_text_document.{s}").read_bytes() for s in ("bin", "idx")]
-    for name in ("_text_document.bin", "_text_document.idx", "_text_document.tokenizer.json", ".list"):
-        (tmp_path / "out" / f"data{name}").unlink()
+    for name in ("bin", "idx", "tokenizer.json"):
+        (tmp_path / "out" / f"data_text_document.{name}").unlink()
+    (tmp_path / "out" / "data.list").unlink()
     append, stops = ShardedWriter.append, 0
 
     def stopped_after_one(self, unit, *arguments):

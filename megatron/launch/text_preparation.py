@@ -11,12 +11,12 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron.config.own_text import of_run
 from megatron.config.schema import RunConfig
+from megatron.config.text_settings import of_run
 from megatron.data.own_text import require_same
 from megatron.launch.process import die_with_parent
 
-PROGRAM = "megatron.data.prepare.own_text"
+PROGRAM = "megatron.data.prepare.prepare_text"
 
 
 def prepare_text(run: RunConfig, environ: Mapping[str, str], root: Path) -> int:

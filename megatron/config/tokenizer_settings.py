@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron.config import own_text
+from megatron.config import text_settings
 from megatron.config.errors import ConfigError, DataError
 from megatron.config.option import Draft
 from megatron.config.resumed import ResumedRun
@@ -13,7 +13,7 @@ from megatron.data import data_list, tokenizer_note
 from megatron.data.own_text import BUILTIN_TOKENIZER
 from megatron.data.vocabulary_size import vocabulary_size
 
-KIND, TOKENIZER, VOCABULARY = own_text.KIND, own_text.TOKENIZER, own_text.VOCABULARY
+KIND, TOKENIZER, VOCABULARY = text_settings.KIND, text_settings.TOKENIZER, text_settings.VOCABULARY
 DEFAULT = ("HFTokenizer", "google/gemma-7b")
 
 
@@ -30,7 +30,7 @@ def fill_tokenizer(
         DataError: the data was made with several tokenizers, or its tokenizer is gone.
     """
     chosen = KIND in draft.given or TOKENIZER in draft.given
-    own, notes = own_text.fill(draft, before), []
+    own, notes = text_settings.fill(draft, before), []
     remembered = None if chosen or own else _of_data(draft)
     if own:
         draft.replace(KIND, own.tokenizer_type, _source(draft, KIND, "DATA's"))
@@ -42,7 +42,7 @@ def fill_tokenizer(
         draft.replace(TOKENIZER, tokenizer_note.model_of(note, prefix), source)
         named = " ".join(filter(None, (note.kind, draft.get(TOKENIZER))))
         notes.append(f"tokenizer {named}, as {tokenizer_note.note_path(prefix)} says")
-    elif not chosen and draft.get(own_text.LIST) == data_list.BUILTIN:
+    elif not chosen and draft.get(text_settings.LIST) == data_list.BUILTIN:
         draft.replace(KIND, BUILTIN_TOKENIZER, "the built-in corpus has its own")
         draft.replace(TOKENIZER, None, "the built-in corpus has its own")
     elif chosen and TOKENIZER not in draft.given and draft.get(KIND) != DEFAULT[0]:
@@ -75,7 +75,7 @@ def _vocabulary(draft: Draft, environ: Mapping[str, str], noted: int | None) -> 
 
 def _of_data(draft: Draft) -> tuple[str, tokenizer_note.Note] | None:
     """A pair of the list and its note, where the notes name one tokenizer; None where none does."""
-    path = draft.get(own_text.LIST)
+    path = draft.get(text_settings.LIST)
     if path == data_list.BUILTIN or not Path(path).is_file():
         return None
     try:

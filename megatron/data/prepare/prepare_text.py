@@ -1,4 +1,4 @@
-"""Fills the folder of a user's own text: `python -m megatron.data.prepare.own_text JSON`.
+"""Fills the folder of a user's own text: `python -m megatron.data.prepare.prepare_text JSON`.
 
 A process of its own, before the ranks: what it needs is freed before training, and it resumes where
 it was interrupted or killed. The list is written last. Exit status as of tools/preprocess_data.py.

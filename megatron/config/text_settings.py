@@ -1,4 +1,4 @@
-"""DATA in the configuration: which list and tokenizer it stands for. See data/own_text.py."""
+"""DATA in the configuration: which list and tokenizer it stands for (data/own_text.py)."""
 
 from __future__ import annotations
 
