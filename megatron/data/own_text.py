@@ -1,7 +1,7 @@
 """DATA: text of the user's own, prepared once into a folder that later runs share.
 
-Here is what the folder is called and whether it is complete; data/prepare/prepare_text.py fills it. Its
-name follows from the text's path, size and time and from the tokenizer: a changed text has another.
+Here is what the folder is called and whether it is complete; data/prepare/prepare_text.py fills it.
+Its name follows from the text's path, size and time and the tokenizer: a changed text has another.
 """
 
 from __future__ import annotations

@@ -140,9 +140,10 @@ def require_one_tokenizer(prefixes: Iterable[str]) -> None:
     first: tuple[str, Note] | None = None
     for prefix in prefixes:
         note = read_note(prefix)
-        first = first or (note and (prefix, note))
         if note and first and note.ids != first[1].ids:
             raise DataError(_differ(first, (prefix, note)))
+        if note and not first:
+            first = prefix, note
 
 
 def other_tokenizers(prefixes: Iterable[str]) -> list[tuple[str, str]]:

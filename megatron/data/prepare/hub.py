@@ -104,6 +104,8 @@ def rows(given: str, keys: Sequence[str]) -> Iterator[dict[str, Any]]:
                 "DATA_KEY (--json-keys) to the one with the text"
             )
         yield from (found.select_columns(list(keys)) if columns else found)
+    except (ConfigError, DataError):
+        raise
     except (OSError, ValueError, LookupError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0]
         raise DataError(

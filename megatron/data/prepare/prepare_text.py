@@ -23,7 +23,7 @@ from megatron.data.prepare.encode import Recipe
 from megatron.data.prepare.preprocess import preprocess
 from megatron.data.prepare.token_list import write_list
 from megatron.data.prepare.tokenizer import builtin_model
-from megatron.data.text_files import HUB
+from megatron.data.text_files import HUB, is_plain
 from megatron.display.progress import BYTES, progress
 
 INTERRUPTED = 130
@@ -82,8 +82,9 @@ def _prepare(own: OwnText) -> None:
     tokens = write_list(
         Path(own.data_file_list), [(own.corpus, one) for one in made], f"made from {own.given}"
     )
-    characters = f", {own.size / tokens:.2f} bytes per token" if own.size else ""
-    _say(f"DATA={own.given}: {tokens:,} tokens{characters}, in {own.folder}")
+    plain = all(is_plain(path) for path in own.paths)
+    rate = f", {own.size / tokens:.2f} bytes per token" if plain else ""
+    _say(f"DATA={own.given}: {tokens:,} tokens{rate}, in {own.folder}")
 
 
 def _keep_tokenizer(own: OwnText) -> None:

@@ -159,6 +159,8 @@ def _damaged(path: str, kinds: tuple[type[Exception], ...]) -> Iterator[None]:
     """Adds the file's name to a library's error about damage."""
     try:
         yield
+    except (ConfigError, DataError):
+        raise
     except kinds as error:
         raise DataError(
             f"{path}: damaged or truncated ({error}); fetch it again, or leave it out"
