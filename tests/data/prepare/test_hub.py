@@ -128,7 +128,7 @@ def test_rows_are_streamed_into_units(monkeypatch):
     read = [t for unit in units for t in text_input.texts(unit, ["text"]).by_key["text"]]
     assert read == [row["text"] for row in rows]
     with pytest.raises(
-        DataError, match="^hub:org/name has no column body; it has text, label: set DATA_KEY"
+        DataError, match=r"^hub:org/name has no column body; it has text, label: set DATA_KEY"
     ):
         list(hub.rows("hub:org/name", ["body"]))
 

@@ -122,7 +122,7 @@ def test_folders_tables_and_keys(book):
     for name in ("t.arrow", "f.arrow"):
         prepare_text.prepare(of(name))
         assert tokens(of(name)) == [*b"x", 256, *b"yy", 256]
-    with pytest.raises(ConfigError, match="^--json-keys body: .* has the columns text, label"):
+    with pytest.raises(ConfigError, match=r"^--json-keys body: .* has the columns text, label"):
         prepare_text.prepare(own_text("t.arrow", "body", "ByteTokenizer", None, None, Path("c")))
     Path("bad.jsonl").write_text("no json\n" * 101)
     with pytest.raises(DataError, match="101 bad lines"):

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron.data.data_list import parse_data_list
 from megatron.data.indexed import IndexedDataset
 from megatron.data.prepare import encode, preprocess, text_input
 from megatron.data.prepare.builtin import train_sentencepiece
@@ -379,6 +380,54 @@ def test_characters_make_their_own_alphabet(tmp_path):
     tokenizer = build_tokenizer("CharTokenizer", str(tmp_path / "out" / "data_alphabet.json"))
     assert tokenizer.vocab_size == len(set("hello world\n")) + 1
     assert tokenizer.decode(read(tmp_path)[0]) == "hello world\n"
+
+
+def test_a_folder_is_its_text_and_the_list_is_written(tmp_path, capsys):
+    for name, text in {"b/two.txt": "two", "a.md": "# one", "c.png": "\0"}.items():
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_text(text)
+    assert run(tmp_path, "--input", str(tmp_path / "in")) == 0
+    assert read(tmp_path) == [list(b"# one"), list(b"two")]
+    said, path = capsys.readouterr().err, tmp_path / "out" / "data.list"
+    assert "in: 1 files of other kinds were left out" in said
+    assert f"train on it: DATA_FILE_LIST={path} bash train_alcf.sh" in said
+    (source,) = parse_data_list(path)
+    assert (source.corpus, source.prefix) == ("in", str(tmp_path / "out" / "data_text_document"))
+
+
+def test_a_pair_and_a_corpus_for_each_folder_or_file(tmp_path, capsys):
+    for name, text in {"law/1.txt": "a" * 30, "law/2.txt": "b" * 30, "code.txt": "c" * 20}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    given = ("--input", str(tmp_path / "law"), str(tmp_path / "code.txt"))
+
+    def weights() -> dict[str, float]:
+        sources = parse_data_list(tmp_path / "out" / "data.list")
+        assert all(f"data_{s.corpus}_text_document" in s.prefix for s in sources)
+        return {source.corpus: source.weight for source in sources}
+
+    assert run(tmp_path, *given, "--per-folder") == 0
+    assert weights() == {"law": 0.75, "code": 0.25}
+    assert run(tmp_path, *given, "--per-file") == 0
+    assert weights() == {"1": 0.375, "2": 0.375, "code": 0.25}
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "law").symlink_to(tmp_path / "law")
+    assert (
+        run(tmp_path, "--input", str(tmp_path / "law"), str(tmp_path / "x/law"), "--per-folder")
+        == 2
+    )
+    assert "two corpora would be named law" in capsys.readouterr().err
+
+
+def test_the_built_in_tokenizer_is_copied_beside_the_pair(tmp_path, monkeypatch):
+    model = tmp_path / "m"
+    model.write_bytes(train_sentencepiece([[" ".join(f"word{i}" for i in range(300))]], 300))
+    monkeypatch.setattr(preprocess_data, "builtin_model", lambda: str(model))
+    (tmp_path / "a.txt").write_text("word1 word2")
+    assert run(tmp_path, "--input", str(tmp_path / "a.txt"), kind="BuiltinTokenizer") == 0
+    note = read_note(str(tmp_path / "out" / "data_text_document"))
+    assert (note.kind, note.model) == ("BuiltinTokenizer", "./data_tokenizer.model")
+    assert (tmp_path / "out" / "data_tokenizer.model").read_bytes() == model.read_bytes()
 
 
 @pytest.mark.parametrize(
