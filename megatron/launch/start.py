@@ -35,7 +35,7 @@ from megatron.launch.ranks import Ranks, find_ranks
 from megatron.launch.retry import run_with_retries
 from megatron.launch.screen import Screen
 from megatron.launch.site import Location, find_location, site
-from megatron.launch.text_preparation import prepare_text
+from megatron.launch.text_preparation import prepare_text, require_text
 from megatron.launch.versions import SINCE, compare, installed, lacking
 from megatron.plan import report
 from megatron.plan.fit import fitted
@@ -224,7 +224,7 @@ def configuration(
     if config:
         run = read_run(config)
         with own(run):
-            _prepare_text(run, environ)
+            require_text(run, environ, ROOT)
             yield run, config
         return
     environ = {**environ, "WORLD_SIZE": str(ranks.world_size)}
@@ -237,17 +237,9 @@ def configuration(
     print(report.messages_text(resolved), file=sys.stderr)
     origin = provenance(environ, argv, location, ROOT)
     with own(resolved.run):
-        _prepare_text(resolved.run, environ)
+        require_text(resolved.run, environ, ROOT)
         with starts.pending(resolved, origin) as config:
             yield resolved.run, config
-
-
-def _prepare_text(run: RunConfig, environ: Mapping[str, str]) -> None:
-    """Rank 0 prepares DATA while the others wait for it to come to their meeting."""
-    if status := prepare_text(run, environ, ROOT):
-        raise (DataError if status == DataError.exit_status else ConfigError)(
-            f"DATA={run.data.data} could not be prepared (status {status}, see above)"
-        )
 
 
 @contextmanager

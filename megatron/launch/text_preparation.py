@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from megatron.config.errors import ConfigError, DataError
 from megatron.config.schema import RunConfig
 from megatron.config.text_settings import of_run
 from megatron.data.own_text import require_same
@@ -48,3 +49,11 @@ def prepare_text(run: RunConfig, environ: Mapping[str, str], root: Path) -> int:
             return child.wait()
         except KeyboardInterrupt:  # the terminal has told the process as well
             continue
+
+
+def require_text(run: RunConfig, environ: Mapping[str, str], root: Path) -> None:
+    """As `prepare_text`; raises an error with the status of the process where that is not 0."""
+    if status := prepare_text(run, environ, root):
+        raise (DataError if status == DataError.exit_status else ConfigError)(
+            f"DATA={run.data.data} is not prepared (status {status}, see above)"
+        )
