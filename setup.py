@@ -34,7 +34,7 @@ setup(
         "tensorboard": ["tensorboard"],
         "fp8": ["torchao>=0.18"],
         "optimizers": ["schedulefree", "pytorch-optimizer"],
-        "data": ["zstandard", "pyarrow"],
+        "data": ["zstandard", "pyarrow", "datasets"],
         "intel": ["intel-extension-for-pytorch", "oneccl-bindings-for-pytorch"],
         "dev": [
             "pytest",

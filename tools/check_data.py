@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 from megatron.config.errors import ConfigError, DataError
 from megatron.data.data_list import DataSource, parse_data_stages
 from megatron.data.prepare.audit import Audit, audit_file, duplicates
-from megatron.data.prepare.fingerprint import note_path
 from megatron.data.prepare.tokenizer import TOKENIZERS, Tokenizer, build_tokenizer
+from megatron.data.tokenizer_note import note_path, other_tokenizers
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -68,6 +68,8 @@ def check(
         )
     problems = [(audit.prefix, line) for audit in audits.values() for line in audit.problems]
     problems += duplicates(audits.values(), options.deep)
+    if tokenizer is None:  # else each file was compared with it
+        problems += other_tokenizers(prefixes)
     if options.json:
         print(json.dumps(_as_json(audits.values(), problems), indent=1))
     else:

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 
 from megatron.config.errors import ConfigError, DataError
 from megatron.data.indexed_header import read_header
+from megatron.data.tokenizer_note import require_one_tokenizer
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,13 +60,14 @@ def data_list(
 
     Raises:
         ConfigError: shares do not fit the corpora.
-        DataError: a pair is damaged.
+        DataError: a pair is damaged, or two were made with different tokenizers.
     """
     corpora: dict[str, dict[str, int]] = {}
     for text in inputs:
         name, equals, path = text.partition("=")
         corpus, path = (name, path) if equals else (_corpus(text), text)
         corpora.setdefault(corpus, {}).update(_tokens(path))
+    require_one_tokenizer(prefix for files in corpora.values() for prefix in files)
     weights = {
         corpus: float(sum(files.values())) ** (1 / temperature) for corpus, files in corpora.items()
     }
@@ -92,7 +94,10 @@ def _tokens(path: str) -> dict[str, int]:
     if Path(path).is_dir():
         prefixes = sorted(str(index)[: -len(".idx")] for index in Path(path).glob("**/*.idx"))
         if not prefixes:
-            raise ConfigError(f"{path}: the folder has no .idx file")
+            raise ConfigError(
+                f"{path}: the folder has no .idx file; of text, tools/preprocess_data.py "
+                f"--per-folder makes pairs and a list, and DATA={path} trains on it"
+            )
     else:
         prefixes = [path[:-4] if path.endswith((".bin", ".idx")) else path]
     for prefix in prefixes:

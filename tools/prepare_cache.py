@@ -32,6 +32,7 @@ from megatron.data.megatron_order.requests import NAMES
 from megatron.data.megatron_order.settings import OrderSettings
 from megatron.data.prepare.builtin import builtin_corpus
 from megatron.launch.site import find_location, site
+from megatron.launch.text_preparation import require_text
 from megatron.training.data_order import cache_folder, order_settings
 
 
@@ -72,6 +73,7 @@ def _entries(run: RunConfig) -> tuple[DataSource, ...]:
     if run.data.data_file_list == BUILTIN:
         data = run.data
         return builtin_corpus(data.tokenizer_type, data.tokenizer_model, _log).entries
+    require_text(run, os.environ, Path(__file__).resolve().parents[1])
     return parse_data_list(run.data.data_file_list)
 
 

@@ -48,10 +48,10 @@ def warnings(run: RunConfig, given: Mapping[str, str]) -> list[str]:
         warnings.append(
             "BLEND_SAMPLE_IN_CORPUS=1 changes nothing with DATA_ORDER=stateless: it always blends"
         )
-    if data.order == "stateless" and data.cache_path:
+    if data.order == "stateless" and data.cache_path and not data.data:
         warnings.append(
             f"DATA_CACHE_PATH={data.cache_path} has no effect with DATA_ORDER=stateless, "
-            "which needs no cache"
+            "which needs no cache, and without DATA"
         )
     return warnings + unused(run, given)
 

@@ -24,6 +24,7 @@ from megatron.config import (
     schema,
     skip,
     strays,
+    text_settings,
     update_rules,
     validate,
 )
@@ -31,9 +32,9 @@ from megatron.config.errors import ConfigError
 from megatron.config.labels import label, with_labels
 from megatron.config.option import Draft
 from megatron.config.schema import SECTIONS, RunConfig
+from megatron.config.tokenizer_settings import fill_tokenizer
 from megatron.data import data_list
 from megatron.data import survey as data_survey
-from megatron.data.vocabulary_size import vocabulary_size
 
 ARCH, DTYPE = "model.model_arch", "train.dtype"
 FINDER = "optimizer.lr_finder"
@@ -46,8 +47,6 @@ FINDER_DEFAULTS = {
     "stability.max_bad_steps": 0,
     "log.eval_interval": 0,
 }
-KIND, TOKENIZER = "data.tokenizer_type", "data.tokenizer_model"
-DEFAULT_TOKENIZER = ("HFTokenizer", "google/gemma-7b")
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ def resolve(environ: Mapping[str, str], argv: Sequence[str], site: Site) -> Reso
             draft.fill(key, value, "LR_FINDER")
     _fill_defaults(draft, site)
     _fill_world(draft, site)
-    _fill_tokenizer(draft, environ)
+    notes += fill_tokenizer(draft, environ, before)
     validate.require(draft, validate.LAYOUT_CHECKS)
     batch.resolve_batch(draft, draft.get(validate.WORLD) // validate.model_parallel_size(draft))
     validate.require(draft, (batch.check_rampup,))
@@ -237,25 +236,6 @@ def _fill_world(draft: Draft, site: Site) -> None:
         draft.replace(ranks, fewest, "WORLD_SIZE / NHOSTS")
 
 
-def _fill_tokenizer(draft: Draft, environ: Mapping[str, str]) -> None:
-    """Tokenizer and vocabulary: the user's, the built-in corpus', the preset's or machine's."""
-    chosen = KIND in draft.given or TOKENIZER in draft.given
-    if not chosen and draft.get("data.data_file_list") == data_list.BUILTIN:
-        draft.replace(KIND, "BuiltinTokenizer", "the built-in corpus has its own")
-        draft.replace(TOKENIZER, None, "the built-in corpus has its own")
-    elif chosen and TOKENIZER not in draft.given and draft.get(KIND) != DEFAULT_TOKENIZER[0]:
-        draft.replace(TOKENIZER, None, "default")
-    else:
-        if TOKENIZER in draft.given and KIND not in draft.given:
-            draft.replace(KIND, DEFAULT_TOKENIZER[0], "default")
-        draft.fill(KIND, DEFAULT_TOKENIZER[0], "default")
-        draft.fill(TOKENIZER, DEFAULT_TOKENIZER[1], "default")
-    size = "model.vocab_size"
-    if size not in draft.given and (chosen or draft.get(size) is None):
-        found = vocabulary_size(draft.get(KIND), draft.get(TOKENIZER), environ)
-        draft.replace(size, found, f"tokenizer {draft.get(TOKENIZER) or draft.get(KIND)}")
-
-
 def _fill_derived(draft: Draft) -> None:
     """Fill values that follow from others."""
     hidden, seq = draft.get("model.hidden_size"), draft.get("model.seq_length")
@@ -371,6 +351,8 @@ def _require_ready(run: RunConfig, draft: Draft, site: Site) -> None:
 def survey_of(run: RunConfig, name: str = "DATA_FILE_LIST") -> data_survey.DataSurvey:
     """The corpora of a run and everything that is wrong with them."""
     data = run.data
+    if text_settings.of_run(run):
+        return data_survey.DataSurvey((), ())  # to be prepared: nothing is known yet
     train_share = data.train_split / (data.train_split + data.valid_split + data.test_split)
     survey = data_survey.survey_data(
         data.data_file_list,

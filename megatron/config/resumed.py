@@ -31,6 +31,7 @@ _ALTERNATIVES = (
     tuple(batch.LENGTHS),
     (schedule_lengths.FRACTION, *schedule_lengths.WARMUPS),
     schedule_lengths.DECAYS,
+    ("data.data", "data.data_file_list"),
 )
 
 # Sizes of the batch that give way to GLOBAL_BATCH, which stays.

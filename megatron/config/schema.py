@@ -124,12 +124,14 @@ class OptimizerConfig:
 class DataConfig:
     """What is read, in which order, with which tokenizer."""
 
+    data: str | None = option(None, "DATA", "--data", "text to train on: a file (.txt, .jsonl, .parquet, ...), a folder, or `hub:NAME` of a data set of the Hugging Face Hub; prepared once with the given tokenizer, else the built-in one")
+    data_key: str = option("text", "DATA_KEY", "--data-key", "DATA: the key of JSON lines, or the column of a table, that holds the text")
     data_file_list: str = option(None, "DATA_FILE_LIST", "--data-file-list", "file with one `weight prefix corpus` line per data file, or `builtin`; default ALCF/data-lists/<machine>/dolma.txt, elsewhere builtin")
     order: str = option("stateless", "DATA_ORDER", "--data-order", "sample order: stateless (computed from the step number) or megatron (bit-exact with the reference)", DATA_ORDERS)
     blend_sample_in_corpus: bool = option(False, "BLEND_SAMPLE_IN_CORPUS", "--blend-sample-in-corpus", "DATA_ORDER=megatron: blend the files within each corpus; 0: read them one after another")
     shuffle_sample_in_corpus: bool = option(True, "SHUFFLE_SAMPLE_IN_CORPUS", "--shuffle-sample-in-corpus", "DATA_ORDER=megatron: shuffle the samples within each corpus")
     train_data_exact_num_epochs: int | None = option(None, "TRAIN_DATA_EXACT_NUM_EPOCHS", "--train-data-exact-num-epochs", "DATA_ORDER=megatron: number of epochs over every training file; unset: as many as needed", least=1)
-    cache_path: str | None = option(None, "DATA_CACHE_PATH", "--data-cache-path", "DATA_ORDER=megatron: folder of the cached sample order; default data-cache beside the run's folder")
+    cache_path: str | None = option(None, "DATA_CACHE_PATH", "--data-cache-path", "folder of the text that DATA prepares, and of the cached sample order of DATA_ORDER=megatron; default data-cache beside the run's folder")
     train_split: float = option(990, "TRAIN_SPLIT", "--train-split", "share of each file used for training, relative to the other two", above=0)
     valid_split: float = option(10, "VAL_SPLIT", "--val-split", "share of each file used for validation")
     test_split: float = option(0, "TEST_SPLIT", "--test-split", "share of each file used for testing")
@@ -137,7 +139,7 @@ class DataConfig:
     eod_mask_loss: bool = option(False, "EOD_MASK_LOSS", "--eod-mask-loss", "leave out the loss at end-of-document tokens, which predict the next document; the mean is over the tokens left in the global batch")
     reset_position_ids: bool = option(False, "RESET_POSITION_IDS", "--reset-position-ids", "count positions (RoPE) from the start of each document in a sample")
     reset_attention_mask: bool = option(False, "RESET_ATTENTION_MASK", "--reset-attention-mask", "a token attends to its own document only; without CUDA its mask takes MICRO_BATCH x SEQ x SEQ bytes")
-    tokenizer_type: str = option(None, "TOKENIZER_TYPE", "--tokenizer-type", "type of tokenizer; default HFTokenizer, for the built-in corpus its own", TOKENIZER_TYPES)
+    tokenizer_type: str = option(None, "TOKENIZER_TYPE", "--tokenizer-type", "type of tokenizer; default the one that DATA_FILE_LIST's files name, for DATA and the built-in corpus BuiltinTokenizer, else HFTokenizer", TOKENIZER_TYPES)
     tokenizer_model: str | None = option(None, "TOKENIZER_MODEL", "--tokenizer-model", "name or path of the tokenizer; default google/gemma-7b on HPC machines")
     train_range_to_skip: str | None = option(None, "TRAIN_RANGE_TO_SKIP", "--train-range-to-skip", "steps to skip without training: `10 20 25 30`, `10-20,25-30` or `@file`; inclusive, numbered as in the log")
 

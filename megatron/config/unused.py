@@ -81,6 +81,7 @@ USES: dict[str, Use] = {
     "checkpoint.keep_last": _SAVES,
     "checkpoint.keep_every": _SAVES,
     "checkpoint.keep_best": _SAVES,
+    "data.data_key": Use(lambda flat: bool(flat.get("data.data")), "DATA"),
     "train.compile": Use(
         lambda flat: flat.get("parallel.zero_stage") != 3 or flat["train.compile"] == "0",
         "ZERO_STAGE 0 to 2",

@@ -57,11 +57,14 @@ def parse_data_list(path: str | Path, name: str = "DATA_FILE_LIST") -> tuple[Dat
         DataError: with file, line number and fix, for a missing or empty list or a bad line.
     """
     lines = _lines(path, name)
-    sources = [
-        _source(words, f"{name}: {path}:{number}", number)
-        for number, words in lines
-        if words[0] not in ("corpus", "stage")
-    ]
+    sources: list[DataSource] = []
+    for number, words in lines:
+        if words[0] not in ("corpus", "stage"):
+            try:
+                sources.append(_source(words, f"{name}: {path}:{number}", number))
+            except DataError as error:
+                hint = "" if sources else _text_hint(path, name)  # no line before it was right
+                raise DataError(f"{error}{hint}") from None
     for number, words in lines:
         if words[0] == "stage":
             raise DataError(
@@ -144,10 +147,18 @@ def _lines(path: str | Path, name: str) -> list[tuple[int, list[str]]]:
             f"give a file of `weight prefix corpus` lines{instead}{_import_hint(str(path))}"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{name}={path} cannot be read: {error}") from None
+        hint = _text_hint(path, name)
+        raise DataError(f"{name}={path} cannot be read: {error}{hint}") from None
     return [
         (number, words) for number, line in enumerate(lines, start=1) if (words := _words(line))
     ]
+
+
+def _text_hint(path: str | Path, name: str) -> str:
+    """What to do with text that was given as a list."""
+    if name != "DATA_FILE_LIST":
+        return ""
+    return f". If {path} is text to train on, not a list of token files: DATA={path}"
 
 
 def _import_hint(path: str) -> str:

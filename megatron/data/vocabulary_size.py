@@ -40,7 +40,7 @@ def vocabulary_size(kind: str, model: str | None, environ: Mapping[str, str]) ->
     Raises:
         ConfigError: neither the name nor a file gives it; set VOCAB_SIZE.
     """
-    if kind == "BuiltinTokenizer":
+    if kind == "BuiltinTokenizer" and not (model and Path(model).is_file()):
         return BUILTIN_VOCAB_SIZE
     if kind == "ByteTokenizer":
         return BYTE_VOCAB_SIZE

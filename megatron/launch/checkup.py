@@ -24,7 +24,9 @@ from urllib.parse import urlsplit
 from megatron.config.errors import ConfigError, DataError
 from megatron.config.resolve import resolve, survey_of
 from megatron.config.schema import RunConfig
+from megatron.config.text_settings import of_run
 from megatron.data import data_list
+from megatron.data.own_text import prepared_text
 from megatron.data.vocabulary_size import cached_snapshots
 from megatron.launch import versions
 from megatron.launch.accelerators import promise
@@ -360,6 +362,8 @@ def check_data(place: Place) -> Iterator[Finding]:
     if survey.problems:
         more = f" (and {len(survey.problems) - 1} more)" if len(survey.problems) > 1 else ""
         yield Finding(FAIL, f"{survey.problems[0]}{more}", "set DATA_FILE_LIST, or builtin")
+    elif own := of_run(place.run):
+        yield Finding(OK, prepared_text(own))
     else:
         built_in = name == data_list.BUILTIN
         yield Finding(OK, name if built_in else f"{name}: {len(survey.corpora)} corpora")

@@ -41,6 +41,7 @@ from megatron.launch.ranks import Ranks, find_ranks
 from megatron.launch.retry import run_with_retries
 from megatron.launch.screen import Screen
 from megatron.launch.site import Location, find_location, site
+from megatron.launch.text_preparation import prepare_text, require_text
 from megatron.launch.versions import SINCE, compare, installed, lacking
 from megatron.plan import report
 from megatron.plan.fit import fitted
@@ -141,6 +142,8 @@ def start(
         command = shlex.join(["train_alcf.sh", *argv])
         stack.enter_context(owned(resolved.run, command, location.job.id, screen.print))
         origin = provenance(environ, argv, location, ROOT)
+        if status := prepare_text(resolved.run, environ, ROOT):
+            return status
         config = stack.enter_context(starts.pending(resolved, origin))
         stack.enter_context(closing(screen))
         planned = plan_of(resolved.run, environ, location)
@@ -230,6 +233,7 @@ def configuration(
     if config:
         run = read_run(config)
         with own(run):
+            require_text(run, environ, ROOT)
             yield run, config
         return
     environ = {**environ, "WORLD_SIZE": str(ranks.world_size)}
@@ -241,8 +245,10 @@ def configuration(
         return
     print(report.messages_text(resolved), file=sys.stderr)
     origin = provenance(environ, argv, location, ROOT)
-    with own(resolved.run), starts.pending(resolved, origin) as config:
-        yield resolved.run, config
+    with own(resolved.run):
+        require_text(resolved.run, environ, ROOT)
+        with starts.pending(resolved, origin) as config:
+            yield resolved.run, config
 
 
 @contextmanager
@@ -304,6 +310,8 @@ def _launch_text(planned: LaunchPlan) -> str:
 def _headlines(resolved: Resolved, planned: LaunchPlan) -> list[str]:
     """What is logged before the ranks start."""
     lines = [report.messages_text(resolved)]
+    if resolved.run.data.data:
+        lines.append(f"DATA={resolved.run.data.data}: {resolved.run.data.data_file_list}")
     if planned.added:
         words = " ".join(f"{name}={value}" for name, value in planned.added.items())
         lines.append(

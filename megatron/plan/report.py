@@ -6,13 +6,14 @@ import json
 from collections.abc import Sequence
 
 from megatron.config import pipeline_stages as stages
-from megatron.config import schema, skip
+from megatron.config import schema, skip, text_settings
 from megatron.config.deepspeed import deepspeed_config, engine_zero_stage
 from megatron.config.resolve import Resolved, survey_of
 from megatron.config.schema import RunConfig
 from megatron.config.table import value_text
 from megatron.data import data_list
 from megatron.data import survey as data_survey
+from megatron.data.own_text import prepared_text
 from megatron.plan.fit import verdict
 from megatron.plan.memory import GIB, memory_per_rank
 
@@ -136,7 +137,10 @@ def _ranks_text(ranks: tuple[int, ...]) -> str:
 
 def data_text(run: RunConfig) -> str:
     """Tokens and epochs by corpus, then what a real run would stop at."""
-    if run.data.data_file_list == data_list.BUILTIN:
+    own = text_settings.of_run(run)
+    if own:
+        lines = [prepared_text(own)]
+    elif run.data.data_file_list == data_list.BUILTIN:
         lines = [
             "built-in corpus (code and prose of the Python standard library), made at first use"
         ]

@@ -43,7 +43,8 @@ COMPARED_ELSEWHERE = (
     "model.rope_scaling", "model.rms_norm_eps", "model.vocab_size",
     "optimizer.optimizer",  # resume.py refuses
     # The record of the data: training/run_data.py refuses, or says what a new stage changes.
-    "data.data_file_list", "data.order", "data.blend_sample_in_corpus",
+    "data.data", "data.data_key", "data.data_file_list", "data.order",
+    "data.blend_sample_in_corpus",
     "data.shuffle_sample_in_corpus", "data.train_data_exact_num_epochs", "data.train_split",
     "data.valid_split", "data.test_split", "data.tokenizer_type", "data.tokenizer_model",
     "data.train_range_to_skip",  # resume.py adds them up

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megatron.data.prepare.fingerprint import write_note
-from megatron.data.prepare.plain_tokenizers import ByteTokenizer
+from megatron.data.prepare.plain_tokenizers import ByteTokenizer, NullTokenizer
 from tests.data.pairs import idx_bytes, write_tokens
 from tools import check_data
 
@@ -98,6 +98,14 @@ def test_every_bad_file_is_named(data, capsys):
     (data / "part0.tokenizer.json").unlink()
     assert run(data) == 3
     assert "do not name their tokenizer" not in capsys.readouterr().out  # of a file not there
+
+
+def test_files_of_two_tokenizers_are_bad(data, capsys):
+    write_note(str(data / "part1"), NullTokenizer(257), append_eod=True)
+    assert run(data) == 3
+    said = capsys.readouterr().out
+    assert "part1.bin was made with" in said and "3 files, 1 bad" in said
+    assert "the files of a list have one tokenizer" in said
 
 
 def test_json_and_settings(data, capsys):

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from megatron.data.data_list import parse_data_list
+from megatron.data.prepare.fingerprint import write_note
+from megatron.data.prepare.plain_tokenizers import ByteTokenizer, NullTokenizer
 from tests.data.pairs import write_tokens
 from tools import make_data_list
 
@@ -40,6 +42,14 @@ def test_weights(data):
     corpora, sources = shares(data, *named, "--shares", "b=3", "c=1", "--max-epochs", "b=2.5")
     assert corpora == {"b": 0.75, "c": 0.25}
     assert [source.max_epochs for source in sources] == [2.5, 2.5, None]
+
+
+def test_files_of_two_tokenizers_are_refused(data, capsys):
+    write_note(str(data / "books/a"), ByteTokenizer(), append_eod=True)
+    assert make_data_list.main([str(data / "books")]) == 0  # the other one names none
+    write_note(str(data / "code/c"), NullTokenizer(257), append_eod=True)
+    assert make_data_list.main([str(data / "books"), str(data / "code")]) == 3
+    assert "the files of a list have one tokenizer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

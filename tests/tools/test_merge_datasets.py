@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 
 from megatron.data.indexed import IndexedDataset, IndexedWriter
-from megatron.data.prepare.fingerprint import read_note, write_note
+from megatron.data.prepare.fingerprint import write_note
 from megatron.data.prepare.plain_tokenizers import ByteTokenizer, NullTokenizer
+from megatron.data.tokenizer_note import read_note
 from tools import merge_datasets
 
 

@@ -16,8 +16,9 @@ import numpy as np
 from megatron.config.errors import DataError
 from megatron.data.indexed import IndexedDataset, TokenArray
 from megatron.data.prepare.checks import check_note, require_ids
-from megatron.data.prepare.fingerprint import Note, data_digest, read_note
+from megatron.data.prepare.fingerprint import data_digest
 from megatron.data.prepare.tokenizer import Tokenizer
+from megatron.data.tokenizer_note import Note, read_note
 
 _BLOCK = 1 << 22  # tokens read at a time when all are
 _WINDOW = 1 << 14  # tokens of a sampled place

@@ -17,8 +17,9 @@ from megatron.config.errors import DataError
 from megatron.data.data_list import DataSource
 from megatron.data.indexed import IndexedDataset, TokenArray
 from megatron.data.indexed_header import IndexHeader, left_out_path
-from megatron.data.prepare.fingerprint import data_digest, note_path, read_note
+from megatron.data.prepare.fingerprint import data_digest
 from megatron.data.prepare.tokenizer import Tokenizer
+from megatron.data.tokenizer_note import note_path, read_note
 
 WINDOW = 4096  # tokens checked in one place
 RANDOM_WINDOWS = 6
@@ -179,8 +180,8 @@ def check_note(prefix: str, fingerprint: str | None) -> bool:
         )
     if fingerprint is not None and note.tokenizer != fingerprint:
         raise DataError(
-            f"{prefix}.bin: made with another tokenizer ({note.tokenizer[:12]}, vocabulary "
-            f"{note.vocab_size}) than the run's ({fingerprint[:12]}); set TOKENIZER_TYPE and "
-            "TOKENIZER_MODEL to the one it was made with, or make it again"
+            f"{prefix}.bin: made with another tokenizer, {note.named}, than the run's "
+            f"({fingerprint[:12]}); set TOKENIZER_TYPE and TOKENIZER_MODEL to the one it was made "
+            "with, or make it again"
         )
     return True

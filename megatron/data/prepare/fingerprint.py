@@ -1,66 +1,52 @@
-"""The note beside each pair that names the tokenizer that made it: `<prefix>.tokenizer.json`.
-
-It also holds a digest of the ends of `.bin`, to detect swapped files of one size.
-"""
+"""Writes the note beside a pair (data/tokenizer_note.py) with the digest that belongs to it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
+from typing import NamedTuple
 
 from megatron.checkpoint.atomic import write_atomically
-from megatron.config.errors import DataError
 from megatron.data.prepare.tokenizer import Tokenizer
+from megatron.data.tokenizer_note import Note, kept_model, note_path
 
 _END_BYTES = 1 << 16
 
 
-@dataclass(frozen=True)
-class Note:
-    """The content of `<prefix>.tokenizer.json`."""
+class Named(NamedTuple):
+    """A tokenizer as a user names it: TOKENIZER_TYPE and TOKENIZER_MODEL."""
 
-    tokenizer: str  # Tokenizer.fingerprint()
-    vocab_size: int
-    eod: int
-    append_eod: bool  # whether each document ends with eod
-    data: str  # digest of the first and last bytes of .bin
+    kind: str | None = None
+    model: str | None = None
 
 
-def note_path(prefix: str) -> Path:
-    """Path of the note of a pair."""
-    return Path(f"{prefix}.tokenizer.json")
+NAMELESS = Named()
 
 
-def write_note(prefix: str, tokenizer: Tokenizer, append_eod: bool) -> None:
+def write_note(
+    prefix: str, tokenizer: Tokenizer, append_eod: bool, named: Named = NAMELESS
+) -> None:
     """Write the note of a finished pair."""
-    maker = tokenizer.fingerprint(), tokenizer.vocab_size, tokenizer.eod
-    save_note(prefix, Note(*maker, append_eod, data_digest(prefix)))
+    save_note(
+        prefix,
+        Note(
+            tokenizer.fingerprint(),
+            tokenizer.vocab_size,
+            tokenizer.eod,
+            append_eod,
+            data_digest(prefix),
+            named.kind,
+            kept_model(named.model, prefix),
+        ),
+    )
 
 
 def save_note(prefix: str, note: Note) -> None:
     """Write a note beside a pair."""
     content = json.dumps(asdict(note), indent=1) + "\n"
     write_atomically(note_path(prefix), content, durable=False)
-
-
-def read_note(prefix: str) -> Note | None:
-    """Note of a pair, None where there is none.
-
-    Raises:
-        DataError: it cannot be read.
-    """
-    path = note_path(prefix)
-    try:
-        return Note(**json.loads(path.read_text(encoding="ascii")))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError) as error:
-        raise DataError(
-            f"{path}: not a tokenizer note ({error}); make the pair again, or remove it"
-        ) from error
 
 
 def data_digest(prefix: str) -> str:

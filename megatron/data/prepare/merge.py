@@ -12,7 +12,8 @@ from typing import IO
 
 from megatron.config.errors import DataError
 from megatron.data.indexed import IndexedDataset, commit_pair
-from megatron.data.prepare.fingerprint import data_digest, note_path, read_note, save_note
+from megatron.data.prepare.fingerprint import data_digest, save_note
+from megatron.data.tokenizer_note import kept_model, model_of, note_path, read_note
 
 _BLOCK = 1 << 20  # entries of a table copied at a time
 _COPY_BYTES = 1 << 24
@@ -44,10 +45,10 @@ def merge_pairs(prefixes: Sequence[str], output: str) -> tuple[int, int]:
     notes = {prefix: note for prefix in prefixes if (note := read_note(prefix))}
     for prefix, note in notes.items():
         known_prefix, known = next(iter(notes.items()))
-        if replace(note, data="") != replace(known, data=""):
+        if note.maker != known.maker:
             raise DataError(
                 f"{prefix} was made with another tokenizer or end of document than {known_prefix} "
-                f"({note.tokenizer[:12]}, {known.tokenizer[:12]}); do not merge them"
+                f"({note.named}, {known.named}); do not merge them"
             )
     target = Path(output)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +63,9 @@ def merge_pairs(prefixes: Sequence[str], output: str) -> tuple[int, int]:
         note_path(output).unlink(missing_ok=True)  # of an earlier output
         commit_pair(data, output, first.dtype, lengths, documents)
     if all(prefix in notes for prefix in prefixes):
-        save_note(output, replace(notes[prefixes[0]], data=data_digest(output)))
+        note = notes[prefixes[0]]
+        model = kept_model(model_of(note, prefixes[0]), output)
+        save_note(output, replace(note, data=data_digest(output), model=model))
     count = sum(max(dataset.header.document_boundaries - 1, 0) for dataset in datasets)
     return count, sum(dataset.header.tokens for dataset in datasets)
 

@@ -1,7 +1,8 @@
-"""Text files as units of work of bounded size: JSON lines, plain, gzip or zstd; Parquet; text.
+"""Text files as units of work of bounded size: JSON lines, plain, gzip or zstd; tables; text.
 
 Units depend on the input alone, not on the number of workers. Plain JSON and Parquet are split by
-reference, so that workers read them; the rest is a stream that one process reads and distributes.
+reference, so that workers read them; the rest is a stream that one process reads and distributes:
+compressed lines, Arrow tables, data sets of the Hub, text.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron.config.errors import ConfigError, DataError
+from megatron.data.prepare import hub
+from megatron.data.text_files import HUB, is_plain
 
 UNIT_BYTES = 2 << 20  # of JSON lines, a unit
 PIECE_CHARACTERS = 1 << 20  # of a text file, a unit
 _ZSTD_BLOCK = 1 << 17
 _COMPRESSED = (".gz", ".zst")
-SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", ".parquet",
-            ".txt")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,11 @@ def units(paths: Iterable[str], keys: Sequence[str]) -> Iterator[Unit]:
     for path in paths:
         if path.endswith(".parquet"):
             yield from _row_groups(path, keys)
-        elif path.endswith(".txt"):
+        elif path.startswith(HUB):
+            yield from _row_lines(path, hub.rows(path, keys), keys)
+        elif path.endswith(".arrow"):
+            yield from _row_lines(path, _arrow_rows(path, keys), keys)
+        elif is_plain(path):
             yield from _text_pieces(path)
         elif path.endswith(_COMPRESSED):
             yield from _compressed_lines(path)
@@ -154,6 +159,8 @@ def _damaged(path: str, kinds: tuple[type[Exception], ...]) -> Iterator[None]:
     """Adds the file's name to a library's error about damage."""
     try:
         yield
+    except (ConfigError, DataError):
+        raise
     except kinds as error:
         raise DataError(
             f"{path}: damaged or truncated ({error}); fetch it again, or leave it out"
@@ -264,14 +271,53 @@ def _last_split(text: str) -> int:
 def _row_groups(path: str, keys: Sequence[str]) -> Iterator[Unit]:
     parquet = _library("pyarrow.parquet", path)
     with _damaged(path, (OSError, ValueError)), parquet.ParquetFile(path) as file:
-        missing = [key for key in keys if key not in file.schema_arrow.names]
-        if missing:
-            names = ", ".join(file.schema_arrow.names[:8])
-            raise ConfigError(f"--json-keys {' '.join(missing)}: {path} has the columns {names}")
+        _require_columns(path, keys, file.schema_arrow.names)
         groups = file.metadata.num_row_groups
         share = Path(path).stat().st_size // max(groups, 1)
         for group in range(groups):
             yield Unit(path, "rows", group, input_bytes=share)
+
+
+def _arrow_rows(path: str, keys: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Rows of a table that `datasets` saved: a stream of batches, or a file of them."""
+    arrow = _library("pyarrow", path)
+    ipc = _library("pyarrow.ipc", path)
+    with _damaged(path, (OSError, ValueError)), arrow.memory_map(path) as source:
+        try:
+            reader = ipc.open_stream(source)
+        except arrow.ArrowInvalid:
+            table = ipc.open_file(source)
+            reader = (table.get_batch(i) for i in range(table.num_record_batches))
+            names = table.schema.names
+        else:
+            names = reader.schema.names
+        _require_columns(path, keys, names)
+        for batch in reader:
+            yield from batch.select(list(keys)).to_pylist()
+
+
+def _row_lines(path: str, rows: Iterable[dict[str, Any]], keys: Sequence[str]) -> Iterator[Unit]:
+    """Rows as JSON lines, some megabytes at a time; the file's size is that of its text here."""
+    lines: list[bytes] = []
+    size = 0
+    for row in rows:
+        line = json.dumps({key: row.get(key) for key in keys}).encode() + b"\n"
+        lines.append(line)
+        size += len(line)
+        if size >= UNIT_BYTES:
+            yield Unit(path, "lines", data=b"".join(lines), input_bytes=size)
+            lines, size = [], 0
+    if lines:
+        yield Unit(path, "lines", data=b"".join(lines), input_bytes=size)
+
+
+def _require_columns(path: str, keys: Sequence[str], names: Sequence[str]) -> None:
+    missing = [key for key in keys if key not in names]
+    if missing:
+        raise ConfigError(
+            f"--json-keys {' '.join(missing)}: {path} has the columns {', '.join(names[:8])}; give "
+            "the one with the text (DATA_KEY of a run)"
+        )
 
 
 def _rows(unit: Unit, keys: Sequence[str]) -> Texts:

@@ -6,12 +6,15 @@ Libraries are imported where they are used, so that byte, char and null data nee
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from megatron.config.errors import ConfigError
+from megatron.data.prepare.hub import require_on_hub
 from megatron.data.prepare.plain_tokenizers import (
     END_OF_TEXT,
     ByteTokenizer,
@@ -19,6 +22,7 @@ from megatron.data.prepare.plain_tokenizers import (
     NullTokenizer,
     fingerprint_of,
 )
+from megatron.data.vocabulary_size import cached_snapshots
 
 T = TypeVar("T")
 
@@ -100,6 +104,7 @@ class HFTokenizer(_Backed):
 
     def __init__(self, model: str) -> None:
         """Load `model`; the end of document is the tokenizer's end of sequence."""
+        _require_reachable(model)
         try:
             from transformers import AutoTokenizer
         except ImportError as error:
@@ -225,6 +230,12 @@ class GPT2BPETokenizer(_Backed):
         self.eod = int(eod)
 
 
+def _require_reachable(model: str) -> None:
+    """Refuse in two seconds what is neither here nor on the Hub; its library takes a minute."""
+    if not Path(model).expanduser().exists() and not cached_snapshots(model, os.environ):
+        require_on_hub("models", model, f"TOKENIZER_MODEL={model}", os.environ)
+
+
 def _sentence_piece(model: str | None, vocab_size: int | None) -> Tokenizer:
     return SentencePieceTokenizer(
         _required("SentencePieceTokenizer", model, "a SentencePiece .model file")
@@ -246,7 +257,7 @@ TOKENIZERS: dict[str, Callable[[str | None, int | None], Tokenizer]] = {
     "SentencePieceTokenizer": _sentence_piece,
     "GPTSentencePieceTokenizer": _sentence_piece,  # Megatron's second name for it
     "Llama2Tokenizer": _sentence_piece,
-    "BuiltinTokenizer": _sentence_piece,  # made with the built-in corpus
+    "BuiltinTokenizer": lambda model, _: SentencePieceTokenizer(model or builtin_model()),
     "GPT2BPETokenizer": lambda model, _: GPT2BPETokenizer(model or "gpt2"),
     "ByteTokenizer": lambda *_: ByteTokenizer(),
     "CharTokenizer": lambda model, _: CharTokenizer.load(
@@ -254,6 +265,15 @@ TOKENIZERS: dict[str, Callable[[str | None, int | None], Tokenizer]] = {
     ),
     "NullTokenizer": _null,
 }
+
+
+def builtin_model() -> str:
+    """The SentencePiece model that is made with the built-in corpus, in the user's cache."""
+    from megatron.data.prepare.builtin import builtin_corpus
+
+    model = builtin_corpus(log=lambda text: print(text, file=sys.stderr)).tokenizer_model
+    assert model is not None
+    return str(model)
 
 
 def _required(kind: str, model: str | None, what: str) -> str:
@@ -297,6 +317,8 @@ def _gpt2_files_of_hub(name: str) -> tuple[str, str]:
         from huggingface_hub import hf_hub_download
     except ImportError as error:
         raise _missing_library("GPT2BPETokenizer", "huggingface_hub") from error
+
+    _require_reachable(name)
 
     def download(file: str) -> str:
         try:

@@ -6,8 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
-from megatron.data.prepare.builtin import builtin_corpus
-from megatron.data.prepare.tokenizer import HFTokenizer, build_tokenizer
+from megatron.data.prepare.tokenizer import HFTokenizer, build_tokenizer, builtin_model
 
 _SENTENCEPIECE = ("SentencePieceTokenizer", "Llama2Tokenizer", "BuiltinTokenizer")
 
@@ -31,11 +30,7 @@ def export_tokenizer(kind: str, model: str | None, folder: Path) -> int | None:
         return tokenizer.eod
     if kind not in _SENTENCEPIECE:
         return None
-    if kind == "BuiltinTokenizer" and model is None:
-        corpus = builtin_corpus(kind, None, lambda _: None)
-        assert corpus.tokenizer_model is not None
-        model = str(corpus.tokenizer_model)
-    assert model is not None
+    model = model or builtin_model()
     import sentencepiece
 
     processor = sentencepiece.SentencePieceProcessor(model_file=model)

@@ -8,8 +8,9 @@ import pytest
 from megatron.config.errors import DataError
 from megatron.data.data_list import DataSource
 from megatron.data.prepare.checks import WINDOW, check_files
-from megatron.data.prepare.fingerprint import note_path, read_note, write_note
+from megatron.data.prepare.fingerprint import write_note
 from megatron.data.prepare.plain_tokenizers import ByteTokenizer, NullTokenizer
+from megatron.data.tokenizer_note import note_path, read_note
 from tests.data.pairs import idx_bytes, write_tokens
 
 

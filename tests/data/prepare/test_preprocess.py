@@ -12,14 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron.data.data_list import parse_data_list
 from megatron.data.indexed import IndexedDataset
-from megatron.data.prepare import encode, text_input
+from megatron.data.prepare import encode, preprocess, text_input
 from megatron.data.prepare.builtin import train_sentencepiece
-from megatron.data.prepare.fingerprint import read_note
 from megatron.data.prepare.plain_tokenizers import ByteTokenizer
 from megatron.data.prepare.sharded_writer import ShardedWriter
 from megatron.data.prepare.tokenizer import LoadedTokenizer, build_tokenizer
 from megatron.data.prepare.words import WordEncoder
+from megatron.data.tokenizer_note import read_note
 from tests.data.prepare.bpe import write_tokenizer
 from tools import preprocess_data
 
@@ -205,7 +206,7 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, capsys, suffix):
     """Stopped at every unit in turn, whatever of the next one had been written."""
     monkeypatch.setattr(text_input, "UNIT_BYTES", 700)
     monkeypatch.setattr(text_input, "PIECE_CHARACTERS", 300)
-    monkeypatch.setattr(preprocess_data, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(preprocess, "SAVE_SECONDS", 0.0)
     documents = _documents(40)
     if suffix == ".txt":
         path = str(tmp_path / "in.txt")
@@ -216,6 +217,7 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch, capsys, suffix):
     whole = [(tmp_path / "out" / f"data_text_document.{s}").read_bytes() for s in ("bin", "idx")]
     for name in ("bin", "idx", "tokenizer.json"):
         (tmp_path / "out" / f"data_text_document.{name}").unlink()
+    (tmp_path / "out" / "data.list").unlink()
     append, stops = ShardedWriter.append, 0
 
     def stopped_after_one(self, unit, *arguments):
@@ -380,16 +382,65 @@ def test_characters_make_their_own_alphabet(tmp_path):
     assert tokenizer.decode(read(tmp_path)[0]) == "hello world\n"
 
 
+def test_a_folder_is_its_text_and_the_list_is_written(tmp_path, capsys):
+    for name, text in {"b/two.txt": "two", "a.md": "# one", "c.png": "\0"}.items():
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_text(text)
+    assert run(tmp_path, "--input", str(tmp_path / "in")) == 0
+    assert read(tmp_path) == [list(b"# one"), list(b"two")]
+    said, path = capsys.readouterr().err, tmp_path / "out" / "data.list"
+    assert "in: 1 files of other kinds were left out" in said
+    assert f"train on it: DATA_FILE_LIST={path} bash train_alcf.sh" in said
+    (source,) = parse_data_list(path)
+    assert (source.corpus, source.prefix) == ("in", str(tmp_path / "out" / "data_text_document"))
+
+
+def test_a_pair_and_a_corpus_for_each_folder_or_file(tmp_path, capsys):
+    for name, text in {"law/1.txt": "a" * 30, "law/2.txt": "b" * 30, "code.txt": "c" * 20}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    given = ("--input", str(tmp_path / "law"), str(tmp_path / "code.txt"))
+
+    def weights() -> dict[str, float]:
+        sources = parse_data_list(tmp_path / "out" / "data.list")
+        assert all(f"data_{s.corpus}_text_document" in s.prefix for s in sources)
+        return {source.corpus: source.weight for source in sources}
+
+    assert run(tmp_path, *given, "--per-folder") == 0
+    assert weights() == {"law": 0.75, "code": 0.25}
+    assert run(tmp_path, *given, "--per-file") == 0
+    assert weights() == {"1": 0.375, "2": 0.375, "code": 0.25}
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "law").symlink_to(tmp_path / "law")
+    assert (
+        run(tmp_path, "--input", str(tmp_path / "law"), str(tmp_path / "x/law"), "--per-folder")
+        == 2
+    )
+    assert "two corpora would be named law" in capsys.readouterr().err
+
+
+def test_the_built_in_tokenizer_is_copied_beside_the_pair(tmp_path, monkeypatch):
+    model = tmp_path / "m"
+    model.write_bytes(train_sentencepiece([[" ".join(f"word{i}" for i in range(300))]], 300))
+    monkeypatch.setattr(preprocess_data, "builtin_model", lambda: str(model))
+    (tmp_path / "a.txt").write_text("word1 word2")
+    assert run(tmp_path, "--input", str(tmp_path / "a.txt"), kind="BuiltinTokenizer") == 0
+    note = read_note(str(tmp_path / "out" / "data_text_document"))
+    assert (note.kind, note.model) == ("BuiltinTokenizer", "./data_tokenizer.model")
+    assert (tmp_path / "out" / "data_tokenizer.model").read_bytes() == model.read_bytes()
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["--input", "nothing*.jsonl"], 2, "no such file"),
-        (["--input", "a.csv"], 2, "unknown kind of file"),
+        (["--input", "nothing*.jsonl"], 3, "does not exist"),
+        (["--input", "a.zip"], 3, "is no text"),
         (["--input", "a.txt", "--json-keys", "a", "b"], 2, "plain text has no keys"),
         (["--input", "a.txt", "--json-keys", "a", "a"], 2, "keys"),
         (["--input", "a.txt", "--vocab-file", "v"], 2, "go together"),
         (["--input", "latin.txt"], 3, r"latin.txt: not UTF-8"),
-        (["--input", "empty.jsonl"], 3, "no document"),
+        (["--input", "empty.jsonl"], 3, "is empty"),
+        (["--input", "blank.jsonl"], 3, "no document"),
     ],
 )
 def test_bad_input_is_refused_with_its_status(
@@ -398,9 +449,10 @@ def test_bad_input_is_refused_with_its_status(
     monkeypatch.chdir(tmp_path)
     for name, content in [
         ("a.txt", b"x"),
-        ("a.csv", b""),
+        ("a.zip", b"PK\0"),
         ("latin.txt", b"\xe4"),
         ("empty.jsonl", b""),
+        ("blank.jsonl", b"\n"),
     ]:
         (tmp_path / name).write_bytes(content)
     assert run(tmp_path, *arguments) == status

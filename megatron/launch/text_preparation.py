@@ -1,0 +1,59 @@
+"""Prepares the user's own text (DATA) before the ranks start, in a process of its own.
+
+That process needs the libraries of the environment, which this one does not, and owns the terminal
+meanwhile: Ctrl-C reaches it too, and it keeps what was done.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from megatron.config.errors import ConfigError, DataError
+from megatron.config.schema import RunConfig
+from megatron.config.text_settings import of_run
+from megatron.data.own_text import require_same
+from megatron.launch.process import die_with_parent
+
+PROGRAM = "megatron.data.prepare.prepare_text"
+
+
+def prepare_text(run: RunConfig, environ: Mapping[str, str], root: Path) -> int:
+    """Prepare what DATA names, unless it is prepared.
+
+    Args:
+        run: the configuration.
+        environ: for the process.
+        root: the project's folder.
+
+    Returns:
+        0, or the status to end with: the process has printed why.
+
+    Raises:
+        DataError: the text is gone, or no longer what the run was resolved for.
+    """
+    own = of_run(run)
+    if own is None:
+        return 0
+    require_same(own, run.data.data_file_list)
+    path = f"{root}:{environ['PYTHONPATH']}" if environ.get("PYTHONPATH") else str(root)
+    child = subprocess.Popen(
+        [sys.executable, "-m", PROGRAM, own.to_json()],
+        env={**environ, "PYTHONPATH": path},
+        preexec_fn=die_with_parent(),
+    )
+    while True:
+        try:
+            return child.wait()
+        except KeyboardInterrupt:  # the terminal has told the process as well
+            continue
+
+
+def require_text(run: RunConfig, environ: Mapping[str, str], root: Path) -> None:
+    """As `prepare_text`; raises an error with the status of the process where that is not 0."""
+    if status := prepare_text(run, environ, root):
+        raise (DataError if status == DataError.exit_status else ConfigError)(
+            f"DATA={run.data.data} is not prepared (status {status}, see above)"
+        )
