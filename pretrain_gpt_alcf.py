@@ -62,8 +62,10 @@ from megatron.training.guard import Unstable
 from megatron.training.loggers import make_tracker
 from megatron.training.optimizers.rules import make_optimizer
 from megatron.training.optimizers.whole_matrix import WholeMatrixOptimizer
+from megatron.training.profiles import profiled, require_profiler
 from megatron.training.resume import MissingCheckpoint, resume
 from megatron.training.run_data import Data, build_data, train_data
+from megatron.training.start_up import StartUp
 from megatron.training.stop import STOP_FILE, StopRequest
 from megatron.training.trainer import Trainer
 
@@ -90,7 +92,8 @@ def pretrain(
     """One run, from its configuration to its report; `config` is the file that holds it."""
     started = time.time()
     log.setup(ranks.rank, "DEBUG" if run.log.debug else run.log.log_level)
-    leads = ranks.rank == 0
+    leads, start_up = ranks.rank == 0, StartUp()
+    require_profiler(run)
     if leads:
         print(architecture_box(run))
     heartbeat = Heartbeat(os.environ.get(HEARTBEAT, ""), ranks.rank)
@@ -107,12 +110,15 @@ def pretrain(
         name=f"{run.run_folder} {ranks.counted}",
     )
     groups, control = make_groups(run.layout), make_control()
+    start_up.took("ranks")
     data = build_data(run, control)
+    start_up.took("data")
     documents = documents_followed(run, data.tokenizer.eod)
     engine = build_engine(run, groups, device, data.corpus_losses, documents, control)
+    start_up.took("model")
     # To the very end: what comes after the last save must not turn a saved run into a failed one.
     with stop_request(run, started, signals, leads=leads) as stop:
-        status = train(run, engine, data, device, stop, control, heartbeat, config)
+        status = train(run, engine, data, device, stop, control, heartbeat, config, start_up)
         engine.close()
         stop_distributed()
     heartbeat.close()
@@ -128,14 +134,16 @@ def train(
     control: Control,
     heartbeat: Heartbeat,
     config: Path | None = None,
+    start_up: StartUp | None = None,
 ) -> int:
     """Resumes, trains to the last step or until it is asked to stop, and reports.
 
     Once nothing can refuse it, the start of the file `config`, where there is one, is accepted.
     """
-    leads = control.rank == 0
+    leads, start_up = control.rank == 0, start_up or StartUp()
     heartbeat.enter("load")
     state = resume(run, engine, data.record, control)
+    start_up.took("checkpoint")
     require_start(run, state)
     if state.iteration >= run.train.train_iters:
         finish.log_finished(run, state)
@@ -147,8 +155,10 @@ def train(
     finder = LrFinder(tracker, stop) if run.optimizer.lr_finder else None
     tracker = finder or tracker
     trainer = Trainer(run, engine, data, device, tracker, stop, state, control, heartbeat)
+    start_up.took("trackers")
+    start_up.log()
     try:
-        with at_chosen_steps():
+        with at_chosen_steps(), profiled(trainer):
             outcome = trainer.train()
     except Unstable as error:
         if leads:
