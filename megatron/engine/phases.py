@@ -130,15 +130,16 @@ class Phases:
 
     def _iterating(self, to_device: Callable[..., Any]) -> Callable[..., Iterator[Any]]:
         def iterate(*args: Any) -> Iterator[Any]:
-            batches = iter(to_device(*args))
+            before = HostEvent()
+            batches = iter(to_device(*args))  # which may read all of them
             while True:
-                before = HostEvent()
                 batch = next(batches, None)
                 if self._current is not None:
                     self._current.spans.append((DATA, before, HostEvent()))
                 if batch is None:
                     return
                 yield batch
+                before = HostEvent()
 
         return iterate
 
