@@ -64,8 +64,10 @@ from megatron.training.guard import Unstable
 from megatron.training.loggers import make_tracker
 from megatron.training.optimizers.rules import make_optimizer
 from megatron.training.optimizers.whole_matrix import WholeMatrixOptimizer
+from megatron.training.profiles import profiled, require_profiler
 from megatron.training.resume import MissingCheckpoint, Source, find_source, resume
 from megatron.training.run_data import Data, build_data, train_data
+from megatron.training.start_up import StartUp
 from megatron.training.stop import STOP_FILE, StopRequest
 from megatron.training.trainer import Trainer
 
@@ -93,7 +95,8 @@ def pretrain(
     started = time.time()
     level = "DEBUG" if run.log.debug else run.log.log_level
     log.setup(ranks.rank, level, marks=bool(os.environ.get(LIVE)))
-    leads = ranks.rank == 0
+    leads, start_up = ranks.rank == 0, StartUp()
+    require_profiler(run)
     if leads:
         print(architecture_box(run))
     heartbeat = Heartbeat(os.environ.get(HEARTBEAT, ""), ranks.rank)
@@ -110,8 +113,10 @@ def pretrain(
         name=f"{run.run_folder} {ranks.counted}",
     )
     groups, control = make_groups(run.layout), make_control()
+    start_up.took("ranks")
     heartbeat.enter("data")
     data = build_data(run, control, heartbeat)
+    start_up.took("data")
     documents = documents_followed(run, data.tokenizer.eod)
     source = find_source(run, control)
     heartbeat.enter("build")
@@ -124,9 +129,12 @@ def pretrain(
         control,
         draw=not source.has_weights,
     )
+    start_up.took("model")
     # To the very end: what comes after the last save must not turn a saved run into a failed one.
     with stop_request(run, started, signals, leads=leads) as stop:
-        status = train(run, engine, data, device, stop, control, heartbeat, source, config)
+        status = train(
+            run, engine, data, device, stop, control, heartbeat, source, config, start_up
+        )
         engine.close()
         stop_distributed()
     heartbeat.close()
@@ -143,14 +151,16 @@ def train(
     heartbeat: Heartbeat,
     source: Source,
     config: Path | None = None,
+    start_up: StartUp | None = None,
 ) -> int:
     """Resumes, trains to the last step or until it is asked to stop, and reports.
 
     Once nothing can refuse it, the start of the file `config`, where there is one, is accepted.
     """
-    leads = control.rank == 0
+    leads, start_up = control.rank == 0, start_up or StartUp()
     heartbeat.enter("load")
     state = resume(run, engine, data.record, control, source, heartbeat)
+    start_up.took("checkpoint")
     require_start(run, state)
     if state.iteration >= run.train.train_iters:
         finish.log_finished(run, state)
@@ -162,8 +172,10 @@ def train(
     finder = LrFinder(tracker, stop) if run.optimizer.lr_finder else None
     tracker = finder or tracker
     trainer = Trainer(run, engine, data, device, tracker, stop, state, control, heartbeat)
+    start_up.took("trackers")
+    start_up.log()
     try:
-        with at_chosen_steps():
+        with at_chosen_steps(), profiled(trainer):
             outcome = trainer.train()
     except Unstable as error:
         if leads:

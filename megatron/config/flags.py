@@ -22,7 +22,10 @@ from megatron.config.reference_flags import (
 )
 
 # Flags that take the values up to the next flag.
-MANY = ("--train-range-to-skip", "--rampup-batch-size")
+MANY = (
+    "--train-range-to-skip", "--rampup-batch-size",
+    "--profile-steps", "--profile_steps", "--profile-ranks",
+)  # fmt: skip
 
 SPLIT = "--split"  # three shares in one
 

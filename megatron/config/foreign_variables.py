@@ -51,7 +51,7 @@ FOREIGN_SPELLINGS: dict[str, str] = {
     "LAUNCHER": "LAUNCH_WITH",
 }  # fmt: skip
 
-_PROFILER = "there is no profiler here; metrics.jsonl has the time and memory of each step"
+_PROFILER = "set PROFILE=torch or PROFILE=pyinstrument"
 _DEVICE = "set DEVICE=cpu, cuda or xpu"
 
 # Variables of the AuroraGPT launcher, of ezpz, of profilers and of W&B, and what holds: named.
@@ -59,15 +59,12 @@ WITHOUT_EFFECT: dict[str, str] = {
     "NO_LLAMA": "every model is Llama-shaped",
     "OVERRIDE_CKPT_OPT_PARAM": "the options given now always hold",
     "DATA_PARENT": "set DATA_FILE_LIST",
-    "TIMING_LOG_LEVEL": "steps are timed without it",
     "TIMING_STR": "give flags on the command line",
     "COMMS_LOGGER": "there is no communication log",
     "EXEC": "the entry point is pretrain_gpt_alcf.py",
     "LAUNCH_CMD": "the launch command is made from the machine's entry; LAUNCH_WITH chooses",
     "NJOBS": "`python -m megatron.launch submit --chain N` submits a chain of jobs",
     "USE_MICS": "set MICS_SHARD_SIZE",
-    "TORCH_PROFILER_ENABLE": _PROFILER,
-    "PYINSTRUMENT_PROFILER": _PROFILER,
     "DLIO_PROFILER_DATASET_DIR": _PROFILER,
     "NSYS_PROFILE": _PROFILER,
     "LOG_FROM_ALL_RANKS": "rank 0 logs; the others' warnings and errors are shown with their rank",
@@ -76,12 +73,14 @@ WITHOUT_EFFECT: dict[str, str] = {
     "TORCH_DEVICE": _DEVICE,
     "TORCH_BACKEND": f"the backend follows from the device: {_DEVICE}",
     "TORCH_DDP_TIMEOUT": "set DISTRIBUTED_TIMEOUT_MINUTES",
-    "WANDB_NAME": "the W&B run has the name of the run's folder: set WANDB_EXP_NAME or RUN_NAME",
-    "WANDB_RUN_ID": "the W&B run's id is kept in the run's folder",
     "WANDB_RESUME": "a run resumes its W&B run by itself",
-    "WANDB_DIR": "W&B writes into the run's folder: set RUN_DIR",
     "VALID_DATA_FILE_LIST": "VAL_SPLIT is the share of each file that validates",
-    "PROFILE": _PROFILER,
+}
+
+# The reference's switches of one value of an option; 0 leaves it alone.
+SWITCHES: dict[str, tuple[str, str]] = {
+    "TORCH_PROFILER_ENABLE": ("log.profile", "torch"),
+    "PYINSTRUMENT_PROFILER": ("log.profile", "pyinstrument"),
 }
 
 # Variables of shells, compilers, launchers and schedulers that happen to resemble ours.

@@ -32,6 +32,7 @@ SPELLINGS = {
     },
     "optimizer.lr_decay_style": {"wsd": "warmup-stable-decay"},
     "log.wandb_mode": {"off": "disabled", "on": "online", "online": "online"},
+    "log.profile": {"pt": "torch", "pt-full": "torch", "1": "torch", "0": "off"},
     "log.log_level": {name.lower(): name for name in ("DEBUG", "INFO", "WARNING", "ERROR")},
     "launch.launch_with": {"mpich": "mpiexec", "pals": "mpiexec", "openmpi": "mpirun"},
 }  # fmt: skip

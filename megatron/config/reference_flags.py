@@ -81,7 +81,7 @@ ALWAYS: dict[str, str] = {
     "--zero-reduce-scatter": "ZeRO reduces each gradient to its owner",
     "--contigious-checkpointing": "kept activations are not copied",
     "--no-contiguous-buffers-in-local-ddp": _BUFFERS,
-    "--log-timers-to-tensorboard": _LOGGED,
+    "--log-timers-to-tensorboard": "what --timing-log-level asks for goes to every tracker",
     "--log-batch-size-to-tensorboard": _LOGGED,
     "--log-validation-ppl-to-tensorboard": _LOGGED,
     "--log-memory-to-tensorboard": _LOGGED,
@@ -96,8 +96,7 @@ ALWAYS_VALUED: dict[str, str] = {
     "--distributed-backend": "the backend follows from the device",
     "--local-rank": "ranks come from the launcher's variables",
     "--local_rank": "ranks come from the launcher's variables",
-    "--timing-log-level": _TIMED,
-    "--timing-log-option": _TIMED,
+    "--timing-log-option": "times are logged as (min, max) over the ranks",
     "--tensorboard-queue-size": "TensorBoard's files are flushed every 30 s",
     "--multiprocessing-context": "data is read by a thread",
 }
@@ -134,8 +133,6 @@ _SHAMPOO = "distributed Shampoo is not offered: use --optimizer muon"
 _CLIP = "muonclip is not offered: use --optimizer muon"
 _ADAMW = "use --adam-beta1, --adam-beta2 and --adam-eps: they are those of Muon's AdamW part"
 _BUCKETS = "buckets are sized by the model, at most 200 million elements"
-_PROFILE = "there is no profiler here; metrics.jsonl has the time and memory of each step"
-_WANDB = "use --wandb-project, --wandb-exp-name and RUN_DIR: there is one W&B run, in its folder"
 _RECOMPUTE = "use --recompute-granularity 1 or selective; --sequence-parallel shards activations"
 _PIPE = "use --pipeline-schedule 1f1b or dualpipev"
 _LENGTH = "a decoder has one length: use --seq-length"
@@ -222,16 +219,11 @@ REFUSED: dict[str, str] = {
     "--partition-activations": _RECOMPUTE,
     "--checkpoint-in-cpu": _RECOMPUTE,
     "--synchronize-each-layer": _RECOMPUTE,
-    "--profile-backward": _PROFILE,
-    "--profile": _PROFILE,
-    "--profile_steps": _PROFILE,
-    "--profile-ranks": _PROFILE,
-    "--trace-dir": _PROFILE,
+    "--profile-backward": "use --timing-log-level 1, whose times have the backward pass",
     "--no-log-learnig-rate-to-tensorboard": "all metrics are logged; --no-tensorboard leaves "
     "TensorBoard out",
     "--no-log-loss-scale-to-tensorboard": "all metrics are logged; --no-tensorboard leaves "
     "TensorBoard out",
-    "--wandb-save-dir": _WANDB,
     "--muon-ns-steps": "Muon takes five Newton-Schulz steps",
     "--muonadamw-beta1": _ADAMW,
     "--muonadamw-beta2": _ADAMW,

@@ -29,6 +29,7 @@ from megatron.config import (
     validate,
 )
 from megatron.config.errors import ConfigError
+from megatron.config.foreign_variables import SWITCHES
 from megatron.config.labels import label, with_labels
 from megatron.config.option import Draft
 from megatron.config.schema import SECTIONS, RunConfig
@@ -160,6 +161,11 @@ def _given(environ: Mapping[str, str], argv: Sequence[str]) -> tuple[Draft, list
         for option in schema.options()
         for name in option.env
         if environ.get(name, "").strip()
+    ]
+    variables += [
+        (*setting, name)
+        for name, setting in SWITCHES.items()
+        if environ.get(name, "").strip() not in ("", "0")
     ]
     given = [setting for setting in with_labels(variables) if setting[0] not in draft.given]
     problems += _give_all(draft, given)

@@ -13,6 +13,7 @@ from megatron.config.foreign_variables import (
     FOREIGN_SPELLINGS,
     NOT_OURS,
     NOT_OURS_PREFIXES,
+    SWITCHES,
     WITHOUT_EFFECT,
 )
 from megatron.config.reference_flags import (
@@ -52,7 +53,9 @@ def found(environ: Mapping[str, str], ignored: str | None = None) -> list[Stray]
     meant_otherwise = {*(ignored or "").replace(",", " ").split()}
     strays: list[Stray] = []
     for name in sorted(environ):
-        ours = name in schema.by_variable() or name in NOT_OURS or name in meant_otherwise
+        ours = any(
+            name in names for names in (schema.by_variable(), SWITCHES, NOT_OURS, meant_otherwise)
+        )
         if not ours and environ[name].strip():
             stray = _stray(name, environ[name])
             strays += [stray] if stray else []

@@ -46,6 +46,7 @@ _WANDB = Use(
     lambda flat: not flat.get("log.wandb_disabled") and flat.get("log.wandb_mode") != "disabled",
     "runs with Weights & Biases",
 )
+_PROFILED = _chosen("log.profile", "torch", "pyinstrument")
 USES: dict[str, Use] = {
     "optimizer.sgd_momentum": _chosen("optimizer.optimizer", "sgd"),
     "optimizer.muon_momentum": _chosen("optimizer.optimizer", "muon"),
@@ -88,6 +89,14 @@ USES: dict[str, Use] = {
     ),
     "log.tensorboard_dir": _unless("log.no_tensorboard", "runs with TensorBoard"),
     "log.wandb_exp_name": _WANDB,
+    "log.wandb_run_id": _WANDB,
+    "log.wandb_group": _WANDB,
+    "log.wandb_tags": _WANDB,
+    "log.wandb_notes": _WANDB,
+    "log.wandb_dir": _WANDB,
+    "log.profile_steps": _PROFILED,
+    "log.profile_ranks": _PROFILED,
+    "log.trace_dir": _PROFILED,
 }
 """Option -> where it acts; the others always do."""
 

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from megatron.config import engine_choice, rope_scaling, update_rules
+from megatron.config import engine_choice, profile, rope_scaling, update_rules
 from megatron.config.errors import ConfigError
 from megatron.config.option import Draft, Setting
 from megatron.config.pipeline_stages import num_stages_per_rank, parse_cuts
@@ -475,8 +475,23 @@ LAYOUT_CHECKS: tuple[Check, ...] = (
     check_zero,
     check_optimizer,
 )
+
+
 # Once every value is set.
+def check_profile(draft: Draft) -> Iterator[str]:
+    """The run has the steps and the ranks that are to be profiled."""
+    if draft.get("log.profile") == "off":
+        return
+    given = draft.get("log.profile"), draft.get("log.profile_steps"), draft.get("train.train_iters")
+    try:
+        profile.steps(*given)
+        profile.ranks(draft.get("log.profile_ranks"), draft.get(WORLD))
+    except ConfigError as error:
+        yield str(error)
+
+
 FINAL_CHECKS: tuple[Check, ...] = (
+    check_profile,
     check_engine,
     check_reduction,
     check_float8,

@@ -7,7 +7,6 @@ waits for the device.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -17,25 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron.engine.clock import moment
 from megatron.parallel.groups import Axis
-
-
-class _HostEvent:
-    """torch.Event for a host that computes itself."""
-
-    def __init__(self) -> None:
-        self._time = time.perf_counter()
-
-    def elapsed_time(self, end: _HostEvent) -> float:
-        """Milliseconds to a later event."""
-        return 1000 * (end._time - self._time)
-
-    def query(self) -> bool:
-        """Whether it has happened."""
-        return True
-
-    def synchronize(self) -> None:
-        """Waits until it has."""
 
 
 @dataclass
@@ -69,7 +51,7 @@ class StageClock(AbstractContextManager["StageClock"]):
     def __enter__(self) -> StageClock:
         while self._waiting and self._waiting[0].passes[-1][1].query():
             self._add(self._waiting.pop(0))
-        self._current = _Step(self._event())
+        self._current = _Step(moment(self._device))
         return self
 
     def __exit__(
@@ -90,9 +72,9 @@ class StageClock(AbstractContextManager["StageClock"]):
             if self._current is None:
                 run(*args, **kwargs)
                 return
-            before = self._event()
+            before = moment(self._device)
             run(*args, **kwargs)
-            self._current.passes.append((before, self._event()))
+            self._current.passes.append((before, moment(self._device)))
 
         return wrapped
 
@@ -119,10 +101,3 @@ class StageClock(AbstractContextManager["StageClock"]):
         busy, window = step.times()
         self._busy += busy
         self._window += window
-
-    def _event(self) -> Any:
-        if self._device.type == "cpu":
-            return _HostEvent()
-        event = torch.Event(self._device, enable_timing=True)
-        event.record()
-        return event

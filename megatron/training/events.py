@@ -1,4 +1,4 @@
-"""A record's line on the console and its numbers in W&B and TensorBoard, by its event.
+"""A record's line on the console, its row in W&B and its points in TensorBoard, by its event.
 
 METRICS defines how steps, taken or skipped, are shown; every other event has its row in EVENTS.
 """
@@ -22,11 +22,13 @@ class Event:
         line: what is printed.
         scalars: its numbers, named `<group>/<name>`.
         groups: the groups of these names.
+        points: its numbers in TensorBoard, if those are others.
     """
 
     line: Text
     scalars: Callable[[MetricsRecord], dict[str, float]] = lambda record: {}
     groups: tuple[str, ...] = ()
+    points: Callable[[MetricsRecord], dict[str, float]] | None = None
 
 
 def line(record: MetricsRecord) -> str:
@@ -39,7 +41,7 @@ def line(record: MetricsRecord) -> str:
 
 
 def scalars(record: MetricsRecord, parameters: int) -> dict[str, float]:
-    """The named numbers of a record, and for each group of names its `<group>/iteration`.
+    """W&B's row of a record: its numbers, and for each group of names its `<group>/iteration`.
 
     Args:
         record: a record of metrics.jsonl; what is unknown (None) is left out.
@@ -49,6 +51,12 @@ def scalars(record: MetricsRecord, parameters: int) -> dict[str, float]:
     if record["event"] == "step":
         named["throughput/approx_params_in_billions"] = parameters / 1e9
     return named | {f"{_group(name)}/iteration": record["iteration"] for name in named}
+
+
+def points(record: MetricsRecord) -> dict[str, float]:
+    """TensorBoard's points of a record: each number once; its step is the x axis of all."""
+    event = EVENTS[record["event"]]
+    return (event.points or event.scalars)(record)
 
 
 def groups() -> list[str]:
@@ -69,6 +77,10 @@ def _step_line(record: MetricsRecord) -> str:
 
 def _step_scalars(record: MetricsRecord) -> dict[str, float]:
     return {name: value for metric in METRICS for name, value in metric.numbers(record).items()}
+
+
+def _step_points(record: MetricsRecord) -> dict[str, float]:
+    return {name: value for metric in METRICS for name, value in metric.points(record).items()}
 
 
 def _save_line(record: MetricsRecord) -> str:
@@ -100,8 +112,8 @@ def _spike_scalars(record: MetricsRecord) -> dict[str, float]:
 
 
 EVENTS: dict[str, Event] = {
-    "step": Event(_step_line, _step_scalars),
-    "skip": Event(_step_line, _step_scalars),
+    "step": Event(_step_line, _step_scalars, points=_step_points),
+    "skip": Event(_step_line, _step_scalars, points=_step_points),
     "eval": Event(
         _ITERATION + "{split} lm loss={loss:.6f} | {split} perplexity={perplexity:.4f} | "
         "samples={samples} | elapsed_s={elapsed_s:.1f}",

@@ -1,10 +1,8 @@
-"""What is logged once a start, for the rank that logs: its start-up time and its first memory."""
+"""What is logged behind a start's first steps, for the rank that logs: its memory."""
 
 from __future__ import annotations
 
-import importlib
 import logging
-import time
 
 import torch
 
@@ -17,7 +15,7 @@ MIB = 2**20
 
 
 class FirstStep:
-    """Logs how long this process took to be ready, and after the first steps its memory.
+    """Logs the memory of this process after the first steps.
 
     Args:
         run: the configuration.
@@ -26,9 +24,6 @@ class FirstStep:
     def __init__(self, run: RunConfig) -> None:
         self._on_cpu = run.launch.device == "cpu"
         self._logged = False
-        psutil = importlib.import_module("psutil")  # which DeepSpeed requires
-        seconds = time.time() - psutil.Process().create_time()
-        log.info(f"start-up time: {seconds:.1f} s, imports, data and checkpoint included")
 
     def log(self, record: MetricsRecord) -> None:
         """Logs the memory behind the first record of a step."""

@@ -21,6 +21,7 @@ from megatron.training import dashboards, events, metrics_file
 from megatron.training.first_step import FirstStep
 from megatron.training.log import TRAINING_LOG
 from megatron.training.metrics_file import MetricsRecord
+from megatron.training.phase_times import PhaseTimes
 
 log = logging.getLogger(__name__)
 
@@ -218,6 +219,7 @@ def start_jsonl(run: RunConfig, iteration: int) -> Tracker:
 
 TRACKERS: dict[str, Callable[[RunConfig, int], Tracker | None]] = {
     "console": lambda run, iteration: ConsoleTracker(Progress()),
+    "phases": lambda run, iteration: PhaseTimes() if run.log.timing_log_level else None,
     "first step": lambda run, iteration: FirstStep(run),
     "jsonl": start_jsonl,
     "tensorboard": dashboards.start_tensorboard,

@@ -132,8 +132,9 @@ class Metric:
         value: computes it; None is unknown: null in metrics.jsonl, left out everywhere else.
         console: its field of the line; an empty one is left out.
         place: where the field stands in the line; without one, at the end.
-        scalars: its names in W&B and TensorBoard; a mapping's entries are `<name>/<entry>`.
-        derived: name in W&B and TensorBoard -> a number made from the record of a step.
+        scalars: its names in W&B, of which TensorBoard has the last; a mapping's entries fill in
+            `{}`.
+        derived: name in W&B -> a number made from the record of a step.
         always: also known where no step of the interval did work.
         optional: its key is left out, rather than null, where it is unknown.
     """
@@ -152,15 +153,23 @@ class Metric:
         return "" if record.get(self.key) is None else render(self.console, record)
 
     def numbers(self, record: MetricsRecord) -> dict[str, float]:
-        """Its numbers in W&B and TensorBoard by name; none where it is unknown."""
-        value = record.get(self.key)
+        """Its numbers in W&B by name; none where it is unknown."""
+        known = record["event"] == "step" and record.get(self.key) is not None
+        derived = self.derived if known else {}
+        numbers = {name: derive(record) for name, derive in derived.items()}
+        return self._named(self.scalars, record) | numbers
+
+    def points(self, record: MetricsRecord) -> dict[str, float]:
+        """Its numbers in TensorBoard by name, each number once."""
+        return self._named(self.scalars[-1:], record)
+
+    def _named(self, names: Sequence[str], record: MetricsRecord) -> dict[str, float]:
+        value: Any = record.get(self.key)
         if value is None:
             return {}
         if isinstance(value, Mapping):
-            return {f"{name}/{entry}": n for name in self.scalars for entry, n in value.items()}
-        derived = self.derived if record["event"] == "step" else {}
-        numbers = {name: derive(record) for name, derive in derived.items()}
-        return {name: value for name in self.scalars} | numbers
+            return {name.format(entry): value[entry] for name in names for entry in value}
+        return dict.fromkeys(names, value)
 
 
 # fmt: off
@@ -192,10 +201,11 @@ METRICS: list[Metric] = [
     Metric("data_parallel", lambda i: i.run.data_parallel, always=True),
     Metric("skipped_iterations", lambda i: i.skipped,
            "number_of_skipped_iterations={skipped_iterations:3d}", 12,
-           ("training/skiped_iterations",), always=True),  # spelled as on existing dashboards
+           ("training/skiped_iterations",  # as saved panels of W&B spell it
+            "training/skipped_iterations"), always=True),
     Metric("nan_iterations", lambda i: sum(not math.isfinite(loss) for loss in i.losses),
            "number_of_nan_iterations={nan_iterations:3d}", 13,
-           derived={"training/nan_iterations": lambda r: r["nan_iterations"]}, always=True),
+           ("training/nan_iterations",), always=True),
     Metric("steps", lambda i: len(i.losses)),
     Metric("loss", lambda i: sum(i.losses) / len(i.losses),
            "lm loss={loss:.6f}", 8, ("lm-loss-training/lm loss", "loss/lm loss")),
@@ -207,7 +217,7 @@ METRICS: list[Metric] = [
            "params_norm={params_norm:.3f}", 10.2,
            ("training/params-norm", "loss/params_norm"), optional=True),
     Metric("optimizer_states", lambda i: i.measured.get("optimizer_states"),
-           scalars=("optimizer",), optional=True),
+           scalars=("optimizer/{}",), optional=True),
     Metric("loss_scale", lambda i: i.loss_scale,
            "loss_scale={loss_scale:.1f}", 9, ("loss/loss_scale",)),
     Metric("elapsed_s", lambda i: i.step_seconds,
@@ -227,7 +237,7 @@ METRICS: list[Metric] = [
     # A device does part of one replica's work only, so the figure per replica is the same.
     Metric("tokens_per_gpu_per_s", lambda i: i.tokens_per_gpu_per_s,
            "tokens_per_gpu_per_second_tgs={tokens_per_gpu_per_s:.3f}", 16,
-           ("throughput/tokens_per_gpu_per_sec", "throughput/tokens_per_gpu_per_sec_per_replica")),
+           ("throughput/tokens_per_gpu_per_sec_per_replica", "throughput/tokens_per_gpu_per_sec")),
     Metric("tflops_lm", lambda i: i.tflops("lm"),
            "[LM]TFLOPs={tflops_lm:.2f}", 17, ("throughput/tflops-lm",),
            {"throughput/tflops-new": lambda r: r["tflops_lm"] * r["world_size"]}),  # all devices
@@ -241,10 +251,13 @@ METRICS: list[Metric] = [
            ("throughput/pipeline_bubble",), optional=True),
     Metric("pipeline_bubble_model", lambda i: i.modelled_bubble,
            scalars=("throughput/pipeline_bubble_model",), optional=True),
+    Metric("timers_min", lambda i: i.measured.get("timers_min"), optional=True),
+    Metric("timers_max", lambda i: i.measured.get("timers_max"),
+           scalars=("timers/{}-time",), optional=True),
     Metric("corpus_loss", lambda i: i.corpus_loss,
            lambda r: SEPARATOR.join(
                f"lm loss of {corpus}={loss:.6f}" for corpus, loss in r["corpus_loss"].items()
-           ), 14, ("corpus-loss",), always=True, optional=True),
+           ), 14, ("corpus-loss/{}",), always=True, optional=True),
 ]
 # fmt: on
 """In the order of metrics.jsonl. Names, order and widths of the line, and names on dashboards, are

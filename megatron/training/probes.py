@@ -1,7 +1,7 @@
-"""Numbers of weights, gradients and optimizer states, computed only where and when they are asked.
+"""Numbers of weights, gradients, optimizer states and phases, only where and when they are asked.
 
-LOG_PARAMS_NORM, LOG_NUM_ZEROS_IN_GRAD, LOG_OPTIMIZER_STATES. Each rank looks at what it owns, so
-an element counts once in any layout; the vocabulary's padding does not count.
+LOG_PARAMS_NORM, LOG_NUM_ZEROS_IN_GRAD, LOG_OPTIMIZER_STATES, TIMING_LOG_LEVEL. Each rank looks at
+what it owns, so an element counts once in any layout; the vocabulary's padding does not count.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from torch.optim import Optimizer
 
 from megatron.config.schema import RunConfig
 from megatron.engine import Engine
+from megatron.engine.phases import Phases
 from megatron.parallel.control import Control
 from megatron.parallel.piece import WEIGHT, WHOLE
 from megatron.training.optimizers.sophia import SophiaG
 from megatron.training.optimizers.whole_matrix import WholeMatrixOptimizer
+from megatron.training.phase_times import across_ranks
 
 STATES = {"exp_avg": "momentum", "momentum_buffer": "momentum", "exp_avg_sq": "variance"}
 """State of an update rule -> its name on dashboards; `weight` is there for every rule."""
@@ -39,6 +41,7 @@ class Probes:
 
     def __init__(self, run: RunConfig, engine: Engine, control: Control) -> None:
         self._run, self._engine, self._control = run, engine, control
+        self._phases = Phases(engine) if run.log.timing_log_level else None
         self._armed, self._zeros = False, [torch.zeros(())]
         if run.log.log_num_zeros_in_grad:
             self._owned = list(engine.shards().owned(run.model.vocab_size))
@@ -53,6 +56,8 @@ class Probes:
     def measured(self) -> dict[str, Any]:
         """What METRICS show, by key; a collective of all ranks."""
         log, found = self._run.log, dict[str, Any]()
+        if self._phases is not None:
+            found |= across_ranks(self._phases, self._control)
         if log.log_params_norm:
             found["params_norm"] = self._statistics(["weight"])["weight_l2"]
         if log.log_num_zeros_in_grad:

@@ -26,7 +26,8 @@ VALUES: Mapping[str, str] = {
     "--make-vocab-size-divisible-by": "128", "--min-lr": "0", "--mlp-type": "standard",
     "--multiprocessing-context": "fork", "--muon-momentum": "0.9", "--normalization": "rmsnorm",
     "--num-attention-heads": "4", "--num-key-value-heads": "2", "--num-layers": "4",
-    "--optimizer": "adamw", "--rampup-batch-size": "16 16 64", "--recompute-granularity": "full",
+    "--optimizer": "adamw", "--profile": "pt", "--profile_steps": "2,3",
+    "--profile-ranks": "0 1", "--rampup-batch-size": "16 16 64", "--recompute-granularity": "full",
     "--recompute-method": "uniform", "--remote-device": "none", "--seq-length": "128",
     "--sgd-momentum": "0.5", "--sophiag-beta1": "0.9", "--sophiag-beta2": "0.9",
     "--split": "990,10,0", "--timing-log-option": "minmax", "--tokenizer-model": "t.model",
@@ -54,6 +55,7 @@ WORK = _names("""
 --save-interval --exit-on-missing-checkpoint --finetune --no-load-optim --no-load-rng
 --log-interval --eval-interval --eval-iters --log-params-norm --log-num-zeros-in-grad
 --log-optimizer-states-to-tensorboard --tensorboard-dir --wandb-project --wandb-exp-name
+--wandb-save-dir --timing-log-level --profile --profile_steps --profile-ranks --trace-dir
 --tensor-model-parallel-size --pipeline-model-parallel-size --no-pipeline-parallel
 --sequence-parallel --ds-sequence-parallel-size --zero-stage --cpu-optimizer
 --distributed-timeout-minutes --checkpoint-activations --checkpoint-num-layers
@@ -79,7 +81,7 @@ NOTED = _names("""
 --zero-contigious-gradients --zero-reduce-scatter --contigious-checkpointing
 --no-contiguous-buffers-in-local-ddp --log-timers-to-tensorboard --log-batch-size-to-tensorboard
 --log-validation-ppl-to-tensorboard --log-memory-to-tensorboard --log-world-size-to-tensorboard
---no-barrier-with-level-1-timing --timing-log-level --timing-log-option --tensorboard-queue-size
+--no-barrier-with-level-1-timing --timing-log-option --tensorboard-queue-size
 --num-workers --max-position-embeddings --distributed-backend --local-rank --local_rank
 --multiprocessing-context
 """)
@@ -105,9 +107,9 @@ REFUSED = _names("""
 --init-method-xavier-uniform --data-parallel-random-init --no-save-optim --no-save-rng
 --load-tag --skip-train --kill-switch-file --distribute-saved-activations
 --distribute-checkpointed-activations --partition-activations --checkpoint-in-cpu
---synchronize-each-layer --profile-backward --profile --profile_steps --profile-ranks
---trace-dir --no-log-learnig-rate-to-tensorboard --no-log-loss-scale-to-tensorboard
---wandb-save-dir --muon-ns-steps --muonadamw-beta1 --muonadamw-beta2 --muonadamw-eps
+--synchronize-each-layer --profile-backward --no-log-learnig-rate-to-tensorboard
+--no-log-loss-scale-to-tensorboard --muon-ns-steps --muonadamw-beta1 --muonadamw-beta2
+--muonadamw-eps
 --muonclip-t --muonclip-alpha --dshampooadamw-max-preconditioner-dim
 --dshampooadamw-precondition-freq --dshampooadamw-use-decoupled-weight-decay --dshampooadamw-eps
 --adlr-autoresume --adlr-autoresume-interval --scattered-embeddings --split-transformers
@@ -170,15 +172,15 @@ TRAIN_SPLIT VAL_SPLIT TEST_SPLIT CKPT_DIR SAVE LOAD DEBUG WB_PROJECT WANDB_PROJE
 WANDB_DISABLED LOG_LEVEL DUMP_TOKENS DUMP_SKIPPED_ITERS CPU_BIND LAUNCH_WITH LR_WARMUP_ITERS
 EXIT_INTERVAL EXIT_DURATION_IN_MINS TRAIN_SAMPLES RAMPUP_BATCH_SIZE FINETUNE LR_FINDER
 TENSORBOARD_DIR BLEND_SAMPLE_IN_CORPUS DATA_CACHE_PATH TRAIN_DATA_EXACT_NUM_EPOCHS
-SHUFFLE_SAMPLE_IN_CORPUS
+SHUFFLE_SAMPLE_IN_CORPUS WANDB_NAME WANDB_RUN_ID WANDB_DIR TIMING_LOG_LEVEL PROFILE
 """)
 
 # Named with what holds; no setting of a user's is lost by them.
 VARIABLES_NAMED = _names("""
-NO_LLAMA OVERRIDE_CKPT_OPT_PARAM TIMING_LOG_LEVEL COMMS_LOGGER TIMING_STR DATA_PARENT EXEC
-TORCH_PROFILER_ENABLE PYINSTRUMENT_PROFILER DLIO_PROFILER_DATASET_DIR LAUNCH_CMD
-LOG_FROM_ALL_RANKS EZPZ_LOG_LEVEL TORCH_DEVICE TORCH_BACKEND WANDB_NAME WANDB_RUN_ID WANDB_DIR
-UNIVERSAL_CHECKPOINT NUM_WORKERS DISTRIBUTED_BACKEND PROFILE VALID_DATA_FILE_LIST NJOBS
+NO_LLAMA OVERRIDE_CKPT_OPT_PARAM COMMS_LOGGER TIMING_STR DATA_PARENT EXEC
+DLIO_PROFILER_DATASET_DIR LAUNCH_CMD
+LOG_FROM_ALL_RANKS EZPZ_LOG_LEVEL TORCH_DEVICE TORCH_BACKEND
+UNIVERSAL_CHECKPOINT NUM_WORKERS DISTRIBUTED_BACKEND VALID_DATA_FILE_LIST NJOBS
 """)
 
 # Meant as an option: refused in a job, named first and last elsewhere; with the right name.

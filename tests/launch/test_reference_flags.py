@@ -101,7 +101,7 @@ def test_slips_and_words_of_others_are_led_to_the_right_flag(flag: str, meant: s
 
 
 NO_SLIPS = (
-    "--profiler", "--train", "--exit-steps", "--attention-mask", "--rank", "--top-k", "--workers",
+    "--train", "--exit-steps", "--attention-mask", "--rank", "--top-k", "--workers",
     "--temperature", "--checkpoint-universal", "--moe", "--rng", "--loss", "--experts", "--stream",
     "--fsdp", "--lora-rank", "--report-to", "--push-to-hub", "--max-samples", "--do-train",
 )  # fmt: skip

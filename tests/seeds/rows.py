@@ -71,7 +71,7 @@ TEXT = """
 003:191 | the log line | works | field by field | training/test_events.py::test_a_step_is_the_published_line
 003:191 | 635,782 steps, GBS 768, three rates | works | exactly these | seeds/test_commands.py::test_the_length_of_the_published_run
 003:192 | memory after the first step | works | allocated and reserved, now and at most, in MiB | training/test_first_step.py::test_the_allocators_four_numbers_on_an_accelerator
-003:193-195 | (min, max) time across ranks | not yet | |
+003:193-195 | (min, max) time across ranks | works | TIMING_LOG_LEVEL=1: six phases, in the log and every tracker | engine/test_phases.py::test_layout
 003:204 | lazy building of data sets | on purpose | there is no index to build | data/test_dataset.py::test_random_access_in_any_order_equals_sequential
 003:243 | lines of the FLOPs profiler | on purpose | FLOPs are counted from the shape | model/test_architecture.py::test_log_with_checkpointing
 003:462 | a skipped step at 5,620 TFLOPS | on purpose | a skipped step has no rate and no loss | training/test_events.py::test_a_skipped_step_has_no_rate_and_no_loss
@@ -127,16 +127,16 @@ TEXT = """
 001:847-859 | the W&B project of a script, hosts in its config | works | WANDB_PROJECT; `hosts` | training/test_dashboards.py::test_the_runs_address_and_hosts_are_kept
 001:818-820 | LOG_FROM_ALL_RANKS=1 | on purpose | named: rank 0 logs, the others' warnings are shown with their rank | launch/test_reference_flags.py::test_variables_without_effect_are_named_and_stop_nothing
 001:994-1143 | terminal plots of 6 metrics | works | the loss at the end, any metric by tools/plot.py --metric | tools/test_plot_command.py::test_a_run_is_drawn
-001:1146-1190 | a profile | not yet | PYINSTRUMENT_PROFILER is named: there is none |
+001:1146-1190 | a profile | works | PROFILE=pyinstrument, PYINSTRUMENT_PROFILER=1: html and text; PROFILE=torch: a trace | training/test_profiles.py::test_a_call_tree_as_html_and_text
 001:1217-1225 | characters of Shakespeare | works | tools/preprocess_data.py with CharTokenizer | data/prepare/test_preprocess.py::test_characters_make_their_own_alphabet
 001:1231-1241 | `launch python3 -m wordplay ...` | on purpose | the same sizes by NLAYERS, HEADS, HIDDEN, SEQ; the blocks are Llama's | seeds/test_commands.py::test_the_hands_on_sizes
 001:1285-1336 | the configuration as JSON | works | run.json, with where each value came from | plan/test_report.py::test_dry_run_holds_everything
 001:1339-1342 | decayed and other tensors counted | works | of rank 0's part, in the log | training/optimizers/test_rules.py::test_vectors_are_not_decayed_and_empty_groups_are_left_out
 001:1348-1428 | the model printed | works | DEBUG=1 | engine/test_engine.py::test_the_model_is_printed_where_it_is_asked_for
-001:1429 | start-up time | works | in the log | training/test_first_step.py::test_time_and_resident_memory_on_a_cpu
+001:1429 | start-up time | works | in the log | training/test_first_step.py::test_start_up_time_by_part
 001:1430-1447 | a legend of the line | not yet | |
 001:1448-1526 | a sample at each evaluation | not yet | one at the end |
-001:1451 | forward and backward times, mfu | not yet | mfu in the metrics |
+001:1451 | forward and backward times, mfu | works | TIMING_LOG_LEVEL=1 (forward, backward); mfu in the metrics | engine/test_phases.py::test_layout
 001:1470-1471 | the best checkpoint is kept | works | KEEP_BEST | checkpoint/test_retention.py::test_what_is_kept
 001:1451-1533 | losses on 4 A100 | machine | |
 001:1241 | `tee log` | works | output.log in the run's folder | launch/test_train_script.py::test_the_trainings_status_is_the_scripts

@@ -13,8 +13,8 @@ from typing import Any, NoReturn
 import pytest
 
 from megatron.config.schema import RunConfig
-from megatron.training import dashboards
-from megatron.training.events import scalars
+from megatron.training import dashboards, metrics_file
+from megatron.training.events import points, scalars
 from tests.training import records_factory as make
 from tests.training.run_config import tiny_run
 
@@ -35,17 +35,22 @@ def messages(caplog: pytest.LogCaptureFixture) -> list[tuple[int, str]]:
     return [(record.levelno, record.getMessage()) for record in found]
 
 
-def read_tensorboard(folder: Path) -> dict[str, list[tuple[int, float]]]:
+def event_reader(folder: Path) -> Any:
     event_accumulator = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator"
     )
     reader = event_accumulator.EventAccumulator(str(folder))
     reader.Reload()
+    return reader
+
+
+def read_tensorboard(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    reader = event_reader(folder)
     names = reader.Tags()["scalars"]
     return {name: [(e.step, e.value) for e in reader.Scalars(name)] for name in names}
 
 
-def test_tensorboard_holds_every_number(tmp_path: Path) -> None:
+def test_tensorboard_has_each_number_of_the_records_once(tmp_path: Path) -> None:
     run = tiny_run(tmp_path)
     tracker = dashboards.start_tensorboard(run, 0)
     assert tracker is not None
@@ -55,15 +60,35 @@ def test_tensorboard_holds_every_number(tmp_path: Path) -> None:
     found = read_tensorboard(tmp_path / "tensorboard")
     expected: dict[str, list[tuple[int, float]]] = {}
     for record in RECORDS:
-        for name, value in scalars(record, run.parameters).items():
+        for name, value in points(record).items():
             expected.setdefault(name, []).append((record["iteration"], value))
     # TensorBoard replaces blanks in names.
     assert {name.replace(" ", "_") for name in expected} == {n.replace(" ", "_") for n in found}
     by_name = {name.replace(" ", "_"): points for name, points in found.items()}
-    for name, points in expected.items():
+    for name, wanted in expected.items():
         read = by_name[name.replace(" ", "_")]
-        assert [step for step, _ in read] == [step for step, _ in points]
-        assert [v for _, v in read] == pytest.approx([v for _, v in points], rel=1e-6)
+        assert [step for step, _ in read] == [step for step, _ in wanted]
+        assert [v for _, v in read] == pytest.approx([v for _, v in wanted], rel=1e-6)
+    assert by_name["loss/lm_loss"] == [(1, 3.0), (3, 2.0)]
+    assert not [name for name in found if name.endswith("/iteration") or "skiped" in name]
+
+
+def test_tensorboard_shows_the_configuration_and_samples(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path, log_interval=3)
+    tracker = dashboards.start_tensorboard(run, 0)
+    assert tracker is not None
+    tracker.log({**make.step(5), "text": "a <b>\n| c", "prompt": "a"})
+    tracker.close()
+    reader = event_reader(tmp_path / "tensorboard")
+    (text,) = reader.Tensors("configuration/text_summary")
+    table = text.tensor_proto.string_val[0].decode()
+    assert "| LOG_INTERVAL | 3 |\n" in table and f"| HIDDEN | {run.model.hidden_size} |\n" in table
+    (sample,) = reader.Tensors("sample/text_summary")
+    assert sample.step == 5 and b"    a <b>\n    | c" in sample.tensor_proto.string_val[0]
+    given = reader.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    plugin = pytest.importorskip("tensorboard.plugins.hparams.plugin_data_pb2").HParamsPluginData
+    values = plugin.FromString(given).session_start_info.hparams
+    assert values["GLOBAL_BATCH"].number_value == 4 and values["DTYPE"].string_value == "fp32"
 
 
 def test_the_folder_of_tensorboard_is_the_users(tmp_path: Path) -> None:
@@ -139,6 +164,14 @@ def wandb_run(folder: Path, records: list[dict[str, Any]], **log: Any) -> RunCon
     return run
 
 
+def by_iteration(records: list[dict[str, Any]], parameters: int) -> dict[int, Any]:
+    """W&B's rows: all numbers of an iteration are one."""
+    rows: dict[int, Any] = {}
+    for record in records:
+        rows.setdefault(record["iteration"], {}).update(scalars(record, parameters))
+    return {iteration: pytest.approx(row) for iteration, row in rows.items()}
+
+
 @pytest.mark.usefixtures("no_key")
 def test_offline_wandb_is_read_back_and_resumes_under_its_id(tmp_path: Path) -> None:
     pytest.importorskip("wandb")
@@ -148,9 +181,12 @@ def test_offline_wandb_is_read_back_and_resumes_under_its_id(tmp_path: Path) -> 
     run = wandb_run(tmp_path, [*RECORDS, nan])
     (path,) = offline_runs(tmp_path)
     rows = wandb_folder.history(path)
-    assert rows[:-1] == [pytest.approx(scalars(record, run.parameters)) for record in RECORDS]
-    assert rows[-1]["throughput/tokens_per_sec"] == 64.0
-    assert math.isnan(float(rows[-1]["loss/lm loss"]))
+    assert rows.keys() == {1, 2, 3, 4}  # the iterations
+    assert rows[4]["throughput/tokens_per_sec"] == 64.0
+    assert math.isnan(float(rows.pop(4)["loss/lm loss"]))
+    assert rows == by_iteration(RECORDS, run.parameters)
+    assert wandb_folder.summary(path)["val/best lm loss"] == 2.5
+    assert wandb_folder.summary(path)["val/best iteration"] == 2
 
     config = wandb_folder.config(path)
     assert config["num_params"] == run.parameters
@@ -166,19 +202,103 @@ def test_offline_wandb_is_read_back_and_resumes_under_its_id(tmp_path: Path) -> 
     identity = wandb_folder.run(path).run_id
     assert wandb_folder.run(path).project == "AuroraGPT"
     assert wandb_folder.run(path).display_name == tmp_path.name
-    named = tmp_path / "named"
-    named.mkdir()
-    wandb_run(named, [make.step(1)], wandb_exp_name="chosen")
-    assert wandb_folder.run(offline_runs(named)[0]).display_name == "chosen"
+    assert wandb_folder.run(path).tags == [run.label, run.machine]
     assert (tmp_path / "wandb" / "run_id").read_text().strip() == identity
 
     wandb_run(tmp_path, [make.step(5)])
     assert {wandb_folder.run(path).run_id for path in offline_runs(tmp_path)} == {identity}
 
 
+@pytest.mark.usefixtures("no_key")
+def test_what_the_user_calls_the_run_is_its_name(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    from tests.training import wandb_folder
+
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    wandb_run(
+        tmp_path, [make.step(1)], wandb_exp_name="chosen", wandb_run_id="mine", wandb_group="sweep",
+        wandb_tags="a, b", wandb_notes="a line", wandb_dir=str(elsewhere),
+    )  # fmt: skip
+    assert not offline_runs(tmp_path)
+    run = wandb_folder.run(offline_runs(elsewhere)[0])
+    assert (run.display_name, run.run_id, run.run_group) == ("chosen", "mine", "sweep")
+    assert (list(run.tags), run.notes) == (["a", "b"], "a line")
+    assert (tmp_path / "wandb" / "run_id").read_text() == "mine\n"  # also of the starts to come
+
+
+class Client:
+    """W&B's run, which takes rows and refuses a step that is over, as W&B does."""
+
+    def __init__(self, step: int = 0) -> None:
+        self.step = step  # the next
+        self.rows: list[tuple[int, dict[str, Any]]] = []
+        self.summary: dict[str, Any] = {}
+        self.calls: list[str] = []
+
+    def define_metric(self, glob: str, step_metric: str) -> None:
+        assert step_metric == glob.replace("*", "iteration")
+
+    def log(self, row: dict[str, Any], step: int) -> None:
+        assert step >= self.step, "W&B drops this row"
+        self.step = step
+        self.rows.append((step, row))
+
+    def finish(self) -> None:
+        self.calls.append("finish")
+
+    def teardown(self) -> None:
+        self.calls.append("teardown")
+
+    def Table(self, columns: list[str], data: list[list[Any]]) -> Any:
+        return columns, list(data)
+
+
+def test_wandbs_step_is_the_iteration_and_only_grows(tmp_path: Path) -> None:
+    """Over a rollback, a save that is committed late, and a start after a crash."""
+    run, client = tiny_run(tmp_path), Client()
+    tracker = dashboards.WandbTracker(client, client, run, 0)
+    rollback = {"event": "rollback", "iteration": 2, "rollbacks": 1}
+    for record in (*map(make.step, (1, 2, 3, 4)), make.save(2), rollback, *map(make.step, (3, 4))):
+        tracker.log(record)
+    assert [step for step, _ in client.rows] == [1, 2, 3, 4, 4, 4, 5, 6]
+    assert [row.get("loss/iteration") for _, row in client.rows] == [1, 2, 3, 4, None, None, 3, 4]
+    crashed = Client(step=8)  # the server has 7
+    dashboards.WandbTracker(crashed, crashed, run, 4).log(make.step(5))
+    assert crashed.rows[0][0] == 8
+    plain = Client(step=5)
+    dashboards.WandbTracker(plain, plain, run, 4).log(make.step(5))
+    assert plain.rows[0][0] == 5
+
+
+def test_the_best_validation_is_that_of_the_whole_run(tmp_path: Path) -> None:
+    run, client = tiny_run(tmp_path), Client()
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(metrics_file.encode(make.evaluation(2, 2.0)) + "\n")
+    tracker = dashboards.WandbTracker(client, client, run, 2)
+    assert client.summary == {"val/best lm loss": 2.0, "val/best iteration": 2}
+    for iteration, loss in ((4, math.nan), (6, 3.0), (8, 1.5), (10, 1.75)):
+        tracker.log(make.evaluation(iteration, loss))
+    assert client.summary == {"val/best lm loss": 1.5, "val/best iteration": 8}
+    # A rollback undoes evaluations as well; by then the file lacks them.
+    tracker.log({"event": "rollback", "iteration": 2, "rollbacks": 1})
+    assert client.summary == {"val/best lm loss": 2.0, "val/best iteration": 2}
+
+
+def test_a_sampled_text_is_a_row_of_a_table(tmp_path: Path) -> None:
+    client = Client()
+    tracker = dashboards.WandbTracker(client, client, tiny_run(tmp_path), 0)
+    for iteration in (1, 2):
+        tracker.log({**make.step(iteration), "prompt": "a", "text": "ab"})
+    columns, rows = client.rows[-1][1]["samples"]
+    assert columns == ["iteration", "prompt", "text"]
+    assert rows == [[1, "a", "ab"], [2, "a", "ab"]]
+
+
 class Online:
     """W&B with an account."""
 
+    offline, step = False, 0
     url = "https://wandb.ai/someone/AuroraGPT/runs/abc"
     Settings = dict
 
@@ -215,22 +335,10 @@ def test_the_runs_address_and_hosts_are_kept(
     assert (logging.INFO, f"Weights & Biases run: {Online.url}") in messages(caplog)
 
 
-def test_closing_waits_for_the_client_that_writes_the_last_block() -> None:
-    calls: list[str] = []
-
-    class Client:
-        def define_metric(self, glob: str, step_metric: str) -> None:
-            assert step_metric == glob.replace("*", "iteration")
-
-        def finish(self) -> None:
-            calls.append("finish")
-
-        def teardown(self) -> None:
-            calls.append("teardown")
-
+def test_closing_waits_for_the_client_that_writes_the_last_block(tmp_path: Path) -> None:
     client = Client()
-    dashboards.WandbTracker(client, client, 1).close()
-    assert calls == ["finish", "teardown"]
+    dashboards.WandbTracker(client, client, tiny_run(tmp_path), 0).close()
+    assert client.calls == ["finish", "teardown"]
 
 
 @pytest.mark.usefixtures("no_key")
@@ -271,3 +379,23 @@ def test_a_client_that_cannot_start_is_one_warning(
     assert level == logging.WARNING
     assert "ConnectionError: no route" in text
     assert "WANDB_MODE=offline" in text
+
+
+def test_without_a_network_the_run_is_written_to_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Cut(Online):
+        offline = True
+
+        def init(self, **settings: Any) -> Online:
+            if settings["mode"] == "online":
+                raise ConnectionError("no route")
+            return super().init(**settings)
+
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(dashboards.importlib, "import_module", lambda name: Cut())
+    assert dashboards.start_wandb(tiny_run(tmp_path), 0) is not None
+    ((level, text),) = messages(caplog)
+    assert level == logging.WARNING and "no route" in text
+    assert f"written to {tmp_path}/wandb; `wandb sync`" in text
+    assert not (tmp_path / "wandb" / "run_url").exists()

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from megatron.training.events import EVENTS, groups, line, scalars
+from megatron.training.events import EVENTS, groups, line, points, scalars
 from tests.training import records_factory as make
 
 # A line of a Megatron-DeepSpeed run as published, without its prefix.
@@ -113,7 +113,9 @@ def test_an_unknown_event_is_an_error() -> None:
         line({"event": "nap"})
 
 
-STEP = make.step(10, 2.25, data_parallel=1, grad_norm=1.5, mfu=0.25, corpus_loss={"code": 1.5})
+STEP = make.step(10, 2.25, data_parallel=1, grad_norm=1.5, mfu=0.25, corpus_loss={"code": 1.5},
+                 timers_min={"forward": 0.125}, timers_max={"forward": 0.25},
+                 optimizer_states={"weight_l2": 7.0})  # fmt: skip
 
 
 def test_a_step_has_the_reference_names_with_true_units() -> None:
@@ -129,6 +131,7 @@ def test_a_step_has_the_reference_names_with_true_units() -> None:
         "training/consumed_samples": 40,
         "training/consumed_tokens": 320,
         "training/skiped_iterations": 0,
+        "training/skipped_iterations": 0,
         "training/nan_iterations": 0,
         "optimizer/learning_rate": 1e-3,
         "optimizer/consumed_train_tokens": 320,
@@ -151,10 +154,38 @@ def test_a_step_has_the_reference_names_with_true_units() -> None:
         "loss/grad_norm": 1.5,
         "memory/max_gib": 1.5,
         "corpus-loss/code": 1.5,
+        "timers/forward-time": 0.25,
+        "optimizer/weight_l2": 7.0,
     }
     expected_groups = {name.partition("/")[0] for name in expected}
     assert found == expected | {f"{group}/iteration": 10 for group in expected_groups}
     assert expected_groups <= set(groups())
+
+
+def test_tensorboard_has_each_number_of_a_step_once() -> None:
+    assert points(STEP) == {
+        "optimizer/learning_rate": 1e-3,
+        "loss/lm loss": 2.25,
+        "loss/grad_norm": 1.5,
+        "loss/loss_scale": 1.0,
+        "training/consumed_samples": 40,
+        "training/consumed_tokens": 320,
+        "training/skipped_iterations": 0,
+        "training/nan_iterations": 0,
+        "throughput/iteration-time": 0.5,
+        "throughput/samples_per_sec": 8.0,
+        "throughput/tokens_per_sec": 64.0,
+        "throughput/tokens_per_gpu_per_sec": 32.0,
+        "throughput/tflops": 4.0,
+        "throughput/tflops-lm": 3.0,
+        "throughput/tflops-causal": 2.5,
+        "throughput/mfu": 0.25,
+        "memory/max_gib": 1.5,
+        "corpus-loss/code": 1.5,
+        "timers/forward-time": 0.25,
+        "optimizer/weight_l2": 7.0,
+    }
+    assert points(make.evaluation(10)) == {"val/lm loss": 2.5, "val/ppl_lm loss": 12.18}
 
 
 def test_what_is_unknown_has_no_number() -> None:
@@ -180,6 +211,8 @@ def test_a_skipped_step_has_no_number_of_rate_or_loss() -> None:
         "training/consumed_samples": 12,
         "training/consumed_tokens": 96,
         "training/skiped_iterations": 1,
+        "training/skipped_iterations": 1,
+        "training/nan_iterations": 0,
         **{f"{group}/iteration": 3 for group in ("learning-rate", "optimizer", "training")},
     }
 

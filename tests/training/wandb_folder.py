@@ -17,16 +17,25 @@ CHUNK_HEADER = 7  # checksum (4), length (2), type (1)
 FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 
-def history(path: Path) -> list[dict[str, Any]]:
-    """Rows that were logged, without W&B's own `_` columns."""
-    rows = []
+def history(path: Path) -> dict[int, dict[str, Any]]:
+    """W&B's own step -> the row that was logged, without its `_` columns."""
+    rows = {}
     for record in _records(path):
         if record.WhichOneof("record_type") == "history":
             items = {
                 item.key or item.nested_key[0]: item.value_json for item in record.history.item
             }
-            rows.append({k: json.loads(v) for k, v in items.items() if not k.startswith("_")})
+            named = {key: json.loads(value) for key, value in items.items()}
+            assert named["_step"] not in rows
+            rows[named["_step"]] = {k: v for k, v in named.items() if not k.startswith("_")}
     return rows
+
+
+def summary(path: Path) -> dict[str, Any]:
+    """What the run's script put into the summary."""
+    found = [r.summary for r in _records(path) if r.WhichOneof("record_type") == "summary"]
+    updates = [item for one in found for item in one.update if item.key]
+    return {item.key: json.loads(item.value_json) for item in updates}
 
 
 def run(path: Path) -> Any:
