@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron.analysis.comparing.comparable import reasons
 from megatron.analysis.comparing.compared_run import ComparedRun, differing, names_of
-from megatron.analysis.comparing.figures import FIGURES, LAYOUT, Sums, Shown
+from megatron.analysis.comparing.figures import FIGURES, LAYOUT, Shown, Sums
 from megatron.analysis.comparing.identities import violations
 from megatron.analysis.comparing.result_table import ResultTable, plain
 

@@ -6,7 +6,7 @@ import math
 
 from megatron.analysis.comparing.comparable import reasons
 from megatron.analysis.comparing.compared_run import ComparedRun, differing, names_of
-from megatron.analysis.comparing.figures import FIGURES, Figure, Sums, Shown
+from megatron.analysis.comparing.figures import FIGURES, Figure, Shown, Sums
 from megatron.analysis.comparing.identities import violations
 from megatron.analysis.comparing.result_table import ResultTable, plain
 from megatron.analysis.comparing.step_gaps import step_gaps
