@@ -78,7 +78,7 @@ def require_packages() -> None:
 def settings(flags: HfFlags, environ: Mapping[str, str]) -> dict[str, str]:
     """The environment with what the flags set; W&B only where --report_to asks for it."""
     like, model = flags.own.get("like"), flags.own.get("model_name_or_path")
-    found = {**environ, "WANDB_MODE": "disabled", "COMPILE": "0"}
+    found = {**environ, "WANDB_MODE": "disabled"}
     found |= typed_for(Path(like)) if like else {}
     found |= shape_settings(Path(model)) if model else {}
     if flags.fsdp:

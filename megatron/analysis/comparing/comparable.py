@@ -16,7 +16,11 @@ WITHOUT_EFFECT = {
 
 
 def reasons(all_sums: Sequence[Sums]) -> dict[str, str]:
-    """TRAINING and EVALUATION -> why figures of it are not comparable; empty where they are."""
+    """TRAINING and EVALUATION -> why figures of it are not comparable; empty where they are.
+
+    Runs without a step have nothing to compare.
+    """
+    all_sums = [sums for sums in all_sums if sums.steps]
     settings = _settings(all_sums)
     seen = _unlike("tokens seen", [sums.tokens for sums in all_sums])
     evaluated = [
@@ -30,13 +34,13 @@ def reasons(all_sums: Sequence[Sums]) -> dict[str, str]:
 def _settings(all_sums: Sequence[Sums]) -> list[str]:
     """What a sample is: the data, its tokens, its length, its order."""
     runs = [sums.run for sums in all_sums]
-    if any(not run.settings for run in runs):
-        return []
     relevant = {
         key for run in runs for key in run.settings if key.startswith("data.")
     } | {"model.seq_length", "train.seed"}  # fmt: skip
     only = [
-        replace(run, settings={key: run.settings.get(key) for key in relevant}, origin={})
+        replace(
+            run, settings={k: run.settings[k] for k in relevant & run.settings.keys()}, origin={}
+        )
         for run in runs
     ]
     found = differing(only)
@@ -49,7 +53,7 @@ def _seen_then(sums: Sums) -> Any:
 
 
 def _unlike(name: str, values: Sequence[Any]) -> str:
-    if all(value == values[0] for value in values):
+    if len({*map(str, values)}) < 2:
         return ""
     shown = [f"{v:,}" if isinstance(v, int) else "-" if v is None else str(v) for v in values]
     return f"{name} {' / '.join(dict.fromkeys(shown))}"

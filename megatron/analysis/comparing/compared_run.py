@@ -26,7 +26,7 @@ SIGNS = (METRICS_FILE, RUN_FILE, ROW_FILE, "output.log")
 NEVER_ALIKE = {"checkpoint.run_name", "checkpoint.run_dir", "checkpoint.save", "checkpoint.resume"}
 """Settings in which any two runs differ."""
 
-ORIGINS = ("commit", "versions.", "machine", "platform", "devices_per_host", "scheduler")
+ORIGINS = ("commit", "versions.", "machine", "platform", "devices_per_host", "scheduler", "trainer")
 """What of a run's provenance is compared: no times, jobs, and no variables (settings hold them)."""
 
 
@@ -38,7 +38,8 @@ class ComparedRun:
         name: of its folder.
         folder: what holds its files.
         records: of metrics.jsonl; none before the first step.
-        settings: of run.json, by `<section>.<field>`; else the variables of its sweep.
+        settings: of run.json, by `<section>.<field>`; else what its sweep has set.
+        whole: these are all settings.
         origin: provenance of run.json, flattened.
         row: of the sweep that it belongs to; empty without one.
     """
@@ -47,6 +48,7 @@ class ComparedRun:
     folder: Path
     records: Sequence[MetricsRecord]
     settings: Mapping[str, Any]
+    whole: bool
     origin: Mapping[str, Any]
     row: Mapping[str, Any]
 
@@ -81,14 +83,18 @@ def open_run(path: Path) -> ComparedRun:
         if not key.startswith(("provenance.", "sources"))
     }
     known = by_variable()
-    given = (
-        (known[name], text) for name, text in row.get("variables", {}).items() if name in known
-    )
+    given = {**row.get("common", {}), **row.get("variables", {})}
+    typed = {
+        known[name].key: _typed(known[name].kind, text)
+        for name, text in given.items()
+        if name in known
+    }
     return ComparedRun(
         name=folder.resolve().name,
         folder=folder,
         records=read(metrics) if metrics.is_file() else [],
-        settings=flat or {option.key: _typed(option.kind, text) for option, text in given},
+        settings=flat or typed,
+        whole=bool(flat),
         origin=flatten(run.get("provenance", {})),
         row=row,
     )
@@ -129,18 +135,23 @@ def differing(runs: Sequence[ComparedRun]) -> dict[str, list[Any]]:
 
     A setting is called by its variable, else its flag; provenance comes after the settings.
     """
-    settings = _unlike([run.settings for run in runs])
-    origins = _unlike([run.origin for run in runs])
+    settings = _unlike([run.settings for run in runs], [run.whole for run in runs])
+    origins = _unlike([run.origin for run in runs], [bool(run.origin) for run in runs])
     found = {_called(key): values for key, values in settings.items() if key not in NEVER_ALIKE}
-    if any(not run.origin for run in runs):
-        return found
     return found | {key: v for key, v in origins.items() if key.startswith(ORIGINS)}
 
 
-def _unlike(settings: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    keys = dict.fromkeys(key for one in settings for key in one)
-    rows = {key: [one.get(key) for one in settings] for key in keys}
-    return {key: row for key, row in rows.items() if any(str(v) != str(row[0]) for v in row)}
+def _unlike(settings: Sequence[Mapping[str, Any]], whole: Sequence[bool]) -> dict[str, list[Any]]:
+    """Keys with unlike values; one that is absent differs where the settings are whole."""
+    found = {}
+    for key in dict.fromkeys(key for one in settings for key in one):
+        known = [
+            str(one.get(key)) for one, all_of in zip(settings, whole, strict=True)
+            if all_of or key in one
+        ]  # fmt: skip
+        if len({*known}) > 1:
+            found[key] = [one.get(key) for one in settings]
+    return found
 
 
 def _called(key: str) -> str:

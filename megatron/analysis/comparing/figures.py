@@ -59,10 +59,13 @@ class Sums:
     @property
     def seconds_in_all(self) -> float | None:
         """The same with the time that steps waited for evaluations and saves."""
-        if self.seconds is None:
+        seconds = self.seconds
+        if seconds is None:
             return None
-        others = [r for r in self.run.records if r["event"] in ("eval", "save")]
-        return self.seconds + sum(float(r.get("held_s", r["elapsed_s"])) for r in others)
+        for record in self.run.records:
+            if record["event"] in ("eval", "save"):
+                seconds += record["held_s"] if "held_s" in record else record["elapsed_s"]
+        return seconds
 
     @property
     def flops(self) -> float | None:

@@ -17,6 +17,7 @@ BATCH = {"MBS", "devices", "GBS", "seq"}
 SHOWN = {
     "MODEL_ARCH", "NLAYERS", "NHOSTS", "TP", "PP", "SP", "ZERO_STAGE", "GRAD_ACC_STEPS", "DTYPE",
     "USE_ACTIVATION_CHECKPOINTING", "MICRO_BATCH", "WORLD_SIZE", "GLOBAL_BATCH", "SEQ",
+    "TRAIN_TOKENS",
 }  # fmt: skip
 """Variables with a column of theirs."""
 
