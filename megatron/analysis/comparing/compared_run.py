@@ -162,6 +162,8 @@ def _called(key: str) -> str:
 def _typed(kind: str, text: str) -> Any:
     """A variable's text as the configuration would hold it; the text where it is none."""
     try:
+        if kind == "bool":
+            return text.lower() not in ("", "0", "false", "no", "off")
         return {"int": int, "float": float}.get(kind, str)(text)
     except ValueError:
         return text

@@ -77,22 +77,19 @@ def text_of(value: Shown) -> str:
 def markdown(table: ResultTable) -> str:
     """Columns as wide as their widest cell; those in which nothing is known are left out."""
     columns = dict(enumerate(zip(*table.rows, strict=True)))
+    known = {column: {*values} - {None, ""} for column, values in columns.items()}
     alike = {
         column
-        for column, values in columns.items()
-        if table.heading[column] in table.folded and len(values) > 1 and len({*values}) == 1
+        for column, values in known.items()
+        if table.heading[column] in table.folded and len(table.rows) > 1 and len(values) == 1
     }
-    kept = [
+    left_out = alike | {
         column
-        for column, values in columns.items()
-        if column == 0
-        or (
-            column not in alike
-            and table.heading[column] not in table.unprinted
-            and any(value not in (None, "") for value in values)
-        )
-    ]
-    same = [f"{table.heading[c]} {text_of(columns[c][0])}" for c in sorted(alike)]
+        for column, values in known.items()
+        if column and (not values or table.heading[column] in table.unprinted)
+    }
+    kept = [column for column in columns if column not in left_out]
+    same = [f"{table.heading[c]} {text_of(next(iter(known[c])))}" for c in sorted(alike)]
     notes = [*([f"All: {', '.join(same)}."] if same else []), *table.notes]
     cells = [[text_of(row[column]) for column in kept] for row in table.rows]
     cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in cells]
