@@ -34,6 +34,7 @@ setup(
         "fp8": ["torchao>=0.18"],
         "optimizers": ["schedulefree", "pytorch-optimizer"],
         "data": ["zstandard", "pyarrow"],
+        "huggingface": ["accelerate", "datasets"],
         "intel": ["intel-extension-for-pytorch", "oneccl-bindings-for-pytorch"],
         "dev": [
             "pytest",

@@ -110,7 +110,11 @@ def test_without_accelerate_it_says_what_to_install(
 def start(folder: Path, *words: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
     """The tool as a user starts it, alone or behind torchrun."""
     program = [str(ROOT / "tools" / "hf_trainer.py"), f"--output_dir={folder}", *words]
-    launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
+    launcher = (
+        []
+        if ranks == 1
+        else ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    )
     return subprocess.run(
         [sys.executable, *launcher, *program],
         env=environment({**TINY, "TRAIN_ITERS": "3"}),
