@@ -53,9 +53,10 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         flags = divide(argv)
         with configuration(settings(flags, environ), flags.rest) as (run, config):
             require_unsharded(run)
-            if is_run(run.run_folder) and (run.run_folder / "metrics.jsonl").exists():
+            ranks = find_ranks(environ)
+            if ranks.rank == 0 and is_run(run.run_folder):  # the others may come after its start
                 raise ConfigError(f"{run.run_folder} holds a run: choose another --output_dir")
-            train(run, flags, find_ranks(environ), config)
+            train(run, flags, ranks, config)
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status

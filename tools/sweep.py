@@ -83,6 +83,15 @@ class Row:
         return found
 
 
+class Interrupted(Exception):
+    """A signal asks the sweep to stop: the row is asked to, and is not over."""
+
+    def __init__(self, number: int) -> None:
+        """`number` is the signal's."""
+        super().__init__(number)
+        self.number = signal.Signals(number)
+
+
 def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """Runs the rows; returns the exit status."""
     place = argv.index("--") if "--" in argv else len(argv)
@@ -106,9 +115,20 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
-    except KeyboardInterrupt:
+    except Interrupted as error:
         print("stopped; the same command goes on with this row", file=sys.stderr)
-        return 128 + signal.SIGINT
+        return 128 + error.number
+
+
+def listen() -> None:
+    """Turn the signals that stop a program into `Interrupted`."""
+
+    def interrupt(number: int, frame: object) -> None:
+        del frame
+        raise Interrupted(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)
 
 
 def grid(settings: Sequence[str]) -> list[dict[str, str]]:
@@ -232,8 +252,8 @@ def _run(
             return _status(process.wait(60 * minutes if minutes else None)), False
         except subprocess.TimeoutExpired:
             return _end(process, signal.SIGTERM), True
-        except KeyboardInterrupt:
-            _end(process, signal.SIGINT)
+        except Interrupted as error:
+            _end(process, error.number)
             raise
 
 
@@ -291,4 +311,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    listen()
     raise SystemExit(main(sys.argv[1:], os.environ))

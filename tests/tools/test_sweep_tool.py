@@ -22,7 +22,7 @@ case $NLAYERS in
   1) echo '{"event": "stop", "iteration": 2, "reason": "finished"}' > "$RUN_DIR/metrics.jsonl" ;;
   2) echo "torch.OutOfMemoryError: CUDA out of memory"; exit 1 ;;
   3) exit 124 ;;
-  4) exec sleep 30 ;;
+  4) echo $$ > pid; exec sleep 30 ;;
   5) rmdir "$RUN_DIR"; echo "error: NLAYERS=5 is one too many"; exit 2 ;;
 esac
 """
@@ -121,18 +121,24 @@ def test_what_is_refused(
     assert started(place) == []
 
 
-def test_an_interrupt_ends_the_row_and_leaves_it_for_the_next_start(place: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_row_and_leaves_it_for_the_next_start(
+    place: Path, number: signal.Signals
+) -> None:
     code = (
-        "import sys; from pathlib import Path; from tools import sweep; "
-        "sweep.ROOT = Path(sys.argv[1]); "
+        "import signal, sys; from pathlib import Path; from tools import sweep; "
+        "sweep.ROOT = Path(sys.argv[1]); sweep.listen(); "
         "sys.exit(sweep.main(sys.argv[2:], {'PATH': '/usr/bin:/bin'}))"
     )
     words = ["NLAYERS=4", "--runs", str(place / "runs"), "--name", "s"]
     process = subprocess.Popen([sys.executable, "-c", code, str(place), *words])
-    for _ in range(200):
+    for _ in range(400):
         if (place / "started").exists():
             break
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(20) == 130
+    process.send_signal(number)
+    assert process.wait(20) == 128 + number
     assert not (place / "runs" / "s" / "NLAYERS4" / "sweep_row.json").exists()
+    row = int((place / "pid").read_text())
+    with pytest.raises(ProcessLookupError):
+        os.kill(row, 0)

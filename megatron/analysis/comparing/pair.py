@@ -30,7 +30,11 @@ def pair(a: ComparedRun, b: ComparedRun) -> ResultTable:
     gaps = step_gaps(a.records, b.records)
     settings = differing([a, b])
     rows = [_row(figure, *both, why) for figure in FIGURES]
-    rows += [(name, gaps[key], "", "", "") for key, name in STEPS.items()]
+    common = gaps["matched_iterations"]
+    rows += [
+        (name, gaps[key] if common or "difference" not in key else None, "", "", "")
+        for key, name in STEPS.items()
+    ]
     rows += [(name, plain(x), plain(y), "", "setting") for name, (x, y) in settings.items()]
     names = names_of([a, b])
     wrong = {name: violations(sums) for name, sums in zip(names, both, strict=True)}

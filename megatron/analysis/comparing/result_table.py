@@ -143,7 +143,10 @@ return(a<b?-1:a>b?1:0)*(up=='1'?1:-1)}).forEach(r=>body.append(r))})"""
 
 
 def page(table: ResultTable) -> str:
-    """HTML with one table; a click on a heading sorts by it."""
+    """HTML with one table of what is known; a click on a heading sorts by it."""
+    kept = [
+        c for c, values in enumerate(zip(*table.rows, strict=True)) if not c or {*values} - {None}
+    ]
 
     def cell(value: Shown) -> str:
         number = isinstance(value, int | float)
@@ -152,8 +155,10 @@ def page(table: ResultTable) -> str:
             shown = f'<a href="{raw}">{raw.rpartition("/")[2]}</a>'
         return f'<td{" class=n" if number else ""} data-v="{raw}">{shown}</td>'
 
-    head = "".join(f"<th>{escape(name)}</th>" for name in table.heading)
-    rows = "\n".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in table.rows)
+    head = "".join(f"<th>{escape(name)}</th>" for name in (table.heading[c] for c in kept))
+    rows = "\n".join(
+        f"<tr>{''.join(cell(row[column]) for column in kept)}</tr>" for row in table.rows
+    )
     above = "".join(f'<p class="loud">WARNING: {escape(text)}</p>\n' for text in table.loud)
     below = "".join(f"<p>{escape(text)}</p>\n" for text in table.notes)
     return (
