@@ -36,6 +36,7 @@ setup(
         "fp8": ["torchao>=0.18"],
         "optimizers": ["schedulefree", "pytorch-optimizer"],
         "data": ["zstandard", "pyarrow", "datasets"],
+        "huggingface": ["accelerate"],
         "intel": ["intel-extension-for-pytorch", "oneccl-bindings-for-pytorch"],
         "dev": [
             "pytest",

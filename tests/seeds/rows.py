@@ -26,7 +26,7 @@ class Row(NamedTuple):
 TEXT = """
 002:28-41 | the variables of the command | works | all taken; ZERO_STAGE=0 is run as 1, said in a note | seeds/test_commands.py::test_sizes_and_batch_of_the_small_models
 002:29 | `MODEL_ARCH={smollm3-3B,llama3-3B}` literally | on purpose | refused: the brace stands for a choice; the names are listed | seeds/test_commands.py::test_what_is_refused_on_purpose
-002:30 | a sweep over NLAYERS | works | a loop in bash; the folder's name holds NLAYERS | e2e/test_sweep.py::test_rows_of_a_sweep
+002:30 | a sweep over NLAYERS | works | `tools/sweep.py NLAYERS=4,6,8`, or a loop in bash; the folder's name holds NLAYERS | tools/test_sweep_tool.py::test_every_row_has_its_status_and_the_sweep_goes_on
 002:39 | `$(ezpz_get_machine_name)` | works | after `source ALCF/helpers.sh` | launch/test_helpers.py::test_a_sourced_shell_knows_its_job_and_keeps_its_options
 002:39 | the machine's books.txt | works | tools/import_data_lists.py copies a machine's lists from a checkout of the reference | tools/test_import_data_lists.py::test_all_lists_are_copied_byte_for_byte_and_told_about
 002:37-38 | HFTokenizer google/gemma-7b | works | 256,000 known by name; a run downloads it | seeds/test_commands.py::test_sizes_and_batch_of_the_small_models
@@ -50,7 +50,7 @@ TEXT = """
 004:32-47 | DP and GBS of 13 rows | works | all as listed | seeds/test_commands.py::test_rows_of_the_70b_study
 004:34,47 | two rows out of memory | on purpose | 16 hosts fit; 8 hosts with TP=1 do by less than 1 GiB a device; a verdict is printed | plan/test_fit.py::test_published_layouts_of_the_70b_fit
 004:32-47 | TFLOPS, samples/s, tokens/s a GPU | works | the formula gives the published figures | seeds/test_commands.py::test_rows_of_the_70b_study
-004:32-61 | a table of many runs with links | works | tools/compare_runs.py A B C ... | tools/test_compare_runs.py::test_many_runs_are_a_table_with_a_line_each
+004:32-61 | a table of many runs with links, OOM and hung rows in it | works | `tools/compare_runs.py runs --format html` | analysis/test_comparing.py::test_a_row_out_of_memory_stays_in_the_table
 004:34-61 | a W&B run for each row | works | a row has a folder, and so a W&B run, of its own: by its name, or refused with the RUN_NAME to set | e2e/test_sweep.py::test_rows_of_a_sweep
 004:66-79 | ZeRO-3 with hpZ on 4 to 16 hosts | works | DP and GBS as listed | seeds/test_commands.py::test_rows_of_zero_3_with_hpz
 004:81 | a hang on 4 nodes | works | the rank is named, status 124, RETRIES starts again | launch/test_hang.py::test_a_silent_rank_is_named_though_others_tick
@@ -78,15 +78,15 @@ TEXT = """
 003:463 | `Caught 3 in 'ranges_to_skip'` | works | `iteration 3 is in --train-range-to-skip: skipped` | e2e/test_skip.py::test_counters_and_rate_advance
 003:21 | a spike in the loss, found | works | found as it happens, with the suspects; SPIKE_POLICY acts | training/test_events.py::test_a_spike_and_what_was_done
 003:101-133 | tokens of Llama-2 | on purpose | Llama2Tokenizer reads the file that TOKENIZER_MODEL names; the file has a licence of its own and is not shipped | data/prepare/test_tokenizer.py::test_fingerprints_tell_tokenizers_apart_and_know_copies
-000:7-35 | a table of 24 rows of two runs | not yet | compare_runs and report.md have all but the accuracy and the epochs |
+000:7-35 | a table of 24 rows of two runs | works | `tools/compare_runs.py A B`: all of them, from raw sums; tokens/s is that of all devices | analysis/test_comparing.py::test_the_published_figures_follow_from_their_raw_sums
 000:39-74 | the Llama-3.2-1B shape | works | exact, exported with its config.json | model/test_architecture.py::test_parameters_of_presets
-000:78-86 | identities of samples and tokens a step | works | report.md | analysis/test_run_report.py::test_the_report_tells_what_happened
-000:90-124 | ratios of step times | works | steps/s of two runs, also by devices | tools/test_compare_runs.py::test_what_differs_is_told
-000:126-142 | a sweep over devices | works | a loop over NGPU_PER_HOST with a RUN_NAME each, then compare_runs A B C | tools/test_compare_runs.py::test_many_runs_are_a_table_with_a_line_each
+000:78-86 | identities of samples and tokens a step | works | checked by compare_runs, which finds that the published tokens/s are of one device | analysis/test_comparing.py::test_tokens_of_one_device_as_tokens_of_all_are_found
+000:90-124 | ratios of step times | works | 1.37 times the steps/s, 0.46 of them by device | analysis/test_comparing.py::test_the_published_ratios
+000:126-142 | a sweep over devices | works | `tools/sweep.py NGPU_PER_HOST=1,2,4` | tools/test_sweep_tool.py::test_every_row_has_its_status_and_the_sweep_goes_on
 000:151 | a checkpoint as a Hugging Face folder | works | EXPORT_HF=1 or tools/convert_hf.py | equivalence/test_huggingface.py::test_export
 000:151 | a checkpoint of the reference | works | tools/convert_hf.py, or LOAD with FINETUNE | checkpoint/test_reference.py::test_every_tensor_and_state_is_taken
 000:151 | `ezpz launch ...` | works | `launch` after `source ALCF/helpers.sh`, or `python -m megatron.launch` | launch/test_helpers.py::test_a_sourced_shell_knows_its_job_and_keeps_its_options
-000:151 | `-m ezpz.examples.hf_trainer` | not yet | |
+000:151 | `-m ezpz.examples.hf_trainer` | works | `tools/hf_trainer.py` with the same arguments | tools/test_hf_trainer.py::test_the_published_command_is_taken
 000:151 | streaming of a Hub data set | works | DATA=hub:NAME, or `--input hub:NAME` of tools/preprocess_data.py: streamed into tokens once, then trained on | data/prepare/test_hub.py::test_rows_are_streamed_into_units
 000:151 | block size, bf16, recompute, 100 steps | works | SEQ, DTYPE, USE_ACTIVATION_CHECKPOINTING, ZERO_STAGE=3 for FSDP | seeds/test_commands.py::test_settings_of_the_trainer
 000:216 | rate linear from 5e-5 to 0 | works | LR_DECAY_STYLE=linear LR_WARMUP_FRAC=0 | seeds/test_commands.py::test_settings_of_the_trainer

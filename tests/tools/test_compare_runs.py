@@ -43,54 +43,38 @@ def pair(tmp_path: Path) -> tuple[str, str]:
 def test_what_differs_is_told(pair: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     assert compare_runs.main([*pair, "--format", "json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["matched_iterations"] == 4
-    assert found["max_loss_difference"] == 0.25
-    assert found["first_iteration_with_different_loss"] == 3
-    assert found["max_grad_norm_difference"] == pytest.approx(1e-7, rel=1e-3)
-    assert found["first_iteration_with_different_grad_norm"] == 2
-    assert found["tokens_per_s_a"] == 64.0
-    assert found["tokens_per_s_ratio_b_to_a"] == pytest.approx(2.0)
-    assert found["steps_per_s_ratio_b_to_a"] == pytest.approx(2.0)
-    assert found["steps_per_gpu_per_s_b"] == pytest.approx(2.0)
-    assert found["tflops_lm_ratio_b_to_a"] == pytest.approx(2.0)
-    assert found["configuration"] == {"parallel.tensor_parallel": [1, 2]}
+    assert found["steps"]["matched_iterations"] == 4
+    assert found["steps"]["max_loss_difference"] == 0.25
+    assert found["steps"]["first_iteration_with_different_loss"] == 3
+    assert found["steps"]["max_grad_norm_difference"] == pytest.approx(1e-7, rel=1e-3)
+    assert found["steps"]["first_iteration_with_different_grad_norm"] == 2
+    assert found["configuration"] == {"TP": [1, 2]}
+    rows = {row["what"]: row for row in found["rows"]}
+    assert rows["tokens/s"]["a"] == 64.0
+    assert rows["steps/s per device"]["b"] == pytest.approx(2.0)
+    for name in ("tokens/s", "steps/s", "TFLOPS per device"):
+        assert rows[name]["B / A"] == pytest.approx(2.0)
 
 
-def test_markdown_and_csv_hold_the_same_rows(
-    pair: tuple[str, str], capsys: pytest.CaptureFixture[str]
+def test_two_runs_stand_beside_one_another_and_a_folder_is_a_table(
+    pair: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert compare_runs.main([*pair, "--format", "csv"]) == 0
     table = list(csv.reader(io.StringIO(capsys.readouterr().out)))
-    assert table[0] == ["what", "A", "B"]
-    assert ["tokens_per_s", "64", "128"] in table
-    assert ["tokens_per_s_ratio_b_to_a", "2", ""] in table
-    assert ["parallel.tensor_parallel", "1", "2"] in table
-    assert compare_runs.main([*pair]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[1] == "|---|---|---|"
-    assert [line.strip("| ").split(" | ") for line in lines if line != lines[1]] == [
-        [cell for cell in row if cell] for row in table
-    ]
-
-
-def test_many_runs_are_a_table_with_a_line_each(
-    pair: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    idle = write(tmp_path / "idle", [make.skip(1)])
-    (tmp_path / "b" / "wandb").mkdir()
-    (tmp_path / "b" / "wandb" / "run_url").write_text("https://wandb.ai/x\n")
-    assert compare_runs.main([*pair, idle, "--format", "csv"]) == 0
-    a, b, none = csv.DictReader(io.StringIO(capsys.readouterr().out))
-    assert (a["run"], a["TP"], a["loss"], a["tokens_per_gpu_per_s"]) == ("a", "1", "0.5", "32")
-    assert (b["TP"], b["steps_per_s"], b["W&B"]) == ("2", "4", "https://wandb.ai/x")
-    assert (none["run"], none["TP"], none["loss"], none["tflops_lm"]) == ("idle", "-", "-", "-")
-    assert compare_runs.main([*pair, idle]) == 0
-    heading, rule, *lines = capsys.readouterr().out.splitlines()
-    assert heading.count("|") == rule.count("|") == lines[2].count("|")
-    assert len(lines) == 3
-    assert compare_runs.main([*pair, idle, "--format", "json"]) == 0
-    assert [line["run"] for line in json.loads(capsys.readouterr().out)] == ["a", "b", "idle"]
-    assert compare_runs.main([*pair, idle, "--assert-equal", "0"]) == 2
+    assert table[0] == ["what", "a", "b", "B / A", "note"]
+    assert [row[0] for row in table[2:8]] == [
+        "parameters", "steps", "tokens seen", "last loss", "best validation loss", "tokens/s"
+    ]  # fmt: skip
+    assert ["tokens/s", "64.0", "128.0", "2.0", ""] in table
+    assert ["TP", "1", "2", "", "setting"] in table
+    assert compare_runs.main([str(tmp_path), "--sort", "tokens/s", "--descending"]) == 0
+    heading, _, first, second, *_ = capsys.readouterr().out.splitlines()
+    assert heading.split()[1:4] == ["run", "|", "status"]
+    assert first.startswith("| b ") and second.startswith("| a ")
+    for bad in (["--sort", "x"], ["--assert-equal", "0"]):
+        assert compare_runs.main([str(tmp_path), *bad]) == 2
+    (tmp_path / "empty").mkdir()
+    assert compare_runs.main([str(tmp_path / "empty")]) == 2
 
 
 @pytest.mark.parametrize(("tolerance", "status"), [("0.26", 0), ("0.25", 0), ("0.249", 1)])
@@ -127,14 +111,6 @@ def test_equality_of_what_is_not_a_number_or_not_there(
 ) -> None:
     runs = [write(tmp_path / "a", steps(first)), write(tmp_path / "b", steps(second))]
     assert compare_runs.main([*runs, "--assert-equal", "1e9"]) == status
-
-
-def test_json_is_strict_where_a_difference_is_infinite(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    runs = [write(tmp_path / "a", steps([math.nan])), write(tmp_path / "b", steps([1.0]))]
-    assert compare_runs.main([*runs, "--format", "json"]) == 0
-    assert json.loads(capsys.readouterr().out)["max_loss_difference"] == "inf"
 
 
 def test_an_absent_norm_equals_only_an_absent_norm(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Hugging Face's Trainer on a run's model and data, for tools/hf_trainer.py."""
