@@ -107,7 +107,8 @@ def zero() -> str:
         total = sum(round(size, 2) for size in sizes)
         drawing.text(x + 8, y + 20, f"{total:g}", anchor="start", bold=True)
     drawing.text(16, 252, f"{accumulated} micro-batches per step; beside activations. Under ZeRO 3 "
-                 "a layer's weights are gathered while it is computed.", anchor="start", faint=True, size=11)  # fmt: skip
+                 "a layer's weights are gathered while it is computed.", anchor="start",
+                 faint=True, size=11)  # fmt: skip
     return drawing.render()
 
 
