@@ -26,6 +26,7 @@ setup(
         "sentencepiece",
         "numpy",
         "wandb",
+        "matplotlib",
         "safetensors",
         "filelock>=3.16",
     ],

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron.analysis.plot import Series, evaluations, series
+from megatron.analysis.plot import SPLITS, Series, evaluations, series
 from megatron.analysis.recorded_run import RecordedRun
 from megatron.analysis.run_report import skipped_ranges
 from megatron.analysis.summary import training_steps
@@ -95,6 +95,13 @@ PANELS: dict[str, Panel] = {
     "params_norm": Panel("Norm of the parameters", _of("params_norm")),
 }
 """Name of the file -> what it shows; a picture without a curve is left out."""
+
+
+def metric_panel(metric: str) -> Panel:
+    """The picture of a key of the steps' records, or of the loss of a split."""
+    if metric in SPLITS:
+        return Panel(f"Loss, {metric}", lambda run: {"": evaluations(run.records, metric)})
+    return PANELS["loss"] if metric == "loss" else Panel(metric, _of(metric))
 
 
 def thinned(curve: Series, most: int = MOST_POINTS) -> list[tuple[float, float]]:
@@ -189,7 +196,7 @@ class Painter:
         text = re.sub(
             r'width="[^"]*pt" height="[^"]*pt"|height="[^"]*pt" width="[^"]*pt"', "", text, count=1
         )
-        text = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", text)
+        text = re.sub(r"font-family: [^;\"]*;? ?", "", text)
         return text.replace(INK, "currentColor")
 
 
@@ -199,10 +206,11 @@ def _lines(axes: Any, drawn: Sequence[tuple[RecordedRun, Curves]], panel: Panel)
     axes.set_xlabel("step", fontsize=9)
     several = len(drawn) > 1
     for run, curves in drawn:
+        of_run = next(colours)
         for part, curve in curves.items():
             if not curve:
                 continue
-            colour = next(colours)
+            colour = next(colours) if part else of_run
             label = " ".join(word for word in (run.name if several else "", part) if word)
             label = label or ("training" if panel.loss else "")
             noisy = len(curve) >= SMOOTH and (panel.loss or panel.logarithmic or bool(part))
@@ -272,6 +280,8 @@ def _dress(axes: Any, panel: Panel, ink: str, several: bool) -> None:
     for axis, end in ((axes.xaxis, axes.dataLim.x1), (axes.yaxis, high)):
         if 1000 <= end < 1e7:
             axis.set_major_formatter("{x:,.0f}")
+    if axes.get_xlabel():
+        axes.xaxis.get_major_locator().set_params(integer=True)
     if panel.logarithmic and low > 0 and high / low > 50:
         axes.set_yscale("log")
     elif not panel.logarithmic and low >= 0:

@@ -15,6 +15,9 @@ from typing import Any, TypeGuard
 Series = Sequence[tuple[float, float]]
 """Points (x, y), x ascending."""
 
+SPLITS = ("validation", "test")
+"""What is evaluated."""
+
 LABEL = 10  # characters of a y label, as long as -1.234e+56
 MARKS = "*o+x#@%&"
 # Character of a cell by its four points: 1 upper left, 2 upper right, 4 lower left, 8 lower right.
@@ -68,7 +71,8 @@ def plot(
         width: total number of columns, at least 30.
         height: rows of the drawing, at least 2.
         encoding: of the output stream; decides whether blocks can be used.
-        points: name -> points that are drawn as marks over the curves.
+        points: name of a curve -> its validation, drawn as marks over it; of several curves only
+            where colours tell whose they are.
         colour: whether the terminal shows ANSI colours.
 
     Returns:
@@ -81,22 +85,23 @@ def plot(
         raise ValueError(
             f"a plot of {width} x {height} is too small: at least 30 columns and 2 rows are needed"
         )
-    shown = {name: curve for name, curve in (points or {}).items() if curve}
+    blocks = _encodable(QUADRANTS, encoding) and (colour or len(curves) == 1)
+    named = points if points and (blocks or len(curves) == 1) else {}
+    shown = {name: named[name] for name in curves if named.get(name)}
     every = [point for curve in (*curves.values(), *shown.values()) for point in curve]
     if not every:
         return f"{title}: nothing to plot\n"
     columns = width - LABEL - 2
     limits = [_limits(values) for values in zip(*every, strict=True)]
-    blocks = _encodable(QUADRANTS, encoding) and (colour or len(curves) == 1)
     canvas = _Canvas(columns, height, colour)
     for number, curve in enumerate(curves.values()):
         if blocks:
             canvas.blocks(_cells(curve, limits, 2 * columns, 2 * height), number)
         else:
             canvas.marks(_cells(curve, limits, columns, height), MARKS[number % len(MARKS)], number)
-    marks = [MARKS[(len(curves) + n) % len(MARKS)] for n in range(len(shown))]
-    for number, (mark, curve) in enumerate(zip(marks, shown.values(), strict=True), len(curves)):
-        canvas.marks(_cells(curve, limits, columns, height, joined=False), mark, number)
+    for number, name in enumerate(curves):
+        cells = _cells(shown.get(name, []), limits, columns, height, joined=False)
+        canvas.marks(cells, MARKS[1], number if len(curves) > 1 else 1)
     (low_x, high_x), (low_y, high_y) = limits
     labels = {
         round((high_y - y) / (high_y - low_y) * (height - 1)): f"{y:.10g}"
@@ -107,12 +112,11 @@ def plot(
         *(f"{labels.get(n, ''):>{LABEL}} |{row}" for n, row in enumerate(canvas.rows())),
         *_axis((low_x, high_x), x_label, columns),
     ]
-    if len(curves) + len(shown) > 1:
-        signs = [canvas.sign(n, "\u2588" if blocks else MARKS[n % len(MARKS)])
-                 for n in range(len(curves))]  # fmt: skip
-        signs += [canvas.sign(len(curves) + n, mark) for n, mark in enumerate(marks)]
-        lines += [f"{sign} {name[: width - 2]}"
-                  for sign, name in zip(signs, [*curves, *shown], strict=True)]  # fmt: skip
+    if len(curves) > 1 or shown:
+        signs = ["\u2588" if blocks else MARKS[n % len(MARKS)] for n in range(len(curves))]
+        lines += [f"{canvas.sign(n, sign)} {name[: width - 2]}"
+                  for n, (sign, name) in enumerate(zip(signs, curves, strict=True))]  # fmt: skip
+        lines += [f"{MARKS[1]} validation"] if shown else []
     return "\n".join(lines) + "\n"
 
 
@@ -135,7 +139,7 @@ def _axis(limits: tuple[float, float], label: str, columns: int) -> list[str]:
     low, high = limits
     line, text = ["-"] * columns, [" "] * columns
     end = -2
-    for x in ticks(low, high, max(2, columns // 14)):
+    for x in ticks(low, high, max(2, columns // 12)):
         place, word = round((x - low) / (high - low) * (columns - 1)), f"{x:.10g}"
         start = min(max(0, place - len(word) // 2), columns - len(word))
         if start > end + 1:

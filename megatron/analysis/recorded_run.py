@@ -83,7 +83,7 @@ def read_folder(folder: Path) -> RecordedRun:
 
 
 def folders(paths: Iterable[Path]) -> list[Path]:
-    """Run folders as they were given; of a folder of runs, all runs in it, by name.
+    """Run folders, or files of records, as they were given; of a folder of runs, all runs in it, by name.
 
     Raises:
         ConfigError: a path is neither.
@@ -92,11 +92,14 @@ def folders(paths: Iterable[Path]) -> list[Path]:
     for path in paths:
         path = path.parent if path.name == "metrics.jsonl" else path
         inside = sorted(each.parent for each in path.glob("*/metrics.jsonl"))
-        if not (path / "metrics.jsonl").is_file() and not inside:
+        if path.is_file() or (path / "metrics.jsonl").is_file():
+            found.append(path)
+            continue
+        if not inside:
             raise ConfigError(
                 f"{path} is no run: give a run's folder or its metrics.jsonl, or a folder of runs"
             )
-        found += [path] if (path / "metrics.jsonl").is_file() else inside
+        found += inside
     return list(dict.fromkeys(found))
 
 

@@ -33,7 +33,7 @@ h1{font-size:1.6rem;margin:.2em 0;overflow-wrap:anywhere}
 h2{font-size:1.1rem;margin:2em 0 .6em}
 p{margin:.2em 0;color:var(--faint)}
 .numbers{display:grid;gap:10px;margin:18px 0;
-grid-template-columns:repeat(auto-fit,minmax(132px,1fr))}
+grid-template-columns:repeat(auto-fit,minmax(118px,1fr))}
 .numbers div{background:var(--card);border:1px solid var(--edge);border-radius:8px;
 padding:8px 12px}
 .numbers span{display:block;color:var(--faint);font-size:.8rem}
@@ -135,7 +135,9 @@ def _details(run: RecordedRun) -> str:
     ranks = ""
     if (resolved := run.resolved) is not None and resolved.layout.world > 1:
         drawing = layout_drawing(
-            resolved.layout, resolved.launch.devices_per_host, resolved.stage_blocks
+            resolved.layout,
+            resolved.launch.devices_per_host or resolved.layout.world,
+            resolved.stage_blocks,
         )
         ranks = f'<h2>Ranks</h2><figure class="drawing">{drawing}</figure>'
     return "\n".join(

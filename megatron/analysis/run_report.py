@@ -102,7 +102,7 @@ def loss_plot(
 ) -> str:
     """Training and validation loss in characters."""
     records = list(records)
-    points = {"validation": evaluations(records)}
+    points = {"loss": evaluations(records)}
     return plot({"loss": series(records)}, "loss", width=width, encoding=encoding, points=points)
 
 

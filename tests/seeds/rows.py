@@ -35,7 +35,7 @@ TEXT = """
 002:7-20 | those figures on Aurora | machine | |
 002:22 | out of memory at 16 and 20 layers | on purpose | they fit: the loss keeps no copies of the logits, with which the edges are the published ones; a verdict is printed | plan/test_memory.py::test_the_edges_of_the_reference_by_its_own_formula
 002:44-68 | blocks of the two architectures | works | the ARCHITECTURE box has the keys | seeds/test_commands.py::test_blocks_of_the_documents
-002:3 | a W&B report page | on purpose | a page is composed on W&B from its runs; here report.md in the run's folder | analysis/test_run_report.py::test_the_report_tells_what_happened
+002:3 | a W&B report page | works | report.html of one run or of several, `python3 tools/report.py RUN...` | analysis/test_report_page.py::test_several_runs_are_side_by_side
 002:74-91 | legend by machine, NHOSTS, label, GBS | works | in the W&B config: machine, hosts, created_at, `env.MODEL_ARCH` (the label), `env.NHOSTS` | training/test_dashboards.py::test_offline_wandb_is_read_back_and_resumes_under_its_id
 002:93-117 | tokens/s a GPU and global | works | both from the global count | training/test_meter.py::test_per_device_rates_are_the_global_ones_divided
 002:98 | a row with GBS 96 | works | GRAD_ACC_STEPS=4 | seeds/test_commands.py::test_a_row_with_twice_the_batch
@@ -76,7 +76,7 @@ TEXT = """
 003:243 | lines of the FLOPs profiler | on purpose | FLOPs are counted from the shape | model/test_architecture.py::test_log_with_checkpointing
 003:462 | a skipped step at 5,620 TFLOPS | on purpose | a skipped step has no rate and no loss | training/test_events.py::test_a_skipped_step_has_no_rate_and_no_loss
 003:463 | `Caught 3 in 'ranges_to_skip'` | works | `iteration 3 is in --train-range-to-skip: skipped` | e2e/test_skip.py::test_counters_and_rate_advance
-003:21 | a spike in the loss, found | works | found as it happens, with the suspects; SPIKE_POLICY acts | training/test_events.py::test_a_spike_and_what_was_done
+003:21 | a spike in the loss, found | works | found as it happens, with the suspects; marked in report.html; SPIKE_POLICY acts | training/test_events.py::test_a_spike_and_what_was_done
 003:101-133 | tokens of Llama-2 | on purpose | Llama2Tokenizer reads the file that TOKENIZER_MODEL names; the file has a licence of its own and is not shipped | data/prepare/test_tokenizer.py::test_fingerprints_tell_tokenizers_apart_and_know_copies
 000:7-35 | a table of 24 rows of two runs | not yet | compare_runs and report.md have all but the accuracy and the epochs |
 000:39-74 | the Llama-3.2-1B shape | works | exact, exported with its config.json | model/test_architecture.py::test_parameters_of_presets
@@ -126,7 +126,7 @@ TEXT = """
 001:814-992 | `python3 -m ezpz.test_dist` | works | `launch python3 tools/test_dist.py` | tools/test_smoke_test.py::test_as_a_user_starts_it
 001:847-859 | the W&B project of a script, hosts in its config | works | WANDB_PROJECT; `hosts` | training/test_dashboards.py::test_the_runs_address_and_hosts_are_kept
 001:818-820 | LOG_FROM_ALL_RANKS=1 | on purpose | named: rank 0 logs, the others' warnings are shown with their rank | launch/test_reference_flags.py::test_variables_without_effect_are_named_and_stop_nothing
-001:994-1143 | terminal plots of 6 metrics | works | the loss at the end, any metric by tools/plot.py --metric | tools/test_plot_command.py::test_a_run_is_drawn
+001:994-1143 | terminal plots of 6 metrics | works | the loss at the end, any metric by tools/plot.py --metric; all of them in plots/ and report.html | analysis/test_report_page.py::test_one_run_is_told_whole
 001:1146-1190 | a profile | not yet | PYINSTRUMENT_PROFILER is named: there is none |
 001:1217-1225 | characters of Shakespeare | works | tools/preprocess_data.py with CharTokenizer | data/prepare/test_preprocess.py::test_characters_make_their_own_alphabet
 001:1231-1241 | `launch python3 -m wordplay ...` | on purpose | the same sizes by NLAYERS, HEADS, HIDDEN, SEQ; the blocks are Llama's | seeds/test_commands.py::test_the_hands_on_sizes
@@ -140,7 +140,7 @@ TEXT = """
 001:1470-1471 | the best checkpoint is kept | works | KEEP_BEST | checkpoint/test_retention.py::test_what_is_kept
 001:1451-1533 | losses on 4 A100 | machine | |
 001:1241 | `tee log` | works | output.log in the run's folder | launch/test_train_script.py::test_the_trainings_status_is_the_scripts
-001:91-1536 | 29 pictures | not yet | docs hold none |
+001:91-1536 | 29 pictures | works | docs/pictures: six, computed by `python3 -m tests.pictures.draw` | pictures/test_pictures.py::test_a_drawing_is_the_committed_one_and_asks_for_nothing
 """
 
 
