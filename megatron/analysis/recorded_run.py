@@ -83,7 +83,7 @@ def read_folder(folder: Path) -> RecordedRun:
 
 
 def folders(paths: Iterable[Path]) -> list[Path]:
-    """Run folders, or files of records, as they were given; of a folder of runs, all runs in it, by name.
+    """Run folders or files of records, as given; of a folder of runs, all runs in it, by name.
 
     Raises:
         ConfigError: a path is neither.
