@@ -27,6 +27,7 @@ setup(
         "numpy",
         "wandb",
         "tensorboard",
+        "matplotlib",
         "safetensors",
         "filelock>=3.16",
         "rich",

@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import shlex
+import shutil
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron.analysis.plot import plot, series
-from megatron.analysis.run_report import write_report
+from megatron.analysis.report_page import REPORT, write_page
+from megatron.analysis.run_report import loss_plot, write_report
 from megatron.checkpoint.state import RunState
+from megatron.config.errors import ConfigError
 from megatron.config.schema import RunConfig
 from megatron.engine import Engine
 from megatron.parallel.control import Control
@@ -145,13 +147,30 @@ def print_summary(run: RunConfig, sample: str) -> None:
 def _print_summary(run: RunConfig, sample: str) -> None:
     folder = run.run_folder
     try:
-        curve = series(read(folder / "metrics.jsonl"))
-        print(plot({"loss": curve}, "loss", encoding=sys.stdout.encoding or "utf-8"))
+        # The launcher says how wide its terminal is (COLUMNS): a rank writes into a pipe.
+        width = max(30, shutil.get_terminal_size().columns)
+        records = read(folder / "metrics.jsonl")
+        print(loss_plot(records, width, sys.stdout.encoding or "utf-8"))
         if sample:
             print(f"Sample from the model (generated after [...]):\n\n{sample}\n")
-        print("\n".join(_next_steps(run, folder, write_report(folder))))
+        report = write_report(folder)
+        print("\n".join(_next_steps(run, folder, _draw(folder) or report)))
     except Exception as error:  # a full disk, or a terminal that has gone
         log.warning(f"no summary: {type(error).__name__}: {error} (the run is complete)")
+
+
+def _draw(folder: Path) -> Path | None:
+    """Writes report.html and the pictures in plots/; None where that failed."""
+    path = folder / REPORT
+    try:
+        write_page([folder], path)
+    except ConfigError as error:  # matplotlib is not installed
+        log.info(str(error))
+    except Exception as error:
+        log.warning(f"no pictures: {type(error).__name__}: {error} (the run is complete)")
+    else:
+        return path
+    return None
 
 
 def _next_steps(run: RunConfig, folder: Path, report: Path) -> list[str]:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from megatron.analysis.plot import plot, save_png, series
+from megatron.analysis.plot import evaluations, plot, series
+from megatron.analysis.recorded_run import RecordedRun, read_folder
 from megatron.analysis.summary import flatten, throughput, training_steps
 from megatron.checkpoint.atomic import write_atomically
 from megatron.config.skip import merge, ranges_text
-from megatron.training import metrics_file
 
 LAYOUT = {
     "parameters": "parameters",
@@ -34,63 +34,102 @@ LAYOUT = {
 }
 """Last part of a run.json key -> its name in the report."""
 
-PROVENANCE = "provenance"
-"""Key of run.json's section on where the run was made."""
+
+@dataclass(frozen=True)
+class Section:
+    """A table of the report: names and values under a title."""
+
+    title: str
+    rows: Sequence[tuple[str, str]]
 
 
-def report(run: Mapping[str, Any], metrics: Iterable[Mapping[str, Any]], title: str) -> str:
-    """The report as Markdown.
-
-    Args:
-        run: run.json: nested configuration and, under "provenance", where the run was made.
-        metrics: the run's records.
-        title: heading.
-    """
-    metrics = list(metrics)
-    flat = flatten({name: value for name, value in run.items() if name != PROVENANCE})
-    known = {name.rpartition(".")[2]: value for name, value in flat.items()}
-    origin = flatten(run.get(PROVENANCE, {}))
-    parts = [
-        f"# {title}",
-        _outcome(metrics),
-        f"```\n{plot({'loss': series(metrics)}, 'loss')}```",
-        _table("Throughput", _throughput(metrics)),
-        _table("Configuration", [(label, known.get(name)) for name, label in LAYOUT.items()]),
-        _skipped(metrics, known),
-        _table("Provenance", [(k, str(v)) for k, v in sorted(origin.items())]),
+def sections(run: RecordedRun) -> list[Section]:
+    """The report's tables; only those with something in them."""
+    known = run.settings
+    layout = [(label, str(known[name])) for name, label in LAYOUT.items()
+              if known.get(name) is not None]  # fmt: skip
+    origin = sorted((name, str(value)) for name, value in flatten(run.origin).items())
+    corpora = [
+        (corpus, f"{share:.1%} of the samples; {tokens:,} tokens in {files:,} file(s)")
+        for corpus, files, tokens, share in run.corpora
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    tables = [
+        Section("Throughput", _throughput(run.records)),
+        Section("Configuration", layout),
+        Section("Skipped steps", _skipped(run)),
+        Section("Spikes", _spikes(run.records)),
+        Section("Corpora", corpora),
+        Section("Provenance", origin),
+    ]
+    return [table for table in tables if table.rows]
+
+
+def headline(run: RecordedRun) -> dict[str, str]:
+    """The few numbers that are looked at first; those that are known."""
+    steps, rate = training_steps(run.records), throughput(run.records)
+    if not steps or rate is None:
+        return {}
+    last, resolved = steps[-1], run.resolved
+    valid = evaluations(run.records)
+    best = min(valid, key=lambda point: point[1], default=None)
+    numbers = {
+        "parameters": "" if resolved is None else f"{resolved.parameters:,}",
+        "layout": "" if resolved is None else str(resolved.layout),
+        "steps": f"{last['iteration']:,} of {last['train_iters']:,}",
+        "tokens": f"{last['consumed_tokens']:,}",
+        "last loss": f"{last['loss']:.4f}",
+        "best validation": "" if best is None else f"{best[1]:.4f} at step {best[0]:,}",
+        "tokens/s": f"{rate.tokens_per_s:,.0f}",
+        "TFLOPS per device": f"{rate.tflops_lm:.3g}",
+        "most memory": f"{last['memory_max_gib']:.2f} GiB",
+    }
+    return {name: text for name, text in numbers.items() if text}
+
+
+def report(run: RecordedRun) -> str:
+    """The report as Markdown."""
+    parts = [
+        f"# {run.name}",
+        "\n".join(outcome(run.records)),
+        f"```\n{loss_plot(run.records)}```",
+        *map(_table, sections(run)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def loss_plot(
+    records: Iterable[Mapping[str, Any]], width: int = 80, encoding: str = "utf-8"
+) -> str:
+    """Training and validation loss in characters."""
+    records = list(records)
+    points = {"loss": evaluations(records)}
+    return plot({"loss": series(records)}, "loss", width=width, encoding=encoding, points=points)
 
 
 def write_report(folder: Path) -> Path:
-    """Writes report.md and plots/ of the run in `folder`.
+    """Writes report.md and plots/loss.txt of the run in `folder`.
 
     Returns:
         The report's path.
 
     Raises:
         OSError: run.json or metrics.jsonl cannot be read, or the folder not written.
-        ValueError: one of them is damaged (DataError for metrics.jsonl).
+        DataError: one of them is damaged.
     """
-    run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    metrics = metrics_file.read(folder / "metrics.jsonl")
-    address = folder / "wandb" / "run_url"
-    if address.exists():
-        run.setdefault(PROVENANCE, {})["wandb"] = address.read_text(encoding="utf-8").strip()
+    run = read_folder(folder)
     plots = folder / "plots"
     plots.mkdir(exist_ok=True)
-    curves = {folder.name: series(metrics)}
-    write_atomically(plots / "loss.txt", plot(curves, "loss"), durable=False)
-    save_png(plots / "loss.png", curves, folder.name)
+    write_atomically(plots / "loss.txt", loss_plot(run.records), durable=False)
     path = folder / "report.md"
-    write_atomically(path, report(run, metrics, folder.name), durable=False)
+    write_atomically(path, report(run), durable=False)
     return path
 
 
-def _outcome(metrics: Sequence[Mapping[str, Any]]) -> str:
+def outcome(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How the run went, in sentences."""
     steps = training_steps(metrics)
     if not steps:
-        return "No step did work."
+        return ["No step did work."]
     first, last = steps[0], steps[-1]
     seconds = timedelta(seconds=round(last["time"] - first["time"]))
     lines = [
@@ -110,7 +149,7 @@ def _outcome(metrics: Sequence[Mapping[str, Any]]) -> str:
     stops = [record for record in metrics if record["event"] == "stop"]
     if stops:
         lines.append(f"Stopped at step {stops[-1]['iteration']}: {stops[-1]['reason']}.")
-    return "\n".join(lines)
+    return lines
 
 
 def _throughput(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
@@ -138,17 +177,26 @@ def _throughput(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     ]
 
 
-def _skipped(metrics: Sequence[Mapping[str, Any]], known: Mapping[str, Any]) -> str:
-    lines = []
-    if known.get("train_range_to_skip"):
-        lines.append(f"Asked for: {known['train_range_to_skip']}")
-    seen = merge((record["iteration"],) * 2 for record in metrics if record["event"] == "skip")
-    if seen:
-        lines.append(f"Logged as skipped: {ranges_text(seen)}")
-    return "\n".join(["## Skipped steps", "", *lines]) if lines else ""
+def _skipped(run: RecordedRun) -> list[tuple[str, str]]:
+    asked = run.settings.get("train_range_to_skip")
+    seen = skipped_ranges(run.records)
+    rows = [("asked for", str(asked) if asked else ""), ("logged as skipped", ranges_text(seen))]
+    return [(name, text) for name, text in rows if text]
 
 
-def _table(title: str, rows: Sequence[tuple[str, Any]]) -> str:
-    """A heading and a row for each value that is known; nothing without any."""
-    lines = [f"| {name} | {value} |" for name, value in rows if value is not None]
-    return "\n".join([f"## {title}", "", "| | |", "|---|---|", *lines]) if lines else ""
+def skipped_ranges(records: Iterable[Mapping[str, Any]]) -> tuple[tuple[int, int], ...]:
+    """Steps that were skipped, as inclusive ranges."""
+    return merge((record["iteration"],) * 2 for record in records if record["event"] == "skip")
+
+
+def _spikes(records: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    return [
+        (f"step {r['iteration']}", f"loss {r['loss']:.4g}, {r['action']}; samples: {r['report']}")
+        for r in records
+        if r["event"] == "spike"
+    ]
+
+
+def _table(section: Section) -> str:
+    lines = [f"| {name} | {value} |" for name, value in section.rows]
+    return "\n".join([f"## {section.title}", "", "| | |", "|---|---|", *lines])

@@ -123,7 +123,7 @@ def attempt(
     host = "127.0.0.1" if own else reachable_name(planned.hosts, master, socket.gethostname())
     tell = partial(screen.print, is_error=True)
     with closing(HangWatch(host, planned.ranks, stacks, hang_timeout_s, tell, own=own)) as hangs:
-        environ = {HEARTBEAT: hangs.address}
+        environ = {HEARTBEAT: hangs.address, **_terminal()}
         grace_s = HUNG_GRACE_S if own else process.GRACE_S
 
         def poll(signals: Sequence[int], failing: bool) -> bool:
@@ -157,6 +157,14 @@ def _hung(
     if 2 * len(hosts) > len(planned.hosts):  # that many are not broken: something else is
         hosts = ()
     return Attempt(status, tuple(watched.signals), f"it hung: {reason}", ranks, hosts)
+
+
+def _terminal() -> dict[str, str]:
+    """The width of this terminal, for what the ranks draw; nothing where it is none."""
+    try:
+        return {"COLUMNS": str(os.get_terminal_size(sys.stdout.fileno()).columns)}
+    except (OSError, ValueError):  # a pipe, a file, or closed
+        return {}
 
 
 def _children(planned: LaunchPlan, more: Mapping[str, str] | None = None) -> list[process.Child]:

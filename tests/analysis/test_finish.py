@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -115,7 +116,7 @@ def test_a_sample_that_fails_is_a_warning(
     (record,) = caplog.records
     assert message in record.message and "the run is complete" in record.message
     printed = capsys.readouterr().out
-    assert "report.md" in printed and "Sample from" not in printed
+    assert "report.html" in printed and "Sample from" not in printed
 
 
 def test_a_summary_that_fails_is_a_warning(
@@ -143,7 +144,7 @@ def test_a_sample_that_hangs_ends_the_process_with_the_runs_status(
         report(folder, Engine(hang), data_of(first), status=6, limit_s=0.2, end=end)
     assert ended == [6]
     assert "it has not ended after 0 s" in caplog.text
-    assert "report.md" in capsys.readouterr().out
+    assert "report.html" in capsys.readouterr().out
 
 
 def test_a_sample_in_time_ends_nothing(folder: Path) -> None:
@@ -151,3 +152,49 @@ def test_a_sample_in_time_ends_nothing(folder: Path) -> None:
     report(folder, Engine(nothing), data_of(first), limit_s=0.5, end=ended.append)
     threading.Event().wait(0.7)
     assert ended == []
+
+
+def test_pictures_that_fail_are_a_warning(
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(runs: object, path: object) -> None:
+        raise MemoryError("no room to draw")
+
+    monkeypatch.setattr(finish, "write_page", fails)
+    with caplog.at_level(logging.WARNING):
+        finish.print_summary(tiny_run(folder), "")
+    (record,) = caplog.records
+    assert record.message == "no pictures: MemoryError: no room to draw (the run is complete)"
+    printed = capsys.readouterr().out
+    assert "report.md" in printed and "resume" in printed  # the rest is there
+
+
+def test_without_matplotlib_a_line_says_what_to_install(
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with caplog.at_level(logging.INFO):
+        finish.print_summary(tiny_run(folder), "")
+    assert [record.levelname for record in caplog.records] == ["INFO"]
+    assert "pip install matplotlib" in caplog.text
+    assert "report.md" in capsys.readouterr().out
+    assert not (folder / "report.html").exists()
+
+
+@pytest.mark.parametrize("columns", [60, 200])
+def test_the_plot_is_as_wide_as_the_launchers_terminal(
+    folder: Path,
+    columns: int,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    finish.print_summary(tiny_run(folder), "")
+    drawn = capsys.readouterr().out.partition("iteration")[0]
+    assert max(map(len, drawn.splitlines())) == columns

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron.analysis import plot as module
-from megatron.analysis.plot import plot, save_png, series
+from megatron.analysis.plot import COLOURS, evaluations, metrics_of, plot, series, ticks
 from tests.training import records_factory as make
 
 VALUES = st.floats(-1e12, 1e12, allow_nan=False)
@@ -42,14 +42,57 @@ def test_blocks_double_the_resolution() -> None:
     assert flat[-1].startswith("\u2584" * 8)  # lower half
 
 
-def test_axes_are_labelled() -> None:
-    lines = plot({"run": [(1, 10.0), (200, 2.5)]}, "debug model: loss", height=5).splitlines()
+def test_axes_are_labelled_with_round_numbers_where_they_are() -> None:
+    lines = plot({"run": [(0, 10.0), (200, 0.0)]}, "debug model: loss", height=11).splitlines()
     assert lines[0].strip() == "debug model: loss"
-    assert lines[1].startswith("        10 |")
-    assert lines[3].startswith("      6.25 |")
-    assert lines[5].startswith("       2.5 |")
-    assert set(lines[6].strip()) == {"+", "-"}
-    assert lines[7].split() == ["1", "iteration", "200"]
+    labelled = [(n, line.partition("|")[0].strip()) for n, line in enumerate(lines[1:12])]
+    assert [pair for pair in labelled if pair[1]] == [(0, "10"), (5, "5"), (10, "0")]
+    axis, numbers, name = lines[12:]
+    assert axis.index("+", module.LABEL + 2) == module.LABEL + 2  # 0 is the first column
+    assert axis.rstrip()[-1] == "+" and len(axis) == 80  # and 200 the last
+    assert numbers.split() == ["0", "50", "100", "150", "200"]
+    assert name.strip() == "iteration"
+
+
+@given(
+    low=VALUES,
+    span=st.floats(1e-9, 1e12),
+    most=st.integers(2, 12),
+)
+def test_ticks_are_round_few_and_inside(low: float, span: float, most: int) -> None:
+    high = low + span
+    if not high > low:
+        return
+    found = ticks(low, high, most)
+    assert 1 <= len(found) <= most
+    slack = (high - low) * 1e-6 + abs(low) * 1e-9
+    assert all(low - slack <= tick <= high + slack for tick in found)
+    assert found == sorted(found)
+
+
+def test_two_curves_keep_the_blocks_where_colours_tell_them_apart() -> None:
+    curves = {"a": [(0, 1.0), (1, 0.0)], "b": [(0, 0.0), (1, 1.0)]}
+    text = plot(curves, "loss", "", 30, 18, colour=True, points={"a": [(0.5, 0.5)]})
+    first, second = (f"\x1b[{colour}m" for colour in COLOURS[:2])
+    assert f"|{first}\u259a" in text and f"|{second}\u259e" in text  # two by two per character
+    assert text.splitlines()[-3:] == [
+        f"{first}\u2588\x1b[0m a", f"{second}\u2588\x1b[0m b", "o validation"
+    ]  # fmt: skip
+    assert f"{first}o\x1b[0m" in text  # in the colour of its curve
+    plain = re.sub(r"\x1b\[\d+m", "", text)
+    assert all(len(line) <= 30 for line in plain.splitlines())
+
+
+def test_validation_lies_over_the_curve_at_its_steps() -> None:
+    curve = [(float(x), 10.0 - x) for x in range(11)]
+    for encoding, drawn in (("utf-8", "\u2588"), ("ascii", "*")):
+        text = plot({"loss": curve}, "loss", width=32, height=11, encoding=encoding,
+                    points={"loss": [(5, 5.0), (10, 0.0)]})  # fmt: skip
+        rows = drawing(text)
+        assert [(row.index("o"), n) for n, row in enumerate(rows) if "o" in row] == [
+            (10, 5), (19, 10)
+        ]  # fmt: skip
+        assert text.splitlines()[-2:] == [f"{drawn} loss", "o validation"]
 
 
 def test_several_runs_have_marks_and_a_legend() -> None:
@@ -98,20 +141,14 @@ def test_a_series_holds_finite_values_of_worked_steps() -> None:
     assert series(records, "mfu") == []
 
 
-def test_a_png_needs_matplotlib(tmp_path: Path) -> None:
-    path = tmp_path / "loss.png"
-    written = save_png(path, {"run": [(0, 1.0), (1, 0.5)]}, "loss")
-    assert written == path.exists()
-    if written:
-        assert path.read_bytes().startswith(b"\x89PNG")
+def test_evaluations_are_of_one_split() -> None:
+    records = [make.evaluation(3, 2.0), {**make.evaluation(3), "split": "test"}, make.step(4),
+               make.evaluation(5, math.inf)]  # fmt: skip
+    assert evaluations(records) == [(3, 2.0)]
+    assert evaluations(records, "test") == [(3, 2.5)]
 
 
-def test_without_matplotlib_there_is_no_png(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def absent(name: str) -> None:
-        raise ModuleNotFoundError(name)
-
-    monkeypatch.setattr(module.importlib, "import_module", absent)
-    assert not save_png(tmp_path / "loss.png", {"run": [(0, 1.0)]}, "loss")
-    assert not list(tmp_path.iterdir())
+def test_metrics_are_named() -> None:
+    names = metrics_of([make.step(1, corpus_loss={"code": 1.0}), make.evaluation(1)])
+    assert {"loss", "grad_norm", "tokens_per_s"} <= set(names)
+    assert not {"mfu", "event", "corpus_loss", "iteration", "perplexity"} & set(names)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron.analysis.recorded_run import recorded
 from megatron.analysis.run_report import report, write_report
 from megatron.training import metrics_file
 from tests.training import records_factory as make
@@ -37,7 +38,7 @@ def run_json(folder: Path) -> dict[str, object]:
 
 
 def test_the_report_tells_what_happened(tmp_path: Path) -> None:
-    text = report(run_json(tmp_path), RECORDS, "debug")
+    text = report(recorded(run_json(tmp_path), RECORDS, "debug"))
     for words in (
         "# debug\n",
         "Loss 4.0000 at step 1, 1.5000 at step 21 of 100; 672 tokens; 0:00:20 from first to last.",
@@ -56,17 +57,17 @@ def test_the_report_tells_what_happened(tmp_path: Path) -> None:
         "| TP | 1 |",
         "| layers | 3 |",
         "| precision | fp32 |",
-        "Asked for: 11-12,20-20",
-        "Logged as skipped: 11-12,20-20",
+        "| asked for | 11-12,20-20 |",
+        "| logged as skipped | 11-12,20-20 |",
         "| commit | abc123 |",
         "| versions.torch | 2.13.0 |",
     ):
         assert words in text, words
-    assert len(text.splitlines()) < 80
+    assert len(text.splitlines()) < 90
 
 
 def test_a_run_without_work_has_a_report(tmp_path: Path) -> None:
-    text = report(run_json(tmp_path), [make.skip(1)], "debug")
+    text = report(recorded(run_json(tmp_path), [make.skip(1)], "debug"))
     assert "No step did work." in text
     assert "Throughput" not in text
 

@@ -35,7 +35,7 @@ TEXT = """
 002:7-20 | those figures on Aurora | machine | |
 002:22 | out of memory at 16 and 20 layers | on purpose | they fit: the loss keeps no copies of the logits, with which the edges are the published ones; a verdict is printed | plan/test_memory.py::test_the_edges_of_the_reference_by_its_own_formula
 002:44-68 | blocks of the two architectures | works | the ARCHITECTURE box has the keys | seeds/test_commands.py::test_blocks_of_the_documents
-002:3 | a W&B report page | on purpose | a page is composed on W&B from its runs; here report.md in the run's folder | analysis/test_run_report.py::test_the_report_tells_what_happened
+002:3 | a W&B report page | works | report.html of one run or of several, `python3 tools/report.py RUN...` | analysis/test_report_page.py::test_several_runs_are_side_by_side
 002:74-91 | legend by machine, NHOSTS, label, GBS | works | in the W&B config: machine, hosts, created_at, `env.MODEL_ARCH` (the label), `env.NHOSTS` | training/test_dashboards.py::test_offline_wandb_is_read_back_and_resumes_under_its_id
 002:93-117 | tokens/s a GPU and global | works | both from the global count | training/test_meter.py::test_per_device_rates_are_the_global_ones_divided
 002:98 | a row with GBS 96 | works | GRAD_ACC_STEPS=4 | seeds/test_commands.py::test_a_row_with_twice_the_batch
@@ -76,7 +76,7 @@ TEXT = """
 003:243 | lines of the FLOPs profiler | on purpose | FLOPs are counted from the shape | model/test_architecture.py::test_log_with_checkpointing
 003:462 | a skipped step at 5,620 TFLOPS | on purpose | a skipped step has no rate and no loss | training/test_events.py::test_a_skipped_step_has_no_rate_and_no_loss
 003:463 | `Caught 3 in 'ranges_to_skip'` | works | `iteration 3 is in --train-range-to-skip: skipped` | e2e/test_skip.py::test_counters_and_rate_advance
-003:21 | a spike in the loss, found | works | found as it happens, with the suspects; SPIKE_POLICY acts | training/test_events.py::test_a_spike_and_what_was_done
+003:21 | a spike in the loss, found | works | found as it happens, with the suspects; marked in report.html; SPIKE_POLICY acts | training/test_events.py::test_a_spike_and_what_was_done
 003:101-133 | tokens of Llama-2 | on purpose | Llama2Tokenizer reads the file that TOKENIZER_MODEL names; the file has a licence of its own and is not shipped | data/prepare/test_tokenizer.py::test_fingerprints_tell_tokenizers_apart_and_know_copies
 000:7-35 | a table of 24 rows of two runs | works | `tools/compare_runs.py A B`: all of them, from raw sums; tokens/s is that of all devices | analysis/test_comparing.py::test_the_published_figures_follow_from_their_raw_sums
 000:39-74 | the Llama-3.2-1B shape | works | exact, exported with its config.json | model/test_architecture.py::test_parameters_of_presets
@@ -140,7 +140,7 @@ TEXT = """
 001:1470-1471 | the best checkpoint is kept | works | KEEP_BEST | checkpoint/test_retention.py::test_what_is_kept
 001:1451-1533 | losses on 4 A100 | machine | |
 001:1241 | `tee log` | works | output.log in the run's folder | launch/test_train_script.py::test_the_trainings_status_is_the_scripts
-001:91-1536 | 29 pictures | not yet | docs hold none |
+001:91-1536 | 29 pictures | works | docs/pictures: six, computed by `python3 -m tests.pictures.draw` | pictures/test_pictures.py::test_a_drawing_is_the_committed_one_and_asks_for_nothing
 """
 
 
