@@ -29,7 +29,7 @@ from pathlib import Path
 from megatron.analysis import finish
 from megatron.analysis.lr_finder import LrFinder, require_start
 from megatron.config.deepspeed import deepspeed_config
-from megatron.config.errors import ConfigError, DataError
+from megatron.config.errors import ConfigError, DataError, MissingCheckpoint
 from megatron.config.pipeline_stages import stage_bounds
 from megatron.config.schema import RunConfig
 from megatron.engine import Engine, make_engine, start_distributed, stop_distributed
@@ -62,7 +62,7 @@ from megatron.training.guard import Unstable
 from megatron.training.loggers import make_tracker
 from megatron.training.optimizers.rules import make_optimizer
 from megatron.training.optimizers.whole_matrix import WholeMatrixOptimizer
-from megatron.training.resume import MissingCheckpoint, resume
+from megatron.training.resume import resume
 from megatron.training.run_data import Data, build_data, train_data
 from megatron.training.stop import STOP_FILE, StopRequest
 from megatron.training.trainer import Trainer

@@ -1,10 +1,11 @@
-"""Evaluation: the mean loss of EVAL_ITERS batches, the same samples each time."""
+"""Evaluation: mean loss and accuracy of EVAL_ITERS batches, the same samples each time."""
 
 from __future__ import annotations
 
 import math
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +17,8 @@ from megatron.data.dataset import SampleSource
 from megatron.data.loader import HOST, Loader, StepPlan
 from megatron.engine import Engine, MicroBatches
 from megatron.launch.heartbeat import Heartbeat
+from megatron.parallel.control import Control
+from megatron.training.accuracy import Accuracy
 from megatron.training.optimizers.schedule_free import evaluation_weights
 
 
@@ -25,6 +28,7 @@ class Evaluated(Protocol):
     run: RunConfig
     state: RunState
     engine: Engine
+    control: Control
     heartbeat: Heartbeat
     full_plan: StepPlan
     reads_data: bool
@@ -43,7 +47,7 @@ class Evaluated(Protocol):
 
 
 def evaluate(trainer: Evaluated, split: str, dataset: SampleSource | None) -> int:
-    """Logs the mean loss of EVAL_ITERS batches over all ranks; a collective.
+    """Logs mean loss and accuracy of EVAL_ITERS batches over all ranks; a collective.
 
     The losses stay on the device until the last batch: no batch waits for it.
 
@@ -65,7 +69,8 @@ def evaluate(trainer: Evaluated, split: str, dataset: SampleSource | None) -> in
         loader = evaluation_loader(dataset, trainer.full_plan, run.log.eval_iters, engine.device)
     weights = evaluation_weights(engine.optimizer, engine.refresh_weights)
     losses: list[Tensor] = []
-    with loader as batches, weights:
+    accuracy = Accuracy(engine.groups.tp, run.model.vocab_size)
+    with loader as batches, weights, _counting(engine, accuracy):
         for number in range(1, run.log.eval_iters + 1):
             micro_batches = trainer.micro_batches(batches, number, marked=False)
             losses.append(engine.eval_batch(micro_batches))
@@ -74,15 +79,36 @@ def evaluate(trainer: Evaluated, split: str, dataset: SampleSource | None) -> in
     loss = sum(torch.stack(losses).flatten().tolist()) / len(losses)
     if split == "validation":
         trainer.validation_loss = trainer.state.iteration, loss
+    share = accuracy.share(trainer.control)
+    samples, seconds = len(losses) * run.train.global_batch_size, time.perf_counter() - start
     trainer.log_event(
         "eval",
         split=split,
         loss=loss,
-        perplexity=math.exp(min(loss, 20.0)),  # this order keeps a nan
-        samples=len(losses) * run.train.global_batch_size,
-        elapsed_s=time.perf_counter() - start,
+        perplexity=perplexity(loss),
+        accuracy=share,
+        samples=samples,
+        elapsed_s=seconds,
+        samples_per_s=samples / seconds,
     )
     return 0
+
+
+def perplexity(loss: float) -> float:
+    """e to a loss, which is taken to be 20 at most."""
+    return math.exp(min(loss, 20.0))  # this order keeps a nan
+
+
+@contextmanager
+def _counting(engine: Engine, accuracy: Accuracy) -> Iterator[None]:
+    """Inside, the losses of this rank's part of the model also count for the accuracy."""
+    module: Any = engine.module  # a Stack, or a pipeline's Stages
+    before = module.targets
+    module.targets = accuracy.counted(before)
+    try:
+        yield
+    finally:
+        module.targets = before
 
 
 def evaluation_loader(
