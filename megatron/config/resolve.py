@@ -47,6 +47,7 @@ FINDER_DEFAULTS = {
     "log.eval_interval": 0,
 }
 KIND, TOKENIZER = "data.tokenizer_type", "data.tokenizer_model"
+HELD_OUT = "data.valid_data_file_list", "data.test_data_file_list"
 DEFAULT_TOKENIZER = ("HFTokenizer", "google/gemma-7b")
 
 
@@ -380,6 +381,13 @@ def survey_of(run: RunConfig, name: str = "DATA_FILE_LIST") -> data_survey.DataS
         name,
         data.order,
     )
+    for key in HELD_OUT:
+        path = getattr(data, key.partition(".")[2])
+        if path is not None:  # what it lacks; its tokens are not the run's
+            own = data_survey.survey_data(
+                path, 0, 1.0, run.model.seq_length, schema.by_key()[key].name
+            )
+            survey = survey._replace(problems=(*survey.problems, *own.problems))
     if data.data_file_list == data_list.BUILTIN and data.tokenizer_type != "BuiltinTokenizer":
         problem = (
             f"TOKENIZER_TYPE={data.tokenizer_type} does not fit {name}={data_list.BUILTIN}, which "

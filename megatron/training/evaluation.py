@@ -1,4 +1,4 @@
-"""Evaluation: mean loss and accuracy of EVAL_ITERS batches, the same samples each time."""
+"""Looks at a model in training: mean loss and accuracy of the same samples, a sampled text."""
 
 from __future__ import annotations
 
@@ -20,12 +20,15 @@ from megatron.launch.heartbeat import Heartbeat
 from megatron.parallel.control import Control
 from megatron.training.accuracy import Accuracy
 from megatron.training.optimizers.schedule_free import evaluation_weights
+from megatron.training.run_data import Data
+from megatron.training.sample import sample_text
 
 
 class Evaluated(Protocol):
     """The Trainer as an evaluation sees it."""
 
     run: RunConfig
+    data: Data
     state: RunState
     engine: Engine
     control: Control
@@ -37,6 +40,9 @@ class Evaluated(Protocol):
     def agree(self) -> int:
         """What asks any rank to stop, 0 for nothing; a collective."""
 
+    def is_due(self, interval: int) -> bool:
+        """Whether what happens every `interval` steps (0: never) and at the last happens now."""
+
     def micro_batches(
         self, loader: Loader | None, iteration: int, *, marked: bool = True
     ) -> MicroBatches:
@@ -44,6 +50,29 @@ class Evaluated(Protocol):
 
     def log_event(self, event: str, **values: Any) -> None:
         """Logs a record that is not of a step."""
+
+
+def look(trainer: Evaluated) -> int:
+    """The evaluation and the sampled text that are due after a step; a collective.
+
+    Returns:
+        What asked to stop meanwhile, 0 for nothing.
+    """
+    log, evaluates = trainer.run.log, trainer.is_due(trainer.run.log.eval_interval)
+    cause = evaluate(trainer, "validation", trainer.data.splits.valid) if evaluates else 0
+    wanted = trainer.is_due(log.sample_interval) if log.sample_interval else log.sample_prompt
+    if cause or not wanted or not (evaluates or log.sample_interval):
+        return cause
+    trainer.heartbeat.enter("sample", trainer.state.iteration)
+    start, heartbeat = time.perf_counter(), trainer.heartbeat
+    sampled = sample_text(
+        trainer.run, trainer.engine, trainer.data, trainer.control, heartbeat.tick
+    )
+    if sampled is not None:
+        prompt, text = sampled
+        seconds = time.perf_counter() - start
+        trainer.log_event("sample", prompt=prompt, text=text, elapsed_s=seconds)
+    return 0
 
 
 def evaluate(trainer: Evaluated, split: str, dataset: SampleSource | None) -> int:

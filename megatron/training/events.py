@@ -115,6 +115,10 @@ EVENTS: dict[str, Event] = {
         _eval_scalars,
         ("val", "test"),
     ),
+    "sample": Event(
+        _ITERATION
+        + "sample, generated after [...] | elapsed_s={elapsed_s:.1f}\n{prompt}[...]{text}"
+    ),
     "save": Event(
         _save_line, lambda r: {"timers/save-checkpoint-time": r["elapsed_s"]}, ("timers",)
     ),
