@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, not installed
 
+from megatron.analysis.named_model import add_model, loaded, say
 from megatron.config.errors import ConfigError, DataError, MissingCheckpoint
-from tools.generate import add_model, loaded
 
 if TYPE_CHECKING:
     from megatron.analysis.corpus_scores import Sample
@@ -123,7 +123,7 @@ class _Progress:
         """Says how many samples are done."""
         if time.monotonic() - self._last > EVERY_S:
             self._last = time.monotonic()
-            print(f"{done:,} samples done", file=sys.stderr)
+            say(f"{done:,} samples done")
 
 
 if __name__ == "__main__":

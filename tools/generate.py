@@ -11,7 +11,6 @@ layout may have written the checkpoint. Exit status: 0, 2 for a wrong setting, 4
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,8 +19,8 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, not installed
 
+from megatron.analysis.named_model import add_model, loaded, say
 from megatron.config.errors import ConfigError, MissingCheckpoint
-from megatron.launch.cpu_types import slow_types
 
 if TYPE_CHECKING:
     from megatron.data.prepare.tokenizer import Tokenizer
@@ -44,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--top-k", type=int, default=40, metavar="K",
         help="draw among the K likeliest tokens; 0: all; default 40")  # fmt: skip
     add("--top-p", type=float, default=1.0, metavar="P",
-        help="draw among the fewest likeliest tokens with this chance together; default 1")  # fmt: skip
+        help="draw among the fewest likeliest with this chance together; default 1")  # fmt: skip
     add("--seed", type=int, default=0, metavar="S", help="of the draws; default 0")
     add("--no-cache", action="store_true", help="compute the whole text again for each token")
     options = parser.parse_args(arguments)
@@ -58,16 +57,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
-    """Arguments that name a model, and how it is computed."""
-    add = parser.add_argument
-    add("model", metavar="RUN", help="a run, a checkpoint, or a Hugging Face folder")
-    add("--iteration", type=int, metavar="N", help="step of the run; default the newest")
-    add("--dtype", choices=("fp32", "bf16", "fp16"),
-        help="of the weights; default that of the run, fp32 where the CPU is slow with it")  # fmt: skip
-    add("--device", default="auto", choices=("auto", "cpu", "cuda", "xpu"), help="default auto")
-
-
 def run(options: argparse.Namespace) -> int:
     """Loads the model and continues each prompt."""
     check(options)
@@ -75,9 +64,9 @@ def run(options: argparse.Namespace) -> int:
 
     saved, model, tokenizer = loaded(options, cached=not options.no_cache)
     if not model.caches and not options.no_cache:
-        _say("without a cache of keys and values: this model computes all of a text each time")
+        say("without a cache of keys and values: this model computes all of a text each time")
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)
-    slides = _once(lambda kept: _say(
+    slides = _once(lambda kept: say(
         f"the text is longer than SEQ={model.shape.seq_length}: it goes on from its last "
         f"{kept} tokens"
     ))  # fmt: skip
@@ -89,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
         except ConfigError as error:
             if not asked:
                 raise
-            _say(f"error: {error}")
+            say(f"error: {error}")
             continue
         began, tokens = time.perf_counter(), 0
         print(prompt, end="", flush=True)
@@ -102,7 +91,7 @@ def run(options: argparse.Namespace) -> int:
             print(text.grown(token), end="", flush=True)
         print(text.rest(), flush=True)
         seconds = time.perf_counter() - began
-        _say(f"[{tokens} tokens, {seconds:.1f} s, {tokens / seconds:.1f} tokens/s]")
+        say(f"[{tokens} tokens, {seconds:.1f} s, {tokens / seconds:.1f} tokens/s]")
     return 0
 
 
@@ -117,29 +106,6 @@ def check(options: argparse.Namespace) -> None:
     for name, value, fits, rule in wrong:
         if not fits:
             raise ConfigError(f"{name} {value:g}: must be {rule}")
-
-
-def loaded(
-    options: argparse.Namespace, *, cached: bool = False
-) -> tuple[SavedModel, WholeModel, Tokenizer]:
-    """The model that the arguments of `add_model` name, and its tokenizer; says what it is."""
-    from megatron.training.device import detect, prepare
-    from megatron.training.saved_model import DTYPES, WholeModel, find
-
-    began = time.perf_counter()
-    saved = find(options.model, options.iteration)
-    device = detect(0, saved.dtype, options.device)
-    slow = device.kind == "cpu" and saved.dtype in slow_types(os.environ)
-    dtype = options.dtype or ("fp32" if slow else saved.dtype)
-    prepare(device, dtype)
-    tokenizer = saved.tokenizer()
-    model = WholeModel(saved, device.torch_device, DTYPES[dtype], eod=tokenizer.eod, cached=cached)
-    size = sum(parameter.numel() for parameter in model.parameters())
-    _say(
-        f"{saved.where}: {size / 1e6:,.1f}M parameters, {dtype} on {device.kind}, loaded in "
-        f"{time.perf_counter() - began:.1f} s"
-    )
-    return saved, model, tokenizer
 
 
 def first_ids(prompt: str, saved: SavedModel, model: WholeModel, tokenizer: Tokenizer) -> list[int]:
@@ -195,7 +161,7 @@ class Text:
 def _lines(asked: bool) -> Iterator[str]:
     """Prompts of the standard input; on a terminal with a sign, until its end."""
     if asked:
-        _say("a prompt per line; Ctrl-D ends")
+        say("a prompt per line; Ctrl-D ends")
         import readline  # noqa: F401  # arrows and history in `input`
     while True:
         try:
@@ -213,10 +179,6 @@ def _once(tell: Callable[[int], None]) -> Callable[[int], None]:
         told.append(value)
 
     return first
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from megatron.data.prepare.checks import check_files
 from megatron.data.prepare.tokenizer import Tokenizer
 from megatron.data.splits import build_datasets
 from megatron.parallel.control import ALONE
-from megatron.training.evaluation import perplexity
+from megatron.training.accuracy import perplexity
 from megatron.training.run_data import build_data
 from megatron.training.saved_model import WholeModel
 

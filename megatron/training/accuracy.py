@@ -1,10 +1,11 @@
-"""Whether the likeliest token is the right one, found beside the loss, a chunk of logits at a time.
+"""How often the likeliest token is the right one, found beside the loss, a chunk at a time.
 
 Only evaluations ask: the targets of a training step stay as they are.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -15,6 +16,11 @@ from megatron.parallel.control import Control
 from megatron.parallel.groups import Axis
 from megatron.parallel.head_loss import Targets, TargetsOf
 from megatron.parallel.layers import check_token_ids
+
+
+def perplexity(loss: float) -> float:
+    """e to a loss, which is taken to be 20 at most."""
+    return math.exp(min(loss, 20.0))  # this order keeps a nan
 
 
 def with_correct(

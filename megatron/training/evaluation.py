@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,7 +17,7 @@ from megatron.data.loader import HOST, Loader, StepPlan
 from megatron.engine import Engine, MicroBatches
 from megatron.launch.heartbeat import Heartbeat
 from megatron.parallel.control import Control
-from megatron.training.accuracy import Accuracy
+from megatron.training.accuracy import Accuracy, perplexity
 from megatron.training.optimizers.schedule_free import evaluation_weights
 from megatron.training.run_data import Data
 from megatron.training.sample import sample_text
@@ -64,10 +63,8 @@ def look(trainer: Evaluated) -> int:
     if cause or not wanted or not (evaluates or log.sample_interval):
         return cause
     trainer.heartbeat.enter("sample", trainer.state.iteration)
-    start, heartbeat = time.perf_counter(), trainer.heartbeat
-    sampled = sample_text(
-        trainer.run, trainer.engine, trainer.data, trainer.control, heartbeat.tick
-    )
+    start, tick = time.perf_counter(), trainer.heartbeat.tick
+    sampled = sample_text(trainer.run, trainer.engine, trainer.data, trainer.control, tick)
     if sampled is not None:
         prompt, text = sampled
         seconds = time.perf_counter() - start
@@ -121,11 +118,6 @@ def evaluate(trainer: Evaluated, split: str, dataset: SampleSource | None) -> in
         samples_per_s=samples / seconds,
     )
     return 0
-
-
-def perplexity(loss: float) -> float:
-    """e to a loss, which is taken to be 20 at most."""
-    return math.exp(min(loss, 20.0))  # this order keeps a nan
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from megatron.checkpoint.state import DataStage, RunState
 from megatron.config.errors import DataError
@@ -253,7 +254,8 @@ def _with_own_lists(
         built = build_datasets(sources, run.model.seq_length, shares, seed, headers=headers)
         if built.valid is None:
             raise DataError(f"{name}={path}: {'; '.join(built.warnings)}")
-        splits = dataclasses.replace(splits, **{split: built.valid})
+        own: dict[str, Any] = {split: built.valid}
+        splits = dataclasses.replace(splits, **own)
     return splits
 
 

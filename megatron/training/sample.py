@@ -1,4 +1,4 @@
-"""A text from the model of a run, in its layout: at its end, and while it trains (SAMPLE_PROMPT)."""
+"""A text from the model of a run, in its layout: at its end, and at evaluations."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def sample_text(
 ) -> tuple[str, str] | None:
     """A continuation of SAMPLE_PROMPT, else of the start of a validation sample.
 
-    A collective over all ranks. It changes nothing in the run, and what fails is a warning, which ends with
-    what becomes of the run (`then`).
+    A collective over all ranks. It changes nothing in the run, and what fails is a warning, which
+    ends with what becomes of the run (`then`).
 
     Returns:
         The prompt and what follows it, on rank 0; None elsewhere and where it could not be made.

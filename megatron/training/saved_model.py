@@ -274,9 +274,8 @@ def _dtype_of(folder: Path) -> str:
 def _tokenizer_in(folder: Path) -> Tokenizer:
     """The tokenizer among a Hugging Face model's files."""
     names = [path.name for path in imported.tokenizer_files(folder)]
-    if "tokenizer.model" in names and "tokenizer.json" not in names:
-        if "tokenizer_config.json" not in names:
-            return build_tokenizer("SentencePieceTokenizer", str(folder / "tokenizer.model"))
     if not names:
-        raise ConfigError(f"{folder} has no tokenizer: give --tokenizer-type and --tokenizer-model")
+        raise ConfigError(f"{folder} has no tokenizer: copy that of the model into it")
+    if names == ["tokenizer.model"]:
+        return build_tokenizer("SentencePieceTokenizer", str(folder / "tokenizer.model"))
     return build_tokenizer("HFTokenizer", str(folder))
