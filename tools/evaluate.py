@@ -26,7 +26,7 @@ from megatron.analysis.named_model import add_model, loaded, say
 from megatron.config.errors import ConfigError, DataError, MissingCheckpoint
 
 if TYPE_CHECKING:
-    from megatron.analysis.corpus_scores import Sample
+    from megatron.analysis.corpus_scores import CorpusSample
     from megatron.data.prepare.tokenizer import Tokenizer
     from megatron.training.saved_model import SavedModel
 
@@ -77,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _samples(
     options: argparse.Namespace, saved: SavedModel, tokenizer: Tokenizer
-) -> Iterator[Sample]:
+) -> Iterator[CorpusSample]:
     from megatron.analysis import corpus_scores
 
     length, vocabulary = saved.shape.seq_length, saved.shape.vocab_size

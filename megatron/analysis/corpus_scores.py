@@ -24,11 +24,11 @@ from megatron.training.accuracy import perplexity
 from megatron.training.run_data import build_data
 from megatron.training.saved_model import WholeModel
 
-Sample = tuple[str, Tensor]  # corpus, int64 (S + 1,)
+CorpusSample = tuple[str, Tensor]  # corpus, int64 (S + 1,)
 ALL = "all"
 
 
-def of_run(run: RunConfig, split: str, wanted: int | None) -> Iterator[Sample]:
+def of_run(run: RunConfig, split: str, wanted: int | None) -> Iterator[CorpusSample]:
     """The samples of a run's own evaluations: EVAL_ITERS batches, or the first `wanted`.
 
     Raises:
@@ -43,7 +43,7 @@ def of_run(run: RunConfig, split: str, wanted: int | None) -> Iterator[Sample]:
 
 def of_list(
     path: str, length: int, tokenizer: Tokenizer, vocab_size: int, wanted: int | None
-) -> Iterator[Sample]:
+) -> Iterator[CorpusSample]:
     """All samples of a list once, or `wanted` of them mixed by its weights.
 
     Args:
@@ -71,7 +71,9 @@ def of_list(
     )
 
 
-def of_text(text: str, length: int, tokenizer: Tokenizer, wanted: int | None) -> Iterator[Sample]:
+def of_text(
+    text: str, length: int, tokenizer: Tokenizer, wanted: int | None
+) -> Iterator[CorpusSample]:
     """A text in pieces of the model's length, a last shorter one included.
 
     Raises:
@@ -87,7 +89,7 @@ def of_text(text: str, length: int, tokenizer: Tokenizer, wanted: int | None) ->
 
 def scores(
     model: WholeModel,
-    samples: Iterable[Sample],
+    samples: Iterable[CorpusSample],
     batch: int,
     tick: Callable[[int], None] = lambda done: None,
 ) -> dict[str, dict[str, Any]]:
@@ -131,15 +133,15 @@ def _figures(loss: float, right: float, tokens: float, samples: float) -> dict[s
     }
 
 
-def _read(source: SampleSource, count: int) -> Iterator[Sample]:
+def _read(source: SampleSource, count: int) -> Iterator[CorpusSample]:
     for number in range(count):
         sample = source.sample(number)
         yield sample.corpus, torch.from_numpy(sample.tokens)
 
 
-def _blocks(samples: Iterable[Sample], batch: int) -> Iterator[tuple[list[str], Tensor]]:
+def _blocks(samples: Iterable[CorpusSample], batch: int) -> Iterator[tuple[list[str], Tensor]]:
     """Corpora and tokens (B, S + 1) of up to `batch` neighbours of one length."""
-    kept: list[Sample] = []
+    kept: list[CorpusSample] = []
     for one in samples:
         if kept and (len(kept) == batch or len(one[1]) != len(kept[0][1])):
             yield [corpus for corpus, _ in kept], torch.stack([tokens for _, tokens in kept])

@@ -80,7 +80,6 @@ WITHOUT_EFFECT: dict[str, str] = {
     "WANDB_RUN_ID": "the W&B run's id is kept in the run's folder",
     "WANDB_RESUME": "a run resumes its W&B run by itself",
     "WANDB_DIR": "W&B writes into the run's folder: set RUN_DIR",
-    "VALID_DATA_FILE_LIST": "VAL_SPLIT is the share of each file that validates",
     "PROFILE": _PROFILER,
 }
 
