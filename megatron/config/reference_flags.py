@@ -215,7 +215,7 @@ REFUSED: dict[str, str] = {
     "--no-save-optim": "a checkpoint holds the optimizer; --export-hf saves weights alone as well",
     "--no-save-rng": "a checkpoint holds the random states, some kilobytes",
     "--load-tag": "the newest sound step of LOAD is taken; move later ones away for an older one",
-    "--skip-train": "a run evaluates as it trains, every --eval-interval steps",
+    "--skip-train": "tools/evaluate.py evaluates a checkpoint",
     "--kill-switch-file": "make the file STOP in the run's folder: the run saves and stops",
     "--distribute-saved-activations": _RECOMPUTE,
     "--distribute-checkpointed-activations": _RECOMPUTE,
