@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, not installed
 
-from megatron.analysis.named_model import add_model, loaded, say
+from megatron.analysis.named_model import add_model, loaded, named, say
 from megatron.config.errors import ConfigError, DataError, MissingCheckpoint
 
 if TYPE_CHECKING:
@@ -65,7 +65,10 @@ def run(options: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.WARNING)
     from megatron.analysis.corpus_scores import scores
 
-    saved, model, tokenizer = loaded(options)
+    saved = named(options)
+    if saved.run is None and not (options.list or options.data):
+        raise ConfigError(f"{saved.where} was not trained here: give a LIST, or --data TEXT")
+    model, tokenizer = loaded(saved, options)
     samples = _samples(options, saved, tokenizer)
     found = scores(model, samples, options.batch, _Progress().tell)
     if options.json:
@@ -89,8 +92,7 @@ def _samples(
         return corpus_scores.of_text(text, length, tokenizer, options.samples)
     if options.list:
         return corpus_scores.of_list(options.list, length, tokenizer, vocabulary, options.samples)
-    if saved.run is None:
-        raise ConfigError(f"{saved.where} was not trained here: give a LIST, or --data TEXT")
+    assert saved.run is not None
     return corpus_scores.of_run(saved.run, options.split, options.samples)
 
 

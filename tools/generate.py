@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, not installed
 
-from megatron.analysis.named_model import add_model, loaded, say
+from megatron.analysis.named_model import add_model, loaded, named, say
 from megatron.config.errors import ConfigError, MissingCheckpoint
 
 if TYPE_CHECKING:
@@ -62,7 +62,8 @@ def run(options: argparse.Namespace) -> int:
     check(options)
     from megatron.training.generate import Sampling, continued
 
-    saved, model, tokenizer = loaded(options, cached=not options.no_cache)
+    saved = named(options)
+    model, tokenizer = loaded(saved, options, cached=not options.no_cache)
     if not model.caches and not options.no_cache:
         say("without a cache of keys and values: this model computes all of a text each time")
     sampling = Sampling(options.temperature, options.top_k, options.top_p, options.seed)

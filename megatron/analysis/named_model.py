@@ -25,16 +25,26 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "xpu"), help="default auto")
 
 
-def loaded(
-    options: argparse.Namespace, *, cached: bool = False
-) -> tuple[SavedModel, WholeModel, Tokenizer]:
-    """The model that the arguments of `add_model` name, and its tokenizer; says what it is."""
+def named(options: argparse.Namespace) -> SavedModel:
+    """The model that the arguments of `add_model` name, not loaded yet.
+
+    Raises:
+        MissingCheckpoint, ConfigError: as `saved_model.find`.
+    """
     # Here, so that --help and a wrong argument do not wait for torch.
+    from megatron.training.saved_model import find
+
+    return find(options.model, options.iteration)
+
+
+def loaded(
+    saved: SavedModel, options: argparse.Namespace, *, cached: bool = False
+) -> tuple[WholeModel, Tokenizer]:
+    """A model on the device and in the type that the arguments ask for; says what it is."""
     from megatron.training.device import detect, prepare
-    from megatron.training.saved_model import DTYPES, WholeModel, find
+    from megatron.training.saved_model import DTYPES, WholeModel
 
     began = time.perf_counter()
-    saved = find(options.model, options.iteration)
     device = detect(0, saved.dtype, options.device)
     slow = device.kind == "cpu" and saved.dtype in slow_types(os.environ)
     dtype = options.dtype or ("fp32" if slow else saved.dtype)
@@ -46,7 +56,7 @@ def loaded(
         f"{saved.where}: {size / 1e6:,.1f}M parameters, {dtype} on {device.kind}, loaded in "
         f"{time.perf_counter() - began:.1f} s"
     )
-    return saved, model, tokenizer
+    return model, tokenizer
 
 
 def say(line: str) -> None:

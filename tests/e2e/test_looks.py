@@ -86,7 +86,7 @@ def test_every_layout_sees_the_same(layout: dict[str, str], ranks: int, tmp_path
     texts = of(got, "sample", "iteration", "prompt", "text")
     assert [row[:2] for row in texts] == [(3, "5 17 99"), (6, "5 17 99")]
     assert texts == of(want, "sample", "iteration", "prompt", "text")
-    assert all(text for *_, text in texts)
+    assert any(text for *_, text in texts)  # one may end at once
 
 
 @pytest.mark.long
