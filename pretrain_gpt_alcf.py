@@ -30,7 +30,7 @@ from pathlib import Path
 from megatron.analysis import finish
 from megatron.analysis.lr_finder import LrFinder, require_start
 from megatron.config.deepspeed import deepspeed_config
-from megatron.config.errors import ConfigError, DataError
+from megatron.config.errors import ConfigError, DataError, MissingCheckpoint
 from megatron.config.pipeline_stages import stage_bounds
 from megatron.config.schema import RunConfig
 from megatron.display.marked_line import LIVE
@@ -65,7 +65,7 @@ from megatron.training.loggers import make_tracker
 from megatron.training.optimizers.rules import make_optimizer
 from megatron.training.optimizers.whole_matrix import WholeMatrixOptimizer
 from megatron.training.profiles import profiled, require_profiler
-from megatron.training.resume import MissingCheckpoint, Source, find_source, resume
+from megatron.training.resume import Source, find_source, resume
 from megatron.training.run_data import Data, build_data, train_data
 from megatron.training.start_up import StartUp
 from megatron.training.stop import STOP_FILE, StopRequest

@@ -2,7 +2,7 @@
 """Our checkpoints to Hugging Face folders, and those of others into runs, for any layout.
 
     python3 tools/convert_hf.py export RUN OUT [--iteration N] [--dtype bfloat16]
-    python3 tools/convert_hf.py import FOLDER RUN [--weights-only] [--vocab-size N]
+    python3 tools/convert_hf.py import FOLDER RUN [--data LIST] [--weights-only] [--vocab-size N]
 
 RUN is a run's folder. FOLDER holds a Hugging Face model, which becomes step 0 of the run, or
 checkpoints of Megatron-DeepSpeed (model files, pipeline layers, ZeRO 0-3, Universal), of which the
@@ -26,11 +26,16 @@ from megatron.checkpoint.retention import KEEP_ALL
 from megatron.checkpoint.saver import Saver
 from megatron.checkpoint.state import RunState
 from megatron.config.shape import IDENTITY, ModelShape
+from megatron.data.data_list import parse_data_list
+from megatron.data.prepare.checks import check_files
 from megatron.parallel.control import ALONE
 from megatron.parallel.piece import Piece
 from megatron.training.hf_export import DTYPES, export_checkpoint
 
 LONGEST = 4096  # tokens in a sample that the printed command proposes at most
+GOES_ON = ("LR=2e-5", "MIN_LR=2e-6", "TRAIN_ITERS=1000")
+"""For a model that has been trained: the presets' are for one from its start."""
+LIST = "LIST"  # stands for data that the user has
 
 
 def main(argv: Sequence[str]) -> int:
@@ -75,29 +80,36 @@ def import_model(arguments: argparse.Namespace) -> int:
         )
     kind = foreign.kind_of(folder)
     if kind is foreign.REFERENCE:
+        if arguments.data:
+            raise ValueError("--data is for Hugging Face models: others go on with their own data")
         return import_reference(folder, run, arguments.weights_only, arguments.vocab_size)
     if not (folder / huggingface.CONFIG).is_file():
         raise ValueError(f"{folder} {foreign.contents(folder)}")
     for name in ("weights_only", "vocab_size"):
         if getattr(arguments, name):
             raise ValueError(f"--{name.replace('_', '-')} is for Megatron-DeepSpeed's checkpoints")
-    return import_hugging_face(folder, run)
+    return import_hugging_face(folder, run, arguments.data)
 
 
-def import_hugging_face(folder: Path, run: Path) -> int:
+def import_hugging_face(folder: Path, run: Path, data: str | None) -> int:
     """A model as step 0."""
     shape = huggingface.read_shape(folder)
+    if data is not None:
+        check_files(parse_data_list(data, "--data"), shape.vocab_size).raise_problems()
     kept = imported.keep(folder, run)
     about = _about(shape, RunState(), None, f"Hugging Face, {folder}")
     _save(run, 0, huggingface.import_pieces(folder, shape), about)
     dropout = huggingface.read_config(folder).get("attention_dropout")
     if dropout:
         _warn(f"attention_dropout={dropout} is not applied in training")
+    chosen = (f"DATA_FILE_LIST={data or LIST}", *GOES_ON)
     print(
-        f"{folder} is step 0 of {run}; train it with\n\n    {_command(shape, run, kept)}\n\n"
-        "and with DATA_FILE_LIST, LR, MIN_LR and TRAIN_ITERS of your own: the preset's are for a "
-        f"small model from\nits start. The model was made for {shape.seq_length} tokens (SEQ)."
+        f"{folder} is step 0 of {run}; train it with\n\n"
+        f"    {_command(shape, run, kept, chosen=chosen)}\n"
     )
+    if data is None:
+        print(f"where {LIST} is a data list made with its tokenizer, or DATA=TEXT a text instead.")
+    print(f"The model was made for {shape.seq_length} tokens (SEQ). Later starts: --resume {run}")
     return 0
 
 
@@ -157,7 +169,13 @@ def _find(run: Path, iteration: int | None) -> store.Checkpoint | None:
     return None
 
 
-def _command(shape: ModelShape, run: Path, kept: Path | None, optimizer: str | None = None) -> str:
+def _command(
+    shape: ModelShape,
+    run: Path,
+    kept: Path | None,
+    optimizer: str | None = None,
+    chosen: Sequence[str] = (),
+) -> str:
     """The command that trains an imported model, with all settings that a resume must keep."""
     length = shape.seq_length if kept is None else min(shape.seq_length, LONGEST)
     values, flags = [f"RUN_DIR={run}", f"SEQ={length}"], []
@@ -178,7 +196,7 @@ def _command(shape: ModelShape, run: Path, kept: Path | None, optimizer: str | N
             values.append(f"{option['env'][0]}={text}")
         else:
             flags.append(f"{option['flags'][0]} {text}")
-    return " ".join([*values, "bash train_alcf.sh", *flags])
+    return " ".join([*values, *chosen, "bash train_alcf.sh", *flags])
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -201,6 +219,7 @@ def _parser() -> argparse.ArgumentParser:
     into.add_argument(
         WEIGHTS_ONLY, action="store_true", help="leave out the optimizer's states and its files"
     )
+    into.add_argument("--data", metavar="LIST", help="data list that the printed command names")
     into.add_argument(
         "--vocab-size",
         type=int,

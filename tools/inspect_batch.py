@@ -14,7 +14,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 import torch
 
 from megatron.analysis.explain import RunHistory
-from megatron.config.errors import ConfigError, DataError
+from megatron.config.errors import ConfigError, DataError, MissingCheckpoint
 from megatron.config.schema import RunConfig
 from megatron.data.indexed import DocumentPart
 from megatron.data.loader import StepPlan
@@ -46,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ConfigError("give --step N or --find-document FILE:NUMBER")
         else:
             _print_step(history, options)
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, MissingCheckpoint) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return error.exit_status
     return 0
@@ -59,13 +58,13 @@ def _print_step(history: RunHistory, options: argparse.Namespace) -> None:
     samples = [history.explain(number) for number in numbers]
     losses: list[float | None] = [None] * len(samples)
     if options.loss is not None:
-        with redirect_stdout(sys.stderr):  # DeepSpeed's logger writes to standard output
-            from megatron.analysis.sample_loss import SampleLosses  # imports the training code
+        from megatron.training.saved_model import WholeModel, find
 
-            follows = history.run.data.follows_documents
-            eod = {"eod": history.tokenizer().eod} if follows else {}
-            model = SampleLosses(options.loss, **eod)
-            found = model.losses([torch.from_numpy(sample.tokens) for sample in samples])
+        follows = history.run.data.follows_documents
+        eod = {"eod": history.tokenizer().eod} if follows else {}
+        model = WholeModel(find(str(options.loss)), torch.device("cpu"), torch.float32, **eod)
+        read = (torch.from_numpy(sample.tokens)[None] for sample in samples)
+        found = [model.score(one).mean_losses()[0] for one in read]
         order = sorted(range(len(samples)), key=lambda place: -found[place])
         samples, losses = [samples[i] for i in order], [found[i] for i in order]
     tokenizer = history.tokenizer() if options.decode else None

@@ -18,10 +18,9 @@ from megatron.config.errors import ConfigError
 from megatron.config.schema import RunConfig
 from megatron.engine import Engine
 from megatron.parallel.control import Control
-from megatron.training.generate import generate
 from megatron.training.metrics_file import read
-from megatron.training.optimizers.schedule_free import evaluation_weights
 from megatron.training.run_data import Data
+from megatron.training.sample import sample_text
 from megatron.training.stop import cause_text
 from megatron.training.trainer import Outcome
 
@@ -29,11 +28,6 @@ log = logging.getLogger(__name__)
 
 NOT_SAVED = 6
 """Exit status of a run that ended without its last state on disk."""
-
-_PROMPT_TOKENS = 24
-_NEW_TOKENS = 64
-_DRAW_S = 60.0
-"""Seconds after which the sample gets no further token."""
 
 _GIVE_UP_S = 600.0
 """Seconds after which a rank that hangs in the sample is ended."""
@@ -77,60 +71,10 @@ def report(
     timer = threading.Timer(limit_s, give_up)
     timer.daemon = True
     timer.start()
-    sample = sample_text(run, engine, data, control, tick)
+    sampled = sample_text(run, engine, data, control, tick, "the run is complete")
     timer.cancel()
     if control.rank == 0:
-        print_summary(run, sample)
-
-
-def sample_text(
-    run: RunConfig,
-    engine: Engine,
-    data: Data,
-    control: Control,
-    tick: Callable[[], None] = lambda: None,
-) -> str:
-    """A continuation of the start of a validation sample; a collective over all ranks.
-
-    Returns:
-        The text, on rank 0; empty, with a warning, where it could not be made.
-    """
-    try:
-        prompt = control.broadcast(_prompt(run, data) if control.rank == 0 else None)
-        if not prompt:
-            return ""
-        with evaluation_weights(engine.optimizer, engine.refresh_weights):
-            added = generate(
-                engine,
-                prompt,
-                _NEW_TOKENS,
-                vocab_size=min(run.model.vocab_size, data.tokenizer.vocab_size),
-                # A short window: 64 passes over a whole sequence can take minutes.
-                context=min(run.model.seq_length, _PROMPT_TOKENS + _NEW_TOKENS),
-                control=control,
-                stop_at=data.tokenizer.eod,
-                limit_s=_DRAW_S,
-                tick=tick,
-            )
-        if control.rank != 0:
-            return ""
-        given, grown = data.tokenizer.decode(prompt), data.tokenizer.decode(prompt + added)
-    except Exception as error:  # the run is complete and stays so
-        log.warning(f"no sample: {type(error).__name__}: {error} (the run is complete)")
-        return ""
-    return f"{given}[...]{grown.removeprefix(given)}"
-
-
-def _prompt(run: RunConfig, data: Data) -> list[int]:
-    """The start of a validation sample; empty, with a warning, where it cannot be read."""
-    split = data.splits.valid or data.splits.train
-    assert split is not None
-    try:
-        tokens = split.sample(0).tokens
-    except Exception as error:  # told to the other ranks by the empty prompt
-        log.warning(f"no sample: {type(error).__name__}: {error} (the run is complete)")
-        return []
-    return [int(token) for token in tokens[: min(_PROMPT_TOKENS, run.model.seq_length)]]
+        print_summary(run, "[...]".join(sampled or ()))
 
 
 def print_summary(run: RunConfig, sample: str) -> None:

@@ -13,3 +13,9 @@ class DataError(ValueError):
     """Data is wrong: the message names the file, what was found and gives a fix."""
 
     exit_status = 3
+
+
+class MissingCheckpoint(RuntimeError):
+    """No usable checkpoint where one was required."""
+
+    exit_status = 4

@@ -74,7 +74,6 @@ WITHOUT_EFFECT: dict[str, str] = {
     "TORCH_BACKEND": f"the backend follows from the device: {_DEVICE}",
     "TORCH_DDP_TIMEOUT": "set DISTRIBUTED_TIMEOUT_MINUTES",
     "WANDB_RESUME": "a run resumes its W&B run by itself",
-    "VALID_DATA_FILE_LIST": "VAL_SPLIT is the share of each file that validates",
 }
 
 # The reference's switches of one value of an option; 0 leaves it alone.

@@ -48,6 +48,7 @@ FINDER_DEFAULTS = {
     "stability.max_bad_steps": 0,
     "log.eval_interval": 0,
 }
+HELD_OUT = "data.valid_data_file_list", "data.test_data_file_list"
 
 
 @dataclass(frozen=True)
@@ -368,6 +369,13 @@ def survey_of(run: RunConfig, name: str = "DATA_FILE_LIST") -> data_survey.DataS
         name,
         data.order,
     )
+    for key in HELD_OUT:
+        path = getattr(data, key.partition(".")[2])
+        if path is not None:  # what it lacks; its tokens are not the run's
+            own = data_survey.survey_data(
+                path, 0, 1.0, run.model.seq_length, schema.by_key()[key].name
+            )
+            survey = survey._replace(problems=(*survey.problems, *own.problems))
     if data.data_file_list == data_list.BUILTIN and data.tokenizer_type != "BuiltinTokenizer":
         problem = (
             f"TOKENIZER_TYPE={data.tokenizer_type} does not fit {name}={data_list.BUILTIN}, which "

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -135,6 +136,8 @@ class DataConfig:
     train_split: float = option(990, "TRAIN_SPLIT", "--train-split", "share of each file used for training, relative to the other two", above=0)
     valid_split: float = option(10, "VAL_SPLIT", "--val-split", "share of each file used for validation")
     test_split: float = option(0, "TEST_SPLIT", "--test-split", "share of each file used for testing")
+    valid_data_file_list: str | None = option(None, "VALID_DATA_FILE_LIST", "--valid-data-file-list", "list of validation data, all of each file; default: VAL_SPLIT of DATA_FILE_LIST, a share that stays out of training either way (VAL_SPLIT=0 trains on it)")
+    test_data_file_list: str | None = option(None, "TEST_DATA_FILE_LIST", "--test-data-file-list", "list of test data, as VALID_DATA_FILE_LIST; evaluated once, after the last step")
     allow_data_change: bool = option(False, "ALLOW_DATA_CHANGE", "--allow-data-change", "allow resuming with other data than the checkpoint's: a new data stage begins at the step of the resume")
     eod_mask_loss: bool = option(False, "EOD_MASK_LOSS", "--eod-mask-loss", "leave out the loss at end-of-document tokens, which predict the next document; the mean is over the tokens left in the global batch")
     reset_position_ids: bool = option(False, "RESET_POSITION_IDS", "--reset-position-ids", "count positions (RoPE) from the start of each document in a sample")
@@ -189,6 +192,8 @@ class LogConfig:
     log_interval: int = option(1, "LOG_INTERVAL", "--log-interval", "steps between log lines", least=1)
     eval_interval: int = option(100, "EVAL_INTERVAL", "--eval-interval", "steps between evaluations; 0: never")
     eval_iters: int = option(20, "EVAL_ITERS", "--eval-iters", "batches per evaluation", least=1)
+    sample_prompt: str | None = option(None, "SAMPLE_PROMPT", "--sample-prompt", "text that the model continues at each evaluation, on the log and in metrics.jsonl; with SAMPLE_INTERVAL the default is the start of a validation sample")
+    sample_interval: int = option(0, "SAMPLE_INTERVAL", "--sample-interval", "steps between sampled texts; 0: at each evaluation, where SAMPLE_PROMPT is set")
     wandb_project: str = option("AuroraGPT", "WANDB_PROJECT WB_PROJECT", "--wandb-project", "Weights & Biases project")
     wandb_mode: str | None = option(None, "WANDB_MODE", "--wandb-mode", "Weights & Biases mode; disabled without an API key (logged once)", ("online", "offline", "disabled"))
     wandb_disabled: bool = option(False, "WANDB_DISABLED", "--wandb-disabled", "disable Weights & Biases")
@@ -215,6 +220,11 @@ class LogConfig:
     log_style: str = option("auto", "LOG_STYLE", "--log-style", "auto, live: short lines above a live bar on a terminal, line: full lines (always so in output.log and where no terminal is)", ("auto", "live", "line"))
     debug: bool = option(False, "DEBUG", "--debug", "trace the shell script and log at level DEBUG")
     dry_run: bool = option(False, "DRY_RUN", "--dry-run", "print the plan and start nothing")
+
+    @property
+    def look_interval(self) -> int:
+        """Steps after which an evaluation or a sampled text may be due; 0: after the last only."""
+        return math.gcd(self.eval_interval, self.sample_interval)
 
 
 @dataclass(frozen=True)

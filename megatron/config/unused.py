@@ -42,6 +42,7 @@ _INFINITE = _style("infinite-")
 _GUARDED = _chosen("stability.spike_policy", "warn", "skip", "rollback")
 _ROLLBACK = _chosen("stability.spike_policy", "rollback")
 _GROWS = _chosen("optimizer.weight_decay_incr_style", "linear", "cosine")
+_EVALUATES = Use(lambda flat: flat.get("log.eval_interval") != 0, "EVAL_INTERVAL above 0")
 _WANDB = Use(
     lambda flat: not flat.get("log.wandb_disabled") and flat.get("log.wandb_mode") != "disabled",
     "runs with Weights & Biases",
@@ -87,6 +88,8 @@ USES: dict[str, Use] = {
         lambda flat: flat.get("parallel.zero_stage") != 3 or flat["train.compile"] == "0",
         "ZERO_STAGE 0 to 2",
     ),
+    "data.valid_data_file_list": _EVALUATES,
+    "data.test_data_file_list": _EVALUATES,
     "log.tensorboard_dir": _unless("log.no_tensorboard", "runs with TensorBoard"),
     "log.wandb_exp_name": _WANDB,
     "log.wandb_run_id": _WANDB,

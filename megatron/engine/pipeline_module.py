@@ -31,6 +31,7 @@ class Stages(PipelineModule):  # type: ignore[misc]
 
     Attributes:
         head: (hidden (B, s, H), targets or nothing) -> loss or logits, on the last stage's rank.
+        targets: what the loss of a micro-batch is measured against.
     """
 
     num_stages_per_rank = 1
@@ -51,7 +52,8 @@ class Stages(PipelineModule):  # type: ignore[misc]
         specs = [_TiedSpec(x) if x.tied_key else _Spec(x) for x in layers]
         with replaced(deepspeed_module, "PipelineParallelGrid", self._make_grid):
             super().__init__(specs, **kwargs)
-        self.loss_fn = lambda hidden, labels: self.head(hidden, targets(labels))
+        self.targets = targets
+        self.loss_fn = lambda hidden, labels: self.head(hidden, self.targets(labels))
         self._arrange(layers, recompute_num_layers)
 
     def activate_stage(self, stage: int) -> None:

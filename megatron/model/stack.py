@@ -34,7 +34,7 @@ class Stack(nn.Module):
         """
         super().__init__()
         self.tied_modules = nn.ModuleDict()
-        self._targets = targets
+        self.targets = targets
         calls: list[Callable[..., Tensor]] = []
         for index, layer in enumerate(layers):
             module = self._module(index, layer)
@@ -58,7 +58,7 @@ class Stack(nn.Module):
         x = tokens
         for call in self._calls:
             x = call(x)
-        return self._head(x) if labels is None else self._head(x, self._targets(labels))
+        return self._head(x) if labels is None else self._head(x, self.targets(labels))
 
 
 def recompute_runs(

@@ -27,7 +27,7 @@ NUMBERS = (
     "optimizer.weight_decay", "optimizer.clip_grad",
     "stability.spike_policy", "stability.spike_threshold", "stability.spike_window",
     "stability.rollback_steps",
-    "log.eval_iters",
+    "log.eval_iters", "data.valid_data_file_list", "data.test_data_file_list",
     "data.eod_mask_loss", "data.reset_position_ids", "data.reset_attention_mask",
 )  # fmt: skip
 """Settings that change losses beyond rounding; a change is said."""
@@ -78,7 +78,7 @@ SAME_NUMBERS = (
     "log.timing_log_level", "log.profile", "log.profile_steps", "log.profile_ranks",
     "log.trace_dir",
     "log.log_params_norm", "log.log_num_zeros_in_grad", "log.log_optimizer_states",
-    "log.log_corpus_loss", "log.dump_tokens",
+    "log.log_corpus_loss", "log.sample_prompt", "log.sample_interval", "log.dump_tokens",
     "log.dump_skipped_iters", "log.log_level", "log.log_style", "log.debug", "log.dry_run",
     "launch.hostfile", "launch.num_hosts", "launch.devices_per_host", "launch.cpu_bind",
     "launch.retries", "launch.hang_timeout", "launch.launch_with", "launch.device",

@@ -1,10 +1,10 @@
-"""Evaluation: the mean loss of EVAL_ITERS batches, the same samples each time."""
+"""Looks at a model in training: mean loss and accuracy of the same samples, a sampled text."""
 
 from __future__ import annotations
 
-import math
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -16,15 +16,21 @@ from megatron.data.dataset import SampleSource
 from megatron.data.loader import HOST, Loader, StepPlan
 from megatron.engine import Engine, MicroBatches
 from megatron.launch.heartbeat import Heartbeat
+from megatron.parallel.control import Control
+from megatron.training.accuracy import Accuracy, perplexity
 from megatron.training.optimizers.schedule_free import evaluation_weights
+from megatron.training.run_data import Data
+from megatron.training.sample import sample_text
 
 
 class Evaluated(Protocol):
     """The Trainer as an evaluation sees it."""
 
     run: RunConfig
+    data: Data
     state: RunState
     engine: Engine
+    control: Control
     heartbeat: Heartbeat
     full_plan: StepPlan
     reads_data: bool
@@ -32,6 +38,9 @@ class Evaluated(Protocol):
 
     def agree(self) -> int:
         """What asks any rank to stop, 0 for nothing; a collective."""
+
+    def is_due(self, interval: int) -> bool:
+        """Whether what happens every `interval` steps (0: never) and at the last happens now."""
 
     def micro_batches(
         self, loader: Loader | None, iteration: int, *, marked: bool = True
@@ -42,8 +51,29 @@ class Evaluated(Protocol):
         """Logs a record that is not of a step."""
 
 
+def look(trainer: Evaluated) -> int:
+    """The evaluation and the sampled text that are due after a step; a collective.
+
+    Returns:
+        What asked to stop meanwhile, 0 for nothing.
+    """
+    log, evaluates = trainer.run.log, trainer.is_due(trainer.run.log.eval_interval)
+    cause = evaluate(trainer, "validation", trainer.data.splits.valid) if evaluates else 0
+    wanted = trainer.is_due(log.sample_interval) if log.sample_interval else log.sample_prompt
+    if cause or not wanted or not (evaluates or log.sample_interval):
+        return cause
+    trainer.heartbeat.enter("sample", trainer.state.iteration)
+    start, tick = time.perf_counter(), trainer.heartbeat.tick
+    sampled = sample_text(trainer.run, trainer.engine, trainer.data, trainer.control, tick)
+    if sampled is not None:
+        prompt, text = sampled
+        seconds = time.perf_counter() - start
+        trainer.log_event("sample", prompt=prompt, text=text, elapsed_s=seconds)
+    return 0
+
+
 def evaluate(trainer: Evaluated, split: str, dataset: SampleSource | None) -> int:
-    """Logs the mean loss of EVAL_ITERS batches over all ranks; a collective.
+    """Logs mean loss and accuracy of EVAL_ITERS batches over all ranks; a collective.
 
     The losses stay on the device until the last batch: no batch waits for it.
 
@@ -66,7 +96,8 @@ def evaluate(trainer: Evaluated, split: str, dataset: SampleSource | None) -> in
         loader = evaluation_loader(dataset, trainer.full_plan, run.log.eval_iters, engine.device)
     weights = evaluation_weights(engine.optimizer, engine.refresh_weights)
     losses: list[Tensor] = []
-    with loader as batches, weights:
+    accuracy = Accuracy(engine.groups.tp, run.model.vocab_size)
+    with loader as batches, weights, _counting(engine, accuracy):
         for number in range(1, run.log.eval_iters + 1):
             micro_batches = trainer.micro_batches(batches, number, marked=False)
             losses.append(engine.eval_batch(micro_batches))
@@ -75,15 +106,31 @@ def evaluate(trainer: Evaluated, split: str, dataset: SampleSource | None) -> in
     loss = sum(torch.stack(losses).flatten().tolist()) / len(losses)
     if split == "validation":
         trainer.validation_loss = trainer.state.iteration, loss
+    share = accuracy.share(trainer.control)
+    samples, seconds = len(losses) * run.train.global_batch_size, time.perf_counter() - start
     trainer.log_event(
         "eval",
         split=split,
         loss=loss,
-        perplexity=math.exp(min(loss, 20.0)),  # this order keeps a nan
-        samples=len(losses) * run.train.global_batch_size,
-        elapsed_s=time.perf_counter() - start,
+        perplexity=perplexity(loss),
+        accuracy=share,
+        samples=samples,
+        elapsed_s=seconds,
+        samples_per_s=samples / seconds,
     )
     return 0
+
+
+@contextmanager
+def _counting(engine: Engine, accuracy: Accuracy) -> Iterator[None]:
+    """Inside, the losses of this rank's part of the model also count for the accuracy."""
+    module: Any = engine.module  # a Stack, or a pipeline's Stages
+    before = module.targets
+    module.targets = accuracy.counted(before)
+    try:
+        yield
+    finally:
+        module.targets = before
 
 
 def evaluation_loader(

@@ -5,7 +5,7 @@ METRICS defines how steps, taken or skipped, are shown; every other event has it
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from megatron.training.metrics import METRICS, SEPARATOR, Text, render
@@ -94,7 +94,13 @@ def _save_line(record: MetricsRecord) -> str:
 
 def _eval_scalars(record: MetricsRecord) -> dict[str, float]:
     group = {"validation": "val", "test": "test"}[record["split"]]
-    return {f"{group}/lm loss": record["loss"], f"{group}/ppl_lm loss": record["perplexity"]}
+    named = {"lm loss": record["loss"], "ppl_lm loss": record["perplexity"]}
+    more = ("accuracy", "samples_per_s")  # which records of an older version lack
+    return {f"{group}/{name}": value for name, value in {**named, **_of(record, more)}.items()}
+
+
+def _of(record: MetricsRecord, names: Sequence[str]) -> dict[str, float]:
+    return {name: record[name] for name in names if record.get(name) is not None}
 
 
 def _spike_line(record: MetricsRecord) -> str:
@@ -116,9 +122,14 @@ EVENTS: dict[str, Event] = {
     "skip": Event(_step_line, _step_scalars, points=_step_points),
     "eval": Event(
         _ITERATION + "{split} lm loss={loss:.6f} | {split} perplexity={perplexity:.4f} | "
-        "samples={samples} | elapsed_s={elapsed_s:.1f}",
+        "{split} accuracy={accuracy:.4f} | samples={samples} | elapsed_s={elapsed_s:.1f} | "
+        "samples_per_second={samples_per_s:.3f}",
         _eval_scalars,
         ("val", "test"),
+    ),
+    "sample": Event(
+        _ITERATION
+        + "sample, generated after [...] | elapsed_s={elapsed_s:.1f}\n{prompt}[...]{text}"
     ),
     "save": Event(
         _save_line, lambda r: {"timers/save-checkpoint-time": r["elapsed_s"]}, ("timers",)

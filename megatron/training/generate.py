@@ -1,17 +1,89 @@
-"""Continues a prompt with the model in its layout; every rank takes part and gets the text."""
+"""Continues a prompt: by the model in its layout, or by a whole one in a single process."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron.engine import Engine
 from megatron.parallel.control import Control
+
+if TYPE_CHECKING:
+    from megatron.engine import Engine
+    from megatron.training.saved_model import WholeModel
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn.
+
+    Attributes:
+        temperature: 0 takes the likeliest token each time.
+        top_k: draw among this many likeliest tokens; 0: all.
+        top_p: and among the fewest likeliest whose chances add up to this.
+        seed: of the draws.
+    """
+
+    temperature: float = 0.8
+    top_k: int = 40
+    top_p: float = 1.0
+    seed: int = 0
+
+    def draw(self, logits: Tensor, generator: torch.Generator) -> int:
+        """An id, from logits (V,) on the host."""
+        if self.temperature == 0:
+            return int(logits.argmax())
+        values, ids = logits.topk(min(self.top_k or logits.numel(), logits.numel()))
+        chances = torch.softmax(values / self.temperature, dim=0)
+        before = chances.cumsum(0) - chances  # of the likelier ones; none for the likeliest
+        chances = chances.masked_fill(before >= self.top_p, 0.0)
+        return int(ids[torch.multinomial(chances, 1, generator=generator)])
+
+
+def continued(
+    model: WholeModel,
+    prompt: list[int],
+    new_tokens: int,
+    sampling: Sampling,
+    *,
+    stop_at: int | None = None,
+    slides: Callable[[int], None] = lambda kept: None,
+) -> Iterator[int]:
+    """The tokens that a model adds to a prompt, one by one.
+
+    A text that reaches the model's length goes on from its last half.
+
+    Args:
+        model: with caches or without.
+        prompt: at least one token, at most the model's length.
+        new_tokens: at most.
+        sampling: how they are drawn.
+        stop_at: an id that ends the text.
+        slides: told the first time that the text is cut, how many tokens are kept.
+    """
+    length = model.shape.seq_length
+    generator = torch.Generator().manual_seed(sampling.seed)
+    window, fresh, cut = list(prompt), list(prompt), False
+    for number in range(new_tokens):
+        if number == 0 or len(window) > length:
+            if number:
+                window = fresh = window[-(length // 2 or 1) :]
+                if not cut:
+                    slides(len(window))
+                cut = True
+            for cache in model.caches:
+                cache.begin(min(length, len(window) + new_tokens - number))
+        token = sampling.draw(model.next_logits(fresh if model.caches else window), generator)
+        if token == stop_at:
+            return
+        yield token
+        window, fresh = [*window, token], [token]
 
 
 def generate(
@@ -22,9 +94,7 @@ def generate(
     vocab_size: int,
     context: int,
     control: Control,
-    temperature: float = 0.8,
-    top_k: int = 40,
-    seed: int = 0,
+    sampling: Sampling = Sampling(),
     stop_at: int | None = None,
     limit_s: float = math.inf,
     tick: Callable[[], None] = lambda: None,
@@ -41,9 +111,7 @@ def generate(
         vocab_size: ids below this can be drawn.
         context: tokens the model sees, at most its sequence length.
         control: messages between all ranks.
-        temperature: 0 takes the likeliest token each time.
-        top_k: draw among this many likeliest tokens.
-        seed: of the draws.
+        sampling: how tokens are drawn.
         stop_at: an id that ends the text, such as the end of a document.
         limit_s: seconds after which no further token is drawn.
         tick: called after each token.
@@ -54,7 +122,7 @@ def generate(
     Raises:
         RuntimeError: a rank could not compute or draw a token; raised on all.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(sampling.seed)
     tokens = list(prompt)
     end_of_text, deadline = vocab_size, time.monotonic() + limit_s
     for _ in range(new_tokens):
@@ -67,7 +135,7 @@ def generate(
         try:
             logits = _last_logits(engine, padded, len(window) - 1, vocab_size)
             if control.rank == 0:
-                drawn = _draw(logits, temperature, top_k, generator)
+                drawn = sampling.draw(logits, generator)
                 if drawn == stop_at or time.monotonic() > deadline:
                     drawn = end_of_text
         except Exception as caught:  # the other ranks wait for this one's message
@@ -99,11 +167,3 @@ def _last_logits(engine: Engine, tokens: Tensor, position: int, vocab_size: int)
     if pp.group is not None:
         dist.broadcast(full, src=pp.ranks[engine.last_stage], group=pp.group)
     return full.cpu()
-
-
-def _draw(logits: Tensor, temperature: float, top_k: int, generator: torch.Generator) -> int:
-    if temperature == 0:
-        return int(logits.argmax())
-    values, ids = logits.topk(min(top_k, logits.numel()))
-    chances = torch.softmax(values / temperature, dim=0)
-    return int(ids[torch.multinomial(chances, 1, generator=generator)])

@@ -84,7 +84,7 @@ def export_checkpoint(
     shape = ModelShape(**manifest["model"], seq_length=length)
     name = dtype or _dtype_of(theirs or {})
     reader = checkpoint.reader()
-    weight = _weights(reader, manifest)
+    weight = evaluated_weights(reader, manifest)
 
     def read(parameter: str) -> Tensor:
         if abandoned():
@@ -202,7 +202,7 @@ def _run_folders(checkpoint: store.Checkpoint, run_folder: Path) -> list[Path]:
     return [*folders, Path(load).parent, Path(load)] if load else folders
 
 
-def _weights(reader: TensorReader, manifest: Mapping[str, Any]) -> Callable[[str], Tensor]:
+def evaluated_weights(reader: TensorReader, manifest: Mapping[str, Any]) -> Callable[[str], Tensor]:
     """Name -> the weight that the model is evaluated with."""
 
     def read(name: str) -> Tensor:

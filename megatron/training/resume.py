@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron.checkpoint import foreign, store
 from megatron.checkpoint.state import RunState
-from megatron.config.errors import ConfigError
+from megatron.config.errors import ConfigError, MissingCheckpoint
 from megatron.config.schema import RunConfig
 from megatron.config.skip import merge, ranges_text
 from megatron.data.data_record import DataRecord
@@ -33,12 +33,6 @@ from megatron.training.optimizers.whole_matrix import WholeMatrixOptimizer
 from megatron.training.run_data import continue_data
 
 log = logging.getLogger(__name__)
-
-
-class MissingCheckpoint(RuntimeError):
-    """No usable checkpoint where one was required."""
-
-    exit_status = 4
 
 
 @dataclass(frozen=True)

@@ -9,18 +9,25 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from megatron.checkpoint.state import DataStage, RunState
 from megatron.config.errors import DataError
-from megatron.config.schema import RunConfig
-from megatron.data.data_list import BUILTIN, ListStage, parse_data_stages, require_plain
+from megatron.config.schema import RunConfig, by_key
+from megatron.data.data_list import (
+    BUILTIN,
+    ListStage,
+    parse_data_list,
+    parse_data_stages,
+    require_plain,
+)
 from megatron.data.data_record import DataRecord, data_record, differences, drawn_before, shortened
 from megatron.data.dataset import LaterDataset, SampleSource, Splits, StagedDataset
 from megatron.data.indexed_header import IndexHeader
 from megatron.data.prepare.builtin import builtin_corpus
 from megatron.data.prepare.checks import Report, check_files
 from megatron.data.prepare.tokenizer import Tokenizer, build_tokenizer
-from megatron.data.splits import Origin, build_stages
+from megatron.data.splits import Origin, build_datasets, build_stages
 from megatron.data.survey import survey_stages
 from megatron.launch.heartbeat import Heartbeat
 from megatron.parallel.control import Control
@@ -66,6 +73,7 @@ def build_data(run: RunConfig, control: Control, heartbeat: Heartbeat | None = N
     sources = [source for stage in stages for source in stage.sources]
     headers = _checked(run, stages, tokenizer, control, heartbeat or Heartbeat())
     splits = ORDERS[run.data.order](run, stages, headers)
+    splits = _with_own_lists(run, splits, tokenizer, control)
     if splits.train is None:
         raise DataError("TRAIN_SPLIT=0 leaves nothing to train on")
     for warning in splits.warnings:
@@ -231,6 +239,34 @@ def _checked(
     for warning in whole.warnings():
         log.warning(warning, extra=ALIKE)
     return whole.headers
+
+
+def _with_own_lists(
+    run: RunConfig, splits: Splits[SampleSource], tokenizer: Tokenizer, control: Control
+) -> Splits[SampleSource]:
+    """The splits, with validation and test data of VALID_DATA_FILE_LIST and TEST_DATA_FILE_LIST.
+
+    Their order is the stateless one at every DATA_ORDER: it holds for any number of evaluations.
+    """
+    lists = {"valid": run.data.valid_data_file_list, "test": run.data.test_data_file_list}
+    for split, path in lists.items():
+        if path is None:
+            continue
+        name = by_key()[f"data.{split}_data_file_list"].name
+        sources = parse_data_list(path, name)
+        if limited := [source.corpus for source in sources if source.max_epochs is not None]:
+            raise DataError(
+                f"{name}={path}: max_epochs of {limited[0]}: every evaluation reads the same "
+                "samples, so there is nothing to limit; remove the line"
+            )
+        headers = _checked(run, (ListStage(0, path, sources),), tokenizer, control)
+        shares, seed = (0.0, 1.0, 0.0), run.train.seed
+        built = build_datasets(sources, run.model.seq_length, shares, seed, headers=headers)
+        if built.valid is None:
+            raise DataError(f"{name}={path}: {'; '.join(built.warnings)}")
+        own: dict[str, Any] = {split: built.valid}
+        splits = dataclasses.replace(splits, **own)
+    return splits
 
 
 def _shares(run: RunConfig) -> tuple[float, float, float]:

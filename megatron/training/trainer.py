@@ -22,7 +22,7 @@ from megatron.parallel.control import ALONE, Control
 from megatron.training import garbage
 from megatron.training.device import Device
 from megatron.training.dump import dump_tokens
-from megatron.training.evaluation import evaluate
+from megatron.training.evaluation import evaluate, look
 from megatron.training.growing_batch import step_plans
 from megatron.training.guard import Guard
 from megatron.training.loggers import Tracker
@@ -130,15 +130,15 @@ class Trainer:
                     opened.close()
                     loader = opened.enter_context(self.read_ahead())
                     continue
-                if self._is_due(run.log.log_interval):
+                if self.is_due(run.log.log_interval):
                     self.record()
                 self.stop.step_took()
                 garbage.step_ended(self.state.iteration)
                 cause = self.agree() or self._exit_interval()
-                if not cause and self._is_due(run.log.eval_interval):
+                if not cause and self.is_due(run.log.look_interval):
                     with self.meter.off_the_clock():
-                        cause = evaluate(self, "validation", self.data.splits.valid)
-                if cause or self._is_due(run.checkpoint.save_interval):
+                        cause = look(self)
+                if cause or self.is_due(run.checkpoint.save_interval):
                     with self.meter.off_the_clock():
                         self.save()
                         garbage.saved()
@@ -267,7 +267,7 @@ class Trainer:
         self.meter.refused(refused)
         self.state = self.state.with_skipped(refused)
 
-    def _is_due(self, interval: int) -> bool:
+    def is_due(self, interval: int) -> bool:
         """Whether what happens every `interval` steps (0: never) and at the last happens now."""
         iteration = self.state.iteration
         last = iteration == self.run.train.train_iters

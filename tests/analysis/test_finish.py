@@ -93,7 +93,7 @@ def test_a_sample_is_short_of_a_whole_sequence(
     finish.report(run, engine, data_of(first), ALONE)  # type: ignore[arg-type]
     printed = capsys.readouterr().out
     assert "Sample from the model" in printed and f"123[...]{'4' * 64}" in printed
-    assert set(engine.lengths) == {88}
+    assert set(engine.lengths) == {3 + 64}
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 
 from megatron.checkpoint.manifest import MANIFEST
 from megatron.checkpoint.store import committed, damage, step_folder
-from megatron.training.resume import MissingCheckpoint
+from megatron.config.errors import MissingCheckpoint
 from tests.checkpoint.made import FILE, folders
 from tests.checkpoint.test_store import empty, flip
 from tests.training.test_trainer import Adder, config, trained

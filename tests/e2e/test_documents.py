@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from megatron.analysis import sample_loss
-from megatron.analysis.sample_loss import SampleLosses
 from megatron.config.errors import DataError
 from megatron.data.indexed import IndexedWriter
+from megatron.training import saved_model
+from megatron.training.saved_model import WholeModel, find
 from tests.e2e.recorded import VOCAB_SIZE, train_recorded
 from tests.spawn import RankError, run
 
@@ -78,13 +78,14 @@ def test_the_loss_of_a_sample_is_that_of_its_documents(
     folder = tmp_path / "run/checkpoints/step-00000001"
     sample = torch.randint(0, EOD - 1, (17,), generator=torch.Generator().manual_seed(1))
     sample[torch.tensor([3, 4, 11])] = EOD
-    (got,) = SampleLosses(folder, EOD).losses([sample])
-    monkeypatch.setattr(sample_loss, "documents_followed", lambda *_: None)
-    plain = SampleLosses(folder)
+    saved, serial = find(str(folder)), (torch.device("cpu"), torch.float32)
+    (got,) = WholeModel(saved, *serial, eod=EOD).score(sample[None]).mean_losses()
+    monkeypatch.setattr(saved_model, "documents_followed", lambda *_: None)
+    plain = WholeModel(saved, *serial)
     total, count = 0.0, 0
     for first, last in ((0, 3), (5, 11), (12, 16)):  # the losses at EODs do not count
         part = sample[first : last + 1]
-        total += plain.losses([part])[0] * (last - first)
+        total += plain.score(part[None]).mean_losses()[0] * (last - first)
         count += last - first
     assert got == pytest.approx(total / count, abs=1e-5)
 

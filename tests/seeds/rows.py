@@ -102,7 +102,7 @@ TEXT = """
 000:216 | loss, norm, rate, tokens of each step | works | metrics.jsonl | training/test_meter.py::test_a_step_record_has_the_contracted_fields
 000:219,222 | a Hugging Face folder at each save | works | EXPORT_HF=1 | checkpoint/test_huggingface_files.py::test_each_save_is_exported_behind_the_steps
 000:223-232 | runtime, rates, total FLOPs | works | report.md | analysis/test_run_report.py::test_the_report_tells_what_happened
-000:237-246 | loss, perplexity, accuracy of an evaluation | not yet | no accuracy | training/test_events.py::test_an_evaluation
+000:237-246 | loss, perplexity, accuracy, runtime, samples/s of an evaluation | works | in the log and in metrics.jsonl; tools/evaluate.py gives them for a checkpoint | e2e/test_looks.py::test_every_layout_sees_the_same
 000:146-261 | one command on two machines | works | by host name | seeds/test_commands.py::test_every_command_resolves_everywhere
 000:247-249 | where W&B keeps its files | works | wandb in the run's folder | training/test_dashboards.py::test_offline_wandb_is_read_back_and_resumes_under_its_id
 000:147-150,258-260 | a venv on top of a module | works | made where the module lacks DeepSpeed | launch/test_helpers.py::test_an_environment_lies_on_top_of_the_machines_python
@@ -118,7 +118,7 @@ TEXT = """
 001:491-501 | NVMe offload, tiled layers | on purpose | not offered: CPU_OPTIMIZER keeps states on the host, TP divides a layer; the flag of tiled layers says so | launch/test_reference_flags.py::test_what_is_refused_says_what_to_do
 001:487-549 | which strategy when | works | docs/parallelism.md; a dry run prints the cheapest change that fits | plan/test_fit.py::test_the_cheapest_is_the_first_that_fits
 001:604-664 | fine-tuning on instructions | not yet | an import of the model, no chat data |
-001:676-684 | generating text | works | a sample at the end of a run | analysis/test_finish.py::test_a_sample_is_short_of_a_whole_sequence
+001:676-684 | generating text | works | `python3 tools/generate.py RUN --prompt "..."`, and a sample at the end of a run | training/test_saved_model.py::test_greedy_texts_are_those_of_transformers
 001:706-715,790-801 | clone, `pip install -e .` | works | setup.py with extras | structure/test_shell.py::test_requirements_are_pinned
 001:720,748-786 | `source utils.sh`, `ezpz_setup_job`, `launch` | works | `source ALCF/helpers.sh` gives the names | launch/test_helpers.py::test_a_sourced_shell_knows_its_job_and_keeps_its_options
 001:723-743 | `ezpz_setup_python` | works | modules, then .venv on top of what they have | launch/test_helpers.py::test_an_environment_lies_on_top_of_the_machines_python
@@ -135,7 +135,7 @@ TEXT = """
 001:1348-1428 | the model printed | works | DEBUG=1 | engine/test_engine.py::test_the_model_is_printed_where_it_is_asked_for
 001:1429 | start-up time | works | in the log | training/test_first_step.py::test_start_up_time_by_part
 001:1430-1447 | a legend of the line | not yet | |
-001:1448-1526 | a sample at each evaluation | not yet | one at the end |
+001:1448-1526 | a sample at each evaluation | works | `SAMPLE_PROMPT="What is an LLM?"`, in every layout | e2e/test_looks.py::test_every_layout_sees_the_same
 001:1451 | forward and backward times, mfu | works | TIMING_LOG_LEVEL=1 (forward, backward); mfu in the metrics | engine/test_phases.py::test_layout
 001:1470-1471 | the best checkpoint is kept | works | KEEP_BEST | checkpoint/test_retention.py::test_what_is_kept
 001:1451-1533 | losses on 4 A100 | machine | |

@@ -27,4 +27,4 @@ def test_what_works_is_shown_by_a_test() -> None:
 
 def test_the_five_documents_have_all_their_things() -> None:
     assert len(rows()) == 117
-    assert sum(row.verdict == NOT_YET for row in rows()) <= 11  # it only falls
+    assert sum(row.verdict == NOT_YET for row in rows()) <= 9  # it only falls

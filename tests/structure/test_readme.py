@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 
 from megatron.analysis.finish import NOT_SAVED
-from megatron.config.errors import ConfigError, DataError
+from megatron.config.errors import ConfigError, DataError, MissingCheckpoint
 from megatron.config.table import with_table
 from megatron.launch.process import HUNG
 from megatron.training.guard import Unstable
-from megatron.training.resume import MissingCheckpoint
 from tests.structure.count import JOURNEYS
 from tests.structure.test_floors import FLOORS
 

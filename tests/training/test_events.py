@@ -66,7 +66,8 @@ def test_a_skipped_step_has_no_rate_and_no_loss() -> None:
 def test_the_other_lines() -> None:
     assert line(make.evaluation(10)) == (
         "iteration=      10/     100 | validation lm loss=2.500000 | "
-        "validation perplexity=12.1800 | samples=80 | elapsed_s=1.2"
+        "validation perplexity=12.1800 | validation accuracy=0.4375 | samples=80 | elapsed_s=1.2 | "
+        "samples_per_second=64.000"
     )
     assert line(make.save(10)) == (
         "iteration=      10/     100 | saved=runs/x/checkpoints/step-10 | size_gb=3.000 | "
@@ -78,7 +79,7 @@ def test_the_other_lines() -> None:
 
 
 def test_every_event_has_a_line() -> None:
-    assert set(EVENTS) == {"step", "skip", "eval", "save", "spike", "rollback", "stop"}
+    assert set(EVENTS) == {"step", "skip", "eval", "sample", "save", "spike", "rollback", "stop"}
 
 
 SPIKE = {
@@ -200,6 +201,8 @@ def test_an_evaluation(split: str, group: str) -> None:
         f"{group}/iteration": 10,
         f"{group}/lm loss": 2.5,
         f"{group}/ppl_lm loss": 12.18,
+        f"{group}/accuracy": 0.4375,
+        f"{group}/samples_per_s": 64.0,
     }
 
 

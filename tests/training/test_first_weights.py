@@ -12,10 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron.checkpoint.store import step_folder, steps
-from megatron.config.errors import ConfigError
+from megatron.config.errors import ConfigError, MissingCheckpoint
 from megatron.config.resolve import Site, resolve
 from megatron.config.schema import RunConfig
-from megatron.training.resume import MissingCheckpoint, find_source, resume
+from megatron.training.resume import find_source, resume
 from tests.checkpoint.hugging_face_models import hugging_face_model
 from tests.checkpoint.reference_checkpoint import Written, known, write, write_universal
 from tests.equivalence import front

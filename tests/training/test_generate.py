@@ -10,10 +10,10 @@ import torch.distributed as dist
 
 from megatron.parallel.control import ALONE, make_control
 from megatron.parallel.groups import SERIAL
-from megatron.training.generate import generate
+from megatron.training.generate import Sampling, generate
 from tests.spawn import run
 
-V = 8
+V, GREEDY = 8, Sampling(temperature=0)
 
 
 class Replica:
@@ -40,7 +40,7 @@ def drawn(stop_at: int | None) -> tuple[list[int], int]:
     engine = Replica(dist.get_rank())
     control = make_control()
     tokens = generate(
-        engine, [5], 6, vocab_size=V, context=4, control=control, temperature=0, stop_at=stop_at
+        engine, [5], 6, vocab_size=V, context=4, control=control, sampling=GREEDY, stop_at=stop_at
     )
     return tokens, engine.calls
 
@@ -56,7 +56,7 @@ def failed(rank_that_fails: int) -> tuple[str, int]:
     engine = Replica(rank, fails_at=2 if rank == rank_that_fails else None)
     control = make_control()
     try:
-        generate(engine, [5], 6, vocab_size=V, context=4, control=control, temperature=0)
+        generate(engine, [5], 6, vocab_size=V, context=4, control=control, sampling=GREEDY)
     except RuntimeError as error:
         return str(error), engine.calls
     return "", engine.calls
@@ -72,7 +72,7 @@ def test_a_failure_on_one_rank_ends_the_text_on_all(rank: int) -> None:
 
 def test_the_window_is_padded_on_the_right_and_slides() -> None:
     engine = Replica(0)
-    generate(engine, [7, 6], 4, vocab_size=V, context=4, control=ALONE, temperature=0)
+    generate(engine, [7, 6], 4, vocab_size=V, context=4, control=ALONE, sampling=GREEDY)
     assert engine.seen == [[7, 6, 0, 0], [7, 6, 0, 0], [7, 6, 0, 1], [6, 0, 1, 2]]
 
 

@@ -22,6 +22,7 @@ from megatron.config.schema import RunConfig
 from megatron.data.dataset import Sample
 from megatron.parallel.control import ALONE
 from megatron.parallel.groups import SERIAL
+from megatron.parallel.head_loss import Targets
 from megatron.parallel.piece import WEIGHT, Piece
 from megatron.training.device import Device
 from megatron.training.metrics_file import decode, encode
@@ -74,7 +75,7 @@ class Adder:
     def __init__(self, at: dict[int, Callable[[], None]] | None = None) -> None:
         self.groups = SimpleNamespace(pp=SERIAL, dp=SERIAL, tp=SERIAL, sp=SERIAL)
         self.optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-        self.device = torch.device("cpu")
+        self.device, self.module = torch.device("cpu"), SimpleNamespace(targets=Targets)
         self.total = torch.zeros(1, dtype=torch.float64)
         self.trained: list[int] = []  # samples, in order
         self.evaluated: list[list[int]] = []

@@ -130,6 +130,12 @@ class HFTokenizer(_Backed):
         """Text of ids, special tokens shown."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
 
+    def beginning(self) -> list[int]:
+        """Ids that its template puts before a text."""
+        alone, whole = self.encode("a"), list(self._backend.encode("a").ids)
+        places = range(len(whole) - len(alone) + 1)
+        return whole[: next((n for n in places if whole[n : n + len(alone)] == alone), 0)]
+
     def save(self, folder: Path) -> None:
         """Writes its files into a folder, as AutoTokenizer reads them."""
         self._tokenizer.save_pretrained(folder)

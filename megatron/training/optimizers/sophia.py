@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,9 +21,11 @@ from torch.optim import Optimizer
 
 from megatron.checkpoint.state import RunState
 from megatron.data.loader import StepPlan
-from megatron.engine import Engine
 from megatron.parallel.groups import Axis
 from megatron.parallel.head_loss import Targets, TargetsOf
+
+if TYPE_CHECKING:
+    from megatron.engine import Engine
 
 _SAMPLED_ELEMENTS = 2**24  # float64 values of the distribution held at a time: 128 MiB
 
