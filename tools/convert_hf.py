@@ -90,9 +90,10 @@ def import_hugging_face(folder: Path, run: Path) -> int:
     kept = imported.keep(folder, run)
     about = _about(shape, RunState(), None, f"Hugging Face, {folder}")
     _save(run, 0, huggingface.import_pieces(folder, shape), about)
-    dropout = huggingface.read_config(folder).get("attention_dropout")
-    if dropout:
-        _warn(f"attention_dropout={dropout} is not applied in training")
+    config = huggingface.read_config(folder)
+    for name in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop"):
+        if config.get(name):
+            _warn(f"{name}={config[name]} is not applied in training")
     print(
         f"{folder} is step 0 of {run}; train it with\n\n    {_command(shape, run, kept)}\n\n"
         "and with DATA_FILE_LIST, LR, MIN_LR and TRAIN_ITERS of your own: the preset's are for a "

@@ -59,7 +59,10 @@ def check_shape(draft: Draft) -> Iterator[str]:
     yield from divides(draft, KV_HEADS, HEADS)
     hidden, heads, head_dim = draft[HIDDEN], draft[HEADS], draft[HEAD_DIM]
     scaling, architecture = draft["model.rope_scaling"], draft[ARCHITECTURE]
-    if head_dim.value is not None and head_dim.value % 2:
+    family = ARCHITECTURES[architecture.value]
+    if family.learned_positions:
+        yield from _check_plain_heads(draft)
+    elif head_dim.value is not None and head_dim.value % 2:
         yield (
             f"{head_dim} is odd, but rotary embeddings rotate pairs: set "
             f"{head_dim.name}={head_dim.value + 1}"
@@ -69,7 +72,7 @@ def check_shape(draft: Draft) -> Iterator[str]:
             f"{hidden} / {heads} = {width} is odd, but rotary embeddings rotate pairs: set "
             f"{hidden.name}={heads.value * (width + 1)}"
         )
-    for field, value in ARCHITECTURES[architecture.value].fixed.items():
+    for field, value in family.fixed.items():
         fixed = draft[f"model.{field}"]
         if fixed.value != value:
             yield (
@@ -81,6 +84,19 @@ def check_shape(draft: Draft) -> Iterator[str]:
             rope_scaling.parse(scaling.value, scaling.name)
         except ConfigError as error:
             yield str(error)
+
+
+def _check_plain_heads(draft: Draft) -> Iterator[str]:
+    """Heads as GPT-2 has them: keys and values for each, which together are as wide as HIDDEN."""
+    architecture, heads, keys = draft[ARCHITECTURE], draft[HEADS], draft[KV_HEADS]
+    width = draft[HEAD_DIM]
+    if keys.value != heads.value:
+        yield (
+            f"{keys}, but {architecture} has keys and values for each of {heads}: set "
+            f"{keys.name}={heads.value}"
+        )
+    if width.value is not None and width.value * heads.value != draft.get(HIDDEN):
+        yield f"{width}, but {architecture} has {draft[HIDDEN]} / {heads} only: unset {width.name}"
 
 
 def check_tensor_parallel(draft: Draft) -> Iterator[str]:

@@ -39,6 +39,12 @@ KINDS = {
         "NOPE_INTERVAL": "4",
         "WEIGHT_DECAY": "0",
     },
+    "gpt2": {
+        "ARCHITECTURE": "gpt2",
+        "NUM_KV_HEAD": "8",
+        "TIE_EMBEDDINGS": "1",
+        "WEIGHT_DECAY": "0",
+    },
 }
 
 
