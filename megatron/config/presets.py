@@ -7,6 +7,7 @@ where that leaves one preset, without regard to case.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -122,6 +123,9 @@ def find(name: str, variable: str = "MODEL_ARCH") -> str:
         meant = " or ".join(f"{variable}={key} ({_described(key)})" for key in found)
         raise ConfigError(f"{variable}={name} may mean two models: set {meant}")
     near = [key for key in PRESETS if key.lower().endswith(f"-{name.lower()}")]
+    size = re.search(r"\d+(\.\d+)?[bm]$", name.lower())
+    if not near and size:  # llama-7b
+        near = sorted({key for spelling, key in names.items() if _size(spelling) == size[0]})
     if not near:  # two models may differ in case alone
         close = difflib.get_close_matches(name.lower(), [s.lower() for s in names], n=1)
         near = sorted({key for spelling, key in names.items() if spelling.lower() in close})
@@ -131,6 +135,11 @@ def find(name: str, variable: str = "MODEL_ARCH") -> str:
         "For another shape set NLAYERS, HIDDEN, HEADS, NUM_KV_HEAD, FFN_HIDDEN_SIZE and SEQ "
         "on top of one of them."
     )
+
+
+def _size(spelling: str) -> str:
+    """The last part of a name, such as 7b of AuroraGPT-7B."""
+    return re.split(r"[-_]", spelling.lower())[-1]
 
 
 def _described(key: str) -> str:

@@ -31,17 +31,17 @@ def model_parallel_size(draft: Draft) -> int:
     return math.prod(draft.get(key) for key in (TP, PP, SP))
 
 
-def divides(draft: Draft, part: str, *wholes: str) -> Iterator[str]:
-    """The option `part` must divide every option of `wholes`."""
+def divides(draft: Draft, part: str, *wholes: str, unit: int = 1) -> Iterator[str]:
+    """The option `part` must divide every option of `wholes`, best into multiples of `unit`."""
     divisor = draft[part]
     common = math.gcd(*(draft.get(whole) for whole in wholes))
-    fitting = next(d for d in range(divisor.value, 0, -1) if common % d == 0)
+    fitting = next(d for d in range(divisor.value, 0, -1) if common % (d * unit) == 0 or d == 1)
     for whole in (draft[key] for key in wholes):
         if whole.value % divisor.value:
             yield (
                 f"{divisor} does not divide {whole}: {whole.value} / {divisor.value} leaves "
                 f"{whole.value % divisor.value}. Set {divisor.name}={fitting}, or "
-                f"{whole.name}={_multiple(whole.value, divisor.value)}"
+                f"{whole.name}={_multiple(whole.value, unit * divisor.value)}"
             )
 
 
@@ -54,7 +54,7 @@ def check_shape(draft: Draft) -> Iterator[str]:
     """HEADS divides HIDDEN unless HEAD_DIM is set; key/value heads divide the query heads."""
     width, rest = draft.get(HEAD_DIM), 0
     if width is None:
-        yield from divides(draft, HEADS, HIDDEN)
+        yield from divides(draft, HEADS, HIDDEN, unit=2)  # rotary embeddings rotate pairs
         width, rest = divmod(draft.get(HIDDEN), draft.get(HEADS))
     yield from divides(draft, KV_HEADS, HEADS)
     hidden, heads, head_dim = draft[HIDDEN], draft[HEADS], draft[HEAD_DIM]
