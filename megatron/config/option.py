@@ -123,11 +123,12 @@ class Option:
 
     def _nearest(self, typed: str) -> str | None:
         """What a wrong choice probably means: a beginning or a part of one, or a slip."""
-        meant = MEANT.get(self.key, {}).get(typed)
+        if typed in MEANT.get(self.key, {}):
+            return MEANT[self.key][typed]
         parts = [choice for choice in self.choices if typed in choice.lower()]
         parts.sort(key=lambda choice: not choice.lower().startswith(typed))
         close = difflib.get_close_matches(typed, self.choices, n=1, cutoff=0.5)
-        return next(iter([meant] * bool(meant) + parts + close), None)
+        return next(iter(parts + close), None)
 
 
 def option(
