@@ -54,7 +54,6 @@ COUNTED = frozenset((
     "train.train_iters", "train.train_tokens", "train.train_samples", "optimizer.lr_warmup_tokens",
 ))  # fmt: skip
 POWERS = {"K": "e3", "M": "e6", "B": "e9", "G": "e9", "T": "e12"}
-IN_1024S = "model.seq_length"  # 8k tokens of context are 8192
 
 
 @dataclass(frozen=True)
@@ -98,8 +97,6 @@ class Option:
         if self.kind == "bool":
             return _boolean(text, name)
         if self.kind == "int":
-            if self.key == IN_1024S and text[-1] in "kK" and text[:-1].isdecimal():
-                text = str(int(text[:-1]) * 1024)
             value = _integer(_expanded(text) if self.key in COUNTED else text, name)
         elif self.kind == "float":
             value = _number(text, name)
@@ -243,7 +240,9 @@ def _integer(text: str, name: str) -> int:
     except ValueError:
         number = math.nan
     if not number.is_integer() or abs(number) > 2**53:
-        raise ConfigError(f"{name}={text} is not a whole number")
+        digits = text[:-1] if text[-1:] in ("k", "K") else ""
+        meant = f": write {int(digits) * 1024} or {digits}000" if digits.isdecimal() else ""
+        raise ConfigError(f"{name}={text} is not a whole number{meant}")
     return int(number)
 
 

@@ -25,6 +25,7 @@ PP=5 | NLAYERS=4: 4 < 5 | Set PP=4
 ZERO_STAGE=4 | at most 3
 WORLD_SIZE=3 TP=2 | 3 / 2 leaves 1 | WORLD_SIZE=4
 SEQ=0 | at least 1
+SEQ=8k | write 8192 or 8000
 TRAIN_ITERS=100 TRAIN_TOKENS=5 | 2048 tokens per step
 TRAIN_ITERS=many | is not a whole number
 LR_DECAY_STYLE=cos | Did you mean cosine?
@@ -94,7 +95,6 @@ LR_DECAY_STYLE=wsd | optimizer.lr_decay_style | warmup-stable-decay
 LR_DECAY_STYLE=Cosine | optimizer.lr_decay_style | cosine
 TRAIN_TOKENS=1B | train.train_iters | 488281
 TRAIN_ITERS=1k | train.train_iters | 1000
-SEQ=1k | model.seq_length | 1024
 WANDB_MODE=off | log.wandb_mode | disabled
 WANDB_MODE=Offline | log.wandb_mode | offline
 DTYPE=BF16 | train.dtype | bf16

@@ -1,0 +1,35 @@
+"""Commands of the pages that no sandbox runs as they stand, and the test that runs them."""
+
+from __future__ import annotations
+
+CI = ".ci/run"
+"""It runs them itself."""
+
+# A command begins with the words on the left; the longest match counts.
+COVERED: dict[str, str] = {
+    "bash tests/run.sh": CI,
+    "bash tools/gpu_check.sh": "e2e/test_gpu.py::test_a_training_run_on_the_device",
+    "source ALCF/helpers.sh": "launch/test_helpers.py::test_a_sourced_shell_knows_its_job_and_keeps_its_options",
+    "launch python3 tools/test_dist.py": "launch/test_helpers.py::test_launch_works_anywhere_on_a_laptop",
+    "python3 -m megatron.launch -n": "tools/test_smoke_test.py::test_as_a_user_starts_it",
+    "python3 -m megatron.launch env": "launch/test_helpers.py::test_a_sourced_shell_knows_its_job_and_keeps_its_options",
+    "python3 -m megatron.launch submit": "launch/test_submit.py::test_a_chain_on_pbs",
+    "python3 tools/benchmark.py": "tools/test_benchmark.py::test_the_table_of_a_step",
+    "python3 tools/check_data.py": "tools/test_check_data.py::test_good_data",
+    "python3 tools/compare_runs.py": "tools/test_compare_runs.py::test_many_runs_are_a_table_with_a_line_each",
+    "python3 tools/convert_hf.py export": "equivalence/test_huggingface.py::test_export",
+    "python3 tools/convert_hf.py import": "equivalence/test_huggingface.py::test_import_follows_a_plain_loop",
+    "python3 tools/convert_hf.py import CKPT_DIR": "equivalence/test_reference.py::test_the_reference_goes_on",
+    "python3 tools/doctor.py": "tools/test_doctor.py::test_a_laptop_is_well",
+    "python3 tools/import_data_lists.py": "tools/test_import_data_lists.py::test_all_lists_are_copied_byte_for_byte_and_told_about",
+    "python3 tools/inspect_batch.py": "tools/test_inspect_batch.py::test_a_step_is_what_the_run_read",
+    "python3 tools/inspect_batch.py --run RUN --find-document": "tools/test_inspect_batch.py::test_a_document_is_found_wherever_it_was_read",
+    "python3 tools/inspect_batch.py --run RUN --step 120 --loss": "tools/test_inspect_batch.py::test_losses_of_samples_and_corpora",
+    "python3 tools/make_data_list.py": "tools/test_make_data_list.py::test_weights",
+    "python3 tools/mend_index.py": "tools/test_mend_index.py::test_three_documents",
+    "python3 tools/merge_datasets.py": "tools/test_merge_datasets.py::test_sequences_and_documents_follow_one_another",
+    "python3 tools/plot.py": "tools/test_plot_command.py::test_a_run_is_drawn",
+    "python3 tools/prepare_cache.py": "tools/test_prepare_cache.py::test_a_run_finds_everything",
+    "python3 tools/preprocess_data.py": "data/prepare/test_preprocess.py::test_every_kind_of_file_gives_the_same_documents",
+    "touch RUN/STOP": "e2e/test_front_door.py::test_a_stop_file",
+}  # fmt: skip
