@@ -8,7 +8,7 @@ CI = ".ci/run"
 # A command begins with the words on the left; the longest match counts.
 COVERED: dict[str, str] = {
     "bash tests/run.sh": CI,
-    "bash tools/gpu_check.sh": "e2e/test_gpu.py::test_a_training_run_on_the_device",
+    "bash tools/gpu_check.sh": "tools/test_benchmark.py::test_the_rehearsal_for_a_gpu",
     "source ALCF/helpers.sh": "launch/test_helpers.py::test_a_sourced_shell_knows_its_job_and_keeps_its_options",
     "launch python3 tools/test_dist.py": "launch/test_helpers.py::test_launch_works_anywhere_on_a_laptop",
     "python3 -m megatron.launch -n": "tools/test_smoke_test.py::test_as_a_user_starts_it",
@@ -19,7 +19,7 @@ COVERED: dict[str, str] = {
     "python3 tools/compare_runs.py": "tools/test_compare_runs.py::test_many_runs_are_a_table_with_a_line_each",
     "python3 tools/convert_hf.py export": "equivalence/test_huggingface.py::test_export",
     "python3 tools/convert_hf.py import": "equivalence/test_huggingface.py::test_import_follows_a_plain_loop",
-    "python3 tools/convert_hf.py import CKPT_DIR": "equivalence/test_reference.py::test_the_reference_goes_on",
+    "python3 tools/convert_hf.py import CKPT_DIR": "equivalence/test_reference.py::test_it_goes_on_as_a_plain_loop",
     "python3 tools/doctor.py": "tools/test_doctor.py::test_a_laptop_is_well",
     "python3 tools/import_data_lists.py": "tools/test_import_data_lists.py::test_all_lists_are_copied_byte_for_byte_and_told_about",
     "python3 tools/inspect_batch.py": "tools/test_inspect_batch.py::test_a_step_is_what_the_run_read",
@@ -31,5 +31,5 @@ COVERED: dict[str, str] = {
     "python3 tools/plot.py": "tools/test_plot_command.py::test_a_run_is_drawn",
     "python3 tools/prepare_cache.py": "tools/test_prepare_cache.py::test_a_run_finds_everything",
     "python3 tools/preprocess_data.py": "data/prepare/test_preprocess.py::test_every_kind_of_file_gives_the_same_documents",
-    "touch RUN/STOP": "e2e/test_front_door.py::test_a_stop_file",
+    "touch RUN/STOP": "training/test_stop.py::test_the_file_is_seen_within_a_second_and_one_from_before_is_removed",
 }  # fmt: skip
