@@ -28,7 +28,7 @@ class LearnedPositions(ReplicatedWeights):
         """Builds the table, `name` is this module's."""
         super().__init__()
         self.axis, self.sp = context.residual_axis, context.sp
-        self.first = 0  # position of the first token of the sequence
+        self.starts_at: Callable[[], int] | None = None  # `kv_cache.py` sets it; none: at 0
         self.positions_of: Callable[[], Tensor] | None = None  # `document_mask.py` sets it
         size, std = (shape.seq_length, shape.hidden_size), shape.weight_std
         table = sharded_normal_(
@@ -40,7 +40,8 @@ class LearnedPositions(ReplicatedWeights):
         """x (B, s, H) -> (B, s, H)."""
         own = x.shape[1]
         part = self.sp.rank * self.axis.size + self.axis.rank  # of the sequence's equal parts
-        held = slice(self.first + part * own, self.first + (part + 1) * own)
+        first = part * own + (0 if self.starts_at is None else self.starts_at())
+        held = slice(first, first + own)
         table = self.applied(self.weight)
         if self.positions_of is None:
             return x + table[held]

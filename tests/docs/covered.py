@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-CI = ".ci/run"
-"""It runs them itself."""
-
 # A command begins with the words on the left; the longest match counts.
 COVERED: dict[str, str] = {
-    "bash tests/run.sh": CI,
     "bash tools/gpu_check.sh": "tools/test_benchmark.py::test_the_rehearsal_for_a_gpu",
     "source ALCF/helpers.sh": "launch/test_helpers.py::test_a_sourced_shell_knows_its_job_and_keeps_its_options",
     "launch python3 tools/test_dist.py": "launch/test_helpers.py::test_launch_works_anywhere_on_a_laptop",
