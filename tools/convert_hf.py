@@ -99,10 +99,11 @@ def import_hugging_face(folder: Path, run: Path, data: str | None) -> int:
     kept = imported.keep(folder, run)
     about = _about(shape, RunState(), None, f"Hugging Face, {folder}")
     _save(run, 0, huggingface.import_pieces(folder, shape), about)
-    dropout = huggingface.read_config(folder).get("attention_dropout")
-    if dropout:
-        _warn(f"attention_dropout={dropout} is not applied in training")
     chosen = (f"DATA_FILE_LIST={data or LIST}", *GOES_ON)
+    config = huggingface.read_config(folder)
+    for name in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop"):
+        if config.get(name):
+            _warn(f"{name}={config[name]} is not applied in training")
     print(
         f"{folder} is step 0 of {run}; train it with\n\n"
         f"    {_command(shape, run, kept, chosen=chosen)}\n"

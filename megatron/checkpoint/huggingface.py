@@ -1,8 +1,9 @@
 """Hugging Face's format: config.json, and weights as safetensors shards with an index, both ways.
 
 Names and settings come from the architecture. Our matrices are theirs (q, k, v, gate and up are
-separate), so a conversion is a rename that drops the vocabulary's padding. Memory holds one tensor
-at a time.
+separate), so a conversion is a rename that drops the vocabulary's padding; where an architecture
+says so, several of ours are stacked in one of theirs, or theirs is transposed. Memory holds one
+tensor at a time.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,9 @@ def write_config(
         }
     else:
         key = "dtype" if "dtype" in imported else "torch_dtype"
-        length = max(imported.get("max_position_embeddings") or 0, shape.seq_length)
-        config = {**imported, key: dtype, "max_position_embeddings": length}
+        entry = ARCHITECTURES[shape.architecture].length_entry
+        length = max(imported.get(entry) or 0, shape.seq_length)
+        config = {**imported, key: dtype, entry: length}
         config.pop("auto_map", None)  # names files of code, which are not kept
     (folder / CONFIG).write_text(json.dumps(config, indent=1))
 
@@ -123,26 +125,28 @@ def export_weights(
     _require_equal(names, shapes, shape.architecture)
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     size = total = 0
-    for ours, theirs in names.items():
-        rows, *rest = shapes[ours]
+    parts = _parts(names)
+    for theirs, stacked in parts.items():
+        rows, rest = sum(shapes[ours][0] for ours in stacked), shapes[stacked[0]][1:]
         if architecture.is_vocabulary(theirs):
             rows = min(rows, shape.vocab_size)
         length = rows * math.prod(rest) * dtype.itemsize
         if shards[-1] and size + length > shard_bytes:
             shards.append({})
             size = 0
-        shards[-1][theirs] = (rows, *rest)
+        transposed = architecture.is_transposed(theirs)
+        shards[-1][theirs] = (*rest, rows) if transposed else (rows, *rest)
         size += length
         total += length
 
-    ours_of = {theirs: ours for ours, theirs in names.items()}
-
     def value(theirs: str, wanted: tuple[int, ...]) -> Tensor:
-        whole = read(ours_of[theirs])[: wanted[0]]
+        whole = torch.cat([read(ours) for ours in parts[theirs]])
+        whole = whole.t() if architecture.is_transposed(theirs) else whole[: wanted[0]]
         converted = whole.to(dtype)
         if not torch.isfinite(converted).all():
             state = f"overflows {dtype}" if torch.isfinite(whole).all() else "is not finite"
-            raise ValueError(f"the weight {ours_of[theirs]} {state}: nothing is exported")
+            listed = ", ".join(parts[theirs])
+            raise ValueError(f"the weight {listed} {state}: nothing is exported")
         return converted
 
     count, files, index = len(shards), [], {}
@@ -168,17 +172,17 @@ def open_weights(folder: Path, shape: ModelShape) -> Callable[[str], Tensor]:
         ValueError: a weight is missing or unknown; when it is read: not finite, or of another
             shape or type than config.json gives.
     """
-    where = _weight_files(folder)
     architecture = ARCHITECTURES[shape.architecture]
     names = architecture.hugging_face_names(shape)
+    parts = _parts(names)
+    where = _whole_model(_weight_files(folder), architecture.hugging_face_prefix, parts)
     missing = sorted(set(names.values()) - set(where))
     if missing:
         raise ValueError(f"{folder} has no weight {_listed(missing)}")
     unknown = sorted(
         name
         for name in set(where) - set(names.values())
-        # Older files hold the rotary frequencies, which follow from config.json.
-        if not name.endswith("rotary_emb.inv_freq") and not _is_copy(name, where, shape)
+        if not architecture.is_left_over(name) and not _is_copy(name, where, shape)
     )
     if unknown:
         raise ValueError(
@@ -188,12 +192,18 @@ def open_weights(folder: Path, shape: ModelShape) -> Callable[[str], Tensor]:
 
     def read(ours: str) -> Tensor:
         theirs = names[ours]
-        stored = _read(where[theirs], theirs)
+        path, stored_as = where[theirs]
+        stored = _read(path, stored_as)
         if stored.dtype not in CODES:
-            raise ValueError(f"{where[theirs]}: {theirs} is {stored.dtype}, not a plain weight")
+            raise ValueError(f"{path}: {theirs} is {stored.dtype}, not a plain weight")
         if not torch.isfinite(stored).all():
-            raise ValueError(f"{where[theirs]}: {theirs} is not finite")
+            raise ValueError(f"{path}: {theirs} is not finite")
         value = stored.float()
+        if architecture.is_transposed(theirs):
+            value = value.t()
+        stacked = parts[theirs]
+        if len(stacked) > 1:  # all of one size
+            value = value.chunk(len(stacked))[stacked.index(ours)]
         if not architecture.is_vocabulary(theirs):
             return value
         if value.shape[0] != shape.vocab_size:
@@ -259,6 +269,25 @@ def _write_shard(
         os.fsync(file.fileno())
 
 
+def _parts(names: Mapping[str, str]) -> dict[str, list[str]]:
+    """Their name -> ours that are stacked in it, in order."""
+    parts: dict[str, list[str]] = {}
+    for ours, theirs in names.items():
+        parts.setdefault(theirs, []).append(ours)
+    return parts
+
+
+Place = tuple[Path, str]  # a file, and the name of a tensor in it
+
+
+def _whole_model(
+    files: Mapping[str, Path], prefix: str, known: Collection[str]
+) -> dict[str, Place]:
+    """Name in a whole model -> its place; a bare model's files lack the prefix."""
+    bare = not any(name in known for name in files)
+    return {prefix * bare + name: (path, name) for name, path in files.items()}
+
+
 def _weight_files(folder: Path) -> dict[str, Path]:
     """Name -> file of each weight, as the index says; without one, all that the files hold."""
     index, single = folder / INDEX, folder / "model.safetensors"
@@ -279,12 +308,12 @@ def _weight_files(folder: Path) -> dict[str, Path]:
     return where
 
 
-def _is_copy(name: str, where: Mapping[str, Path], shape: ModelShape) -> bool:
+def _is_copy(name: str, where: Mapping[str, Place], shape: ModelShape) -> bool:
     """Whether a weight is the head of a model with tied embeddings, equal to the embedding."""
-    embedding = "model.embed_tokens.weight"
-    if not shape.tie_embeddings or name != "lm_head.weight":
+    embedding, head = ARCHITECTURES[shape.architecture].vocabulary_names
+    if not shape.tie_embeddings or name != head:
         return False
-    return torch.equal(_read(where[name], name), _read(where[embedding], embedding))
+    return torch.equal(_read(*where[name]), _read(*where[embedding]))
 
 
 def _read(path: Path, name: str) -> Tensor:

@@ -25,22 +25,34 @@ SPELLINGS = {
     "train.float8": {
         "true": "1", "yes": "1", "on": "1", "tensorwise": "1", "false": "0", "no": "0", "off": "0",
     },
-    "train.dtype": {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"},
+    "train.dtype": {
+        "bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32",
+    },
     "optimizer.optimizer": {
         **{name: name for name in update_rules.accepted()},
         **{name: rule for name, (rule, _) in update_rules.KERNELS.items()},
     },
     "optimizer.lr_decay_style": {"wsd": "warmup-stable-decay"},
-    "log.wandb_mode": {"off": "disabled", "on": "online", "online": "online"},
     "log.profile": {"pt": "torch", "pt-full": "torch", "1": "torch", "0": "off"},
+    "log.wandb_mode": {"off": "disabled", "none": "disabled", "on": "online"},
+    "data.tokenizer_type": {
+        "hf": "HFTokenizer", "sentencepiece": "SentencePieceTokenizer", "byte": "ByteTokenizer",
+        "char": "CharTokenizer", "builtin": "BuiltinTokenizer",
+    },
     "log.log_level": {name.lower(): name for name in ("DEBUG", "INFO", "WARNING", "ERROR")},
     "launch.launch_with": {"mpich": "mpiexec", "pals": "mpiexec", "openmpi": "mpirun"},
 }  # fmt: skip
 
 
-# Options that count tokens or samples, which are often written as 500B or 2T.
+# What a wrong choice probably means, where no choice is spelled like it.
+MEANT = {
+    "train.dtype": {"fp8": "bf16, with FP8=1"},
+    "launch.device": {"gpu": "cuda or xpu"},
+}
+
+# Options that count steps, tokens or samples, which are often written as 10k, 500B or 2T.
 COUNTED = frozenset((
-    "train.train_tokens", "train.train_samples", "optimizer.lr_warmup_tokens",
+    "train.train_iters", "train.train_tokens", "train.train_samples", "optimizer.lr_warmup_tokens",
 ))  # fmt: skip
 POWERS = {"K": "e3", "M": "e6", "B": "e9", "G": "e9", "T": "e12"}
 
@@ -91,6 +103,8 @@ class Option:
             value = _number(text, name)
         else:
             value = SPELLINGS.get(self.key, {}).get(text.lower(), text)
+            alike = [choice for choice in self.choices if choice.lower() == value.lower()]
+            value = alike[0] if len(alike) == 1 else value
         return self.checked(value, name)
 
     def checked(self, value: Any, name: str) -> Any:
@@ -100,10 +114,19 @@ class Option:
             if rule:
                 raise ConfigError(f"{name}={value}: {self.help}; it must be {rule}")
         elif self.choices and value not in self.choices:
-            close = difflib.get_close_matches(str(value).lower(), self.choices, n=1, cutoff=0.5)
-            meant = f". Did you mean {close[0]}?" if close else ""
+            near = self._nearest(str(value).lower())
+            meant = f". Did you mean {near}?" if near else ""
             raise ConfigError(f"{name}={value} is not one of {', '.join(self.choices)}{meant}")
         return value
+
+    def _nearest(self, typed: str) -> str | None:
+        """What a wrong choice probably means: a beginning or a part of one, or a slip."""
+        if typed in MEANT.get(self.key, {}):
+            return MEANT[self.key][typed]
+        parts = [choice for choice in self.choices if typed in choice.lower()]
+        parts.sort(key=lambda choice: not choice.lower().startswith(typed))
+        close = difflib.get_close_matches(typed, self.choices, n=1, cutoff=0.5)
+        return next(iter(parts + close), None)
 
 
 def option(
@@ -218,7 +241,9 @@ def _integer(text: str, name: str) -> int:
     except ValueError:
         number = math.nan
     if not number.is_integer() or abs(number) > 2**53:
-        raise ConfigError(f"{name}={text} is not a whole number")
+        digits = text[:-1] if text[-1:] in ("k", "K") else ""
+        meant = f": write {int(digits) * 1024} or {digits}000" if digits.isdecimal() else ""
+        raise ConfigError(f"{name}={text} is not a whole number{meant}")
     return int(number)
 
 

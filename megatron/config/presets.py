@@ -7,6 +7,7 @@ where that leaves one preset, without regard to case.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -44,6 +45,7 @@ def _hub(model: str, shape: tuple[int, ...], vocabulary: int, theta: float, tied
 
 
 _QWEN3: dict[str, Value] = {"ARCHITECTURE": "qwen3", "HEAD_DIM": 128, "RMS_NORM_EPS": 1e-6}
+_GPT2: dict[str, Value] = {"ARCHITECTURE": "gpt2", "TIE_EMBEDDINGS": True}
 _2B_NAMES = ("AuroraGPT-2B", "AuroraGPT_2B", "AuroraGPT2B", "Aurora-GPT-2B", "Aurora_GPT_2B")
 _7B_NAMES = ("AuroraGPT-7B", "aurora-gpt-7b", "llama-3.1-7B", "llama-3.2-7B")
 
@@ -84,6 +86,13 @@ PRESETS: dict[str, Preset] = {
         _hub("Qwen/Qwen3-4B", (36, 2560, 32, 8, 9728, 8192), 151936, 1e6, True, **_QWEN3),
         _hub("Qwen/Qwen3-8B", (36, 4096, 32, 8, 12288, 8192), 151936, 1e6, False, **_QWEN3),
     ]),
+    "gpt2": Preset("gpt2", ("openai-community/gpt2", "gpt2-124M"), _shape(
+        12, 768, 12, 12, 3072, 1024, **_GPT2, VOCAB_SIZE=50257, TOKENIZER_TYPE="HFTokenizer",
+        TOKENIZER_MODEL="openai-community/gpt2")),
+    # GPT-2's blocks in the size of a first lesson: characters of one book, minutes on one GPU.
+    "shakespeare": Preset("shakespeare", (), _shape(
+        6, 384, 6, 6, 1536, 256, **_GPT2, LR=1e-3, MIN_LR=1e-4, MICRO_BATCH=64, GRAD_ACC_STEPS=1,
+        TRAIN_ITERS=5000, EVAL_INTERVAL=250, SAVE_INTERVAL=1000)),
     # Learns the built-in corpus in a minute on two cores; fp32, because most CPUs emulate bf16.
     "debug": Preset("debug", (), _shape(
         4, 128, 4, 2, 352, 128, DTYPE="fp32", LR=3e-3, MIN_LR=3e-4, MICRO_BATCH=16,
@@ -114,6 +123,9 @@ def find(name: str, variable: str = "MODEL_ARCH") -> str:
         meant = " or ".join(f"{variable}={key} ({_described(key)})" for key in found)
         raise ConfigError(f"{variable}={name} may mean two models: set {meant}")
     near = [key for key in PRESETS if key.lower().endswith(f"-{name.lower()}")]
+    size = re.search(r"\d+(\.\d+)?[bm]$", name.lower())
+    if not near and size:  # llama-7b
+        near = sorted({key for spelling, key in names.items() if _size(spelling) == size[0]})
     if not near:  # two models may differ in case alone
         close = difflib.get_close_matches(name.lower(), [s.lower() for s in names], n=1)
         near = sorted({key for spelling, key in names.items() if spelling.lower() in close})
@@ -123,6 +135,11 @@ def find(name: str, variable: str = "MODEL_ARCH") -> str:
         "For another shape set NLAYERS, HIDDEN, HEADS, NUM_KV_HEAD, FFN_HIDDEN_SIZE and SEQ "
         "on top of one of them."
     )
+
+
+def _size(spelling: str) -> str:
+    """The last part of a name, such as 7b of AuroraGPT-7B."""
+    return re.split(r"[-_]", spelling.lower())[-1]
 
 
 def _described(key: str) -> str:

@@ -23,13 +23,13 @@ class ModelShape:
     num_attention_heads: int = option(None, "HEADS NHEADS", "--num-attention-heads", "query heads", least=1)
     num_key_value_heads: int = option(None, "NUM_KV_HEAD", "--num-key-value-heads", "key/value heads (grouped-query attention)", least=1)
     head_dim: int | None = option(None, "HEAD_DIM", "--head-dim", "width of an attention head; unset: HIDDEN / HEADS", least=1)
-    ffn_hidden_size: int = option(None, "FFN_HIDDEN_SIZE", "--ffn-hidden-size", "width of the SwiGLU MLP", least=1)
+    ffn_hidden_size: int = option(None, "FFN_HIDDEN_SIZE", "--ffn-hidden-size", "width of the MLP (SwiGLU; gpt2: GELU)", least=1)
     seq_length: int = option(None, "SEQ SEQ_LEN SEQ_LENGTH", "--seq-length", "tokens in a training sample", least=1)
     tie_embeddings: bool = option(False, "TIE_EMBEDDINGS", "--tie-embeddings", "one matrix for input embedding and output head")
     nope_interval: int = option(0, "NOPE_INTERVAL", "--nope-interval", "every n-th layer has no rotary embedding (SmolLM3: 4); 0: rotary everywhere")
     rope_theta: float = option(50000.0, "ROPE_THETA", "--rope-theta --rotary-position-embeddings-theta", "base of the rotary frequencies", above=0)
     rope_scaling: str | None = option(None, "ROPE_SCALING", "--rope-scaling", "`llama3` or `llama3:factor,low,high,original_length`; unset: none")
-    rms_norm_eps: float = option(1e-5, "RMS_NORM_EPS", "--layernorm-epsilon --rms-norm-eps", "epsilon of RMSNorm", above=0)
+    rms_norm_eps: float = option(1e-5, "RMS_NORM_EPS", "--layernorm-epsilon --rms-norm-eps", "epsilon of RMSNorm and LayerNorm", above=0)
     init_method_std: float = option(None, "", "--init-method-std", "standard deviation of the initial weights; default sqrt(2 / (5 HIDDEN))", above=0)
     word_embedding_init_std: float | None = option(None, "WORD_EMBEDDING_INIT_STD", "--word-embedding-init-std", "standard deviation of the initial token embedding; unset: that of the other weights", above=0)
     vocab_size: int = option(None, "VOCAB_SIZE", "--vocab-size", "vocabulary before padding; default: the tokenizer's", least=1)
@@ -81,10 +81,12 @@ class ModelShape:
     def identity(self) -> dict[str, Any]:
         """What must not change for weights to fit and mean the same; in a checkpoint's manifest.
 
-        `ModelShape(**identity)` is the shape without its sequence length; fields that an older
-        checkpoint lacks have their defaults.
+        `ModelShape(**identity)` is the shape without its sequence length, which only learned
+        positions bind; fields that an older checkpoint lacks have their defaults.
         """
-        return {name: getattr(self, name) for name in IDENTITY} | {"head_dim": self.head_width}
+        learned = ARCHITECTURES[self.architecture].learned_positions
+        names = (*IDENTITY, "seq_length") if learned else IDENTITY
+        return {name: getattr(self, name) for name in names} | {"head_dim": self.head_width}
 
     def changes_since(self, stored: Mapping[str, Any]) -> list[str]:
         """`field before -> now` of each difference from an `identity()` that was stored."""

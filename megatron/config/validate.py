@@ -31,17 +31,17 @@ def model_parallel_size(draft: Draft) -> int:
     return math.prod(draft.get(key) for key in (TP, PP, SP))
 
 
-def divides(draft: Draft, part: str, *wholes: str) -> Iterator[str]:
-    """The option `part` must divide every option of `wholes`."""
+def divides(draft: Draft, part: str, *wholes: str, unit: int = 1) -> Iterator[str]:
+    """The option `part` must divide every option of `wholes`, best into multiples of `unit`."""
     divisor = draft[part]
     common = math.gcd(*(draft.get(whole) for whole in wholes))
-    fitting = next(d for d in range(divisor.value, 0, -1) if common % d == 0)
+    fitting = next(d for d in range(divisor.value, 0, -1) if common % (d * unit) == 0 or d == 1)
     for whole in (draft[key] for key in wholes):
         if whole.value % divisor.value:
             yield (
                 f"{divisor} does not divide {whole}: {whole.value} / {divisor.value} leaves "
                 f"{whole.value % divisor.value}. Set {divisor.name}={fitting}, or "
-                f"{whole.name}={_multiple(whole.value, divisor.value)}"
+                f"{whole.name}={_multiple(whole.value, unit * divisor.value)}"
             )
 
 
@@ -54,12 +54,15 @@ def check_shape(draft: Draft) -> Iterator[str]:
     """HEADS divides HIDDEN unless HEAD_DIM is set; key/value heads divide the query heads."""
     width, rest = draft.get(HEAD_DIM), 0
     if width is None:
-        yield from divides(draft, HEADS, HIDDEN)
+        yield from divides(draft, HEADS, HIDDEN, unit=2)  # rotary embeddings rotate pairs
         width, rest = divmod(draft.get(HIDDEN), draft.get(HEADS))
     yield from divides(draft, KV_HEADS, HEADS)
     hidden, heads, head_dim = draft[HIDDEN], draft[HEADS], draft[HEAD_DIM]
     scaling, architecture = draft["model.rope_scaling"], draft[ARCHITECTURE]
-    if head_dim.value is not None and head_dim.value % 2:
+    family = ARCHITECTURES[architecture.value]
+    if family.learned_positions:
+        yield from _check_plain_heads(draft)
+    elif head_dim.value is not None and head_dim.value % 2:
         yield (
             f"{head_dim} is odd, but rotary embeddings rotate pairs: set "
             f"{head_dim.name}={head_dim.value + 1}"
@@ -69,7 +72,7 @@ def check_shape(draft: Draft) -> Iterator[str]:
             f"{hidden} / {heads} = {width} is odd, but rotary embeddings rotate pairs: set "
             f"{hidden.name}={heads.value * (width + 1)}"
         )
-    for field, value in ARCHITECTURES[architecture.value].fixed.items():
+    for field, value in family.fixed.items():
         fixed = draft[f"model.{field}"]
         if fixed.value != value:
             yield (
@@ -81,6 +84,19 @@ def check_shape(draft: Draft) -> Iterator[str]:
             rope_scaling.parse(scaling.value, scaling.name)
         except ConfigError as error:
             yield str(error)
+
+
+def _check_plain_heads(draft: Draft) -> Iterator[str]:
+    """Heads as GPT-2 has them: keys and values for each, which together are as wide as HIDDEN."""
+    architecture, heads, keys = draft[ARCHITECTURE], draft[HEADS], draft[KV_HEADS]
+    width = draft[HEAD_DIM]
+    if keys.value != heads.value:
+        yield (
+            f"{keys}, but {architecture} has keys and values for each of {heads}: set "
+            f"{keys.name}={heads.value}"
+        )
+    if width.value is not None and width.value * heads.value != draft.get(HIDDEN):
+        yield f"{width}, but {architecture} has {draft[HIDDEN]} / {heads} only: unset {width.name}"
 
 
 def check_tensor_parallel(draft: Draft) -> Iterator[str]:

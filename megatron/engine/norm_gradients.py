@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from megatron.model.norm import RMSNorm
+from megatron.parallel.biased import ReplicatedWeights
 from megatron.parallel.groups import Axis
 from megatron.parallel.partial_gradients import is_partial, sum_parts
 
@@ -25,9 +26,9 @@ GRADIENTS = {
 
 
 def sum_in_backward(module: nn.Module) -> None:
-    """Norms sum their gradients themselves from now on, in each backward pass."""
+    """Replicated weights sum their gradients themselves from now on, in each backward pass."""
     for part in module.modules():
-        if isinstance(part, RMSNorm):
+        if isinstance(part, RMSNorm | ReplicatedWeights):
             part.sum_in_backward()
 
 

@@ -24,12 +24,22 @@ class Architecture:
         fixed: fields of `ModelShape` with one possible value in the family, and that value.
         hugging_face_defaults: entries that transformers has these values for where config.json
             leaves them out.
+        hugging_face_prefix: of their names, which files of a bare model lack.
+        length_entry: of config.json, the longest sequence.
+        vocabulary_names: theirs of the matrices with one row per token, the embedding first.
+        mlp_matrices: of a block, each HIDDEN x FFN_HIDDEN_SIZE.
+        learned_positions: positions are a table of SEQ rows, and there is no rotary embedding.
     """
 
     hugging_face: ClassVar[Mapping[str, str]]
     block_names: ClassVar[Mapping[str, str]]
     fixed: ClassVar[Mapping[str, Any]] = {}
     hugging_face_defaults: ClassVar[Mapping[str, Any]] = {}
+    hugging_face_prefix: ClassVar[str] = "model."
+    length_entry: ClassVar[str] = "max_position_embeddings"
+    vocabulary_names: ClassVar[tuple[str, ...]] = ("model.embed_tokens.weight", "lm_head.weight")
+    mlp_matrices: ClassVar[int] = 3
+    learned_positions: ClassVar[bool] = False
 
     def layers(self, shape: ModelShape, context: ModelContext) -> list[Layer]:
         """The model: tokens (B, S) int64 in, this rank's logits (B, S, V/tp) out."""
@@ -38,19 +48,29 @@ class Architecture:
     # Counts
 
     def block_matrices(self, shape: ModelShape) -> int:
-        """Weights of one block's matrices: q and o, k and v, gate, up and down."""
+        """Weights of one block's matrices: q and o, k and v, and those of the MLP."""
         h, q, d = shape.hidden_size, shape.query_size, shape.key_value_size
-        return 2 * h * q + 2 * h * d + 3 * h * shape.ffn_hidden_size
+        return 2 * h * q + 2 * h * d + self.mlp_matrices * h * shape.ffn_hidden_size
 
     def layer_parameters(self, shape: ModelShape) -> int:
         """Parameters of one block: its matrices and two norms."""
         return self.block_matrices(shape) + 2 * shape.hidden_size
 
+    def first_parameters(self, shape: ModelShape) -> int:
+        """Parameters beside the first block: none."""
+        del shape
+        return 0
+
+    def norm_parameters(self, shape: ModelShape) -> int:
+        """Parameters of a norm of the residual stream: its weight."""
+        return shape.hidden_size
+
     def parameters(self, shape: ModelShape, tensor_parallel: int = 1) -> int:
         """Parameters of the whole model: L blocks, embedding, head (unless tied), final norm."""
         tables = 1 if shape.tie_embeddings else 2
         vocabulary = tables * shape.padded_vocab_size(tensor_parallel) * shape.hidden_size
-        return vocabulary + shape.num_layers * self.layer_parameters(shape) + shape.hidden_size
+        ends = self.first_parameters(shape) + self.norm_parameters(shape)
+        return vocabulary + shape.num_layers * self.layer_parameters(shape) + ends
 
     def block_flops(self, shape: ModelShape) -> int:
         """FLOPs per token of one block's forward pass, full attention."""
@@ -85,7 +105,8 @@ class Architecture:
         """
         h, q = shape.hidden_size, shape.query_size
         queries_per_key = shape.num_attention_heads // shape.num_key_value_heads
-        projections = (1 + 2 // queries_per_key + 1) * h * q + 3 * shape.ffn_hidden_size * h
+        projections = (1 + 2 // queries_per_key + 1) * h * q
+        projections += self.mlp_matrices * shape.ffn_hidden_size * h
         attention = 2 * q * shape.seq_length
         vocabulary = shape.padded_vocab_size(tensor_parallel) * h
         forward = shape.num_layers * (projections + attention) + vocabulary
@@ -96,7 +117,10 @@ class Architecture:
     # Hugging Face
 
     def hugging_face_names(self, shape: ModelShape) -> dict[str, str]:
-        """Our parameter name -> theirs, in the order of the layers."""
+        """Our parameter name -> theirs, in the order of the layers.
+
+        Several of ours with one of theirs are stacked in it along the outputs, in this order.
+        """
         tied, last = shape.tie_embeddings, shape.num_layers + 1
         embedding = "tied_modules.embedding.weight" if tied else "0.weight"
         names = {embedding: "model.embed_tokens.weight"}
@@ -108,7 +132,16 @@ class Architecture:
 
     def is_vocabulary(self, theirs: str) -> bool:
         """Whether a Hugging Face name is a matrix with one row per token."""
-        return theirs in ("model.embed_tokens.weight", "lm_head.weight")
+        return theirs in self.vocabulary_names
+
+    def is_transposed(self, theirs: str) -> bool:
+        """Whether a matrix is (inputs, outputs) in their files, where ours is the other way."""
+        del theirs
+        return False
+
+    def is_left_over(self, theirs: str) -> bool:
+        """Whether a tensor of older files is no weight: it follows from config.json."""
+        return theirs.endswith("rotary_emb.inv_freq")
 
     def hugging_face_class(self, shape: ModelShape) -> str:
         """The class that holds a model of this shape."""

@@ -64,6 +64,9 @@ class Attention(nn.Module):
     Ulysses' two all-to-alls each way.
     """
 
+    column, row = ColumnParallelLinear, RowParallelLinear
+    project = staticmethod(column_parallel_linears)  # x (B, s, H) through q, k and v
+
     def __init__(
         self,
         shape: ModelShape,
@@ -102,10 +105,10 @@ class Attention(nn.Module):
 
         def column(letter: str, size: int) -> ColumnParallelLinear:
             weight, std = f"{name}.{letter}.weight", shape.weight_std
-            return ColumnParallelLinear(shape.hidden_size, size, name=weight, std=std, **options)
+            return self.column(shape.hidden_size, size, name=weight, std=std, **options)
 
         self.q, self.k, self.v = column("q", q), column("k", kv), column("v", kv)
-        self.o = RowParallelLinear(
+        self.o = self.row(
             q, shape.hidden_size, name=f"{name}.o.weight", std=shape.residual_std, **options
         )
         self.q_norm = qk_norm(heads) if qk_norm else None
@@ -116,7 +119,7 @@ class Attention(nn.Module):
 
         Without Megatron's sequence parallelism both are equal on all tensor-parallel ranks.
         """
-        projected = column_parallel_linears(x, (self.q, self.k, self.v))
+        projected = self.project(x, (self.q, self.k, self.v))
         # (B, p, heads/tp * D) -> (B, p, heads/tp, D)
         q, k, v = (y.view(*y.shape[:2], -1, self.head_width) for y in projected)
         if self.q_norm is not None and self.k_norm is not None:

@@ -75,12 +75,12 @@ class Block(nn.Module):
         super().__init__()
         self.recompute = context.recompute == "full"
         rope = Rope(shape.head_width, shape.rope_theta, shape.rope_scaling_factors)
-        self.input_norm = residual_norm(shape, context)
+        self.input_norm: nn.Module = residual_norm(shape, context)
         self.attention = Attention(
             shape, context, f"{name}.attention", rope if shape.has_rope(block) else None, qk_norm
         )
-        self.post_attention_norm = residual_norm(shape, context)
-        self.mlp = MLP(shape, context, f"{name}.mlp")
+        self.post_attention_norm: nn.Module = residual_norm(shape, context)
+        self.mlp: nn.Module = MLP(shape, context, f"{name}.mlp")
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, s, H) -> (B, s, H)."""

@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron.model.attention import Attention
 from megatron.model.layer import Layer
+from megatron.model.positions import LearnedPositions
 from megatron.model.rope import Rope, tables_for
 from megatron.parallel.groups import SERIAL, Groups
 from megatron.parallel.head_loss import Targets
@@ -136,6 +137,11 @@ class Documents:
         cos, sin = (table[self._positions].unsqueeze(1) for table in tables)
         return cos, sin
 
+    def positions_of(self) -> Tensor:
+        """(B, S) positions of the micro-batch's tokens, of all ranks."""
+        assert self._positions is not None, "no micro-batch was selected"
+        return self._positions
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """`causal_attention` over the tokens of each one's own document.
 
@@ -247,6 +253,10 @@ def follow_documents(layer: Layer, documents: Documents) -> Layer:
                 attention.attend = documents.attend
             if documents.own_positions:
                 attention.tables_for = documents.tables_for
+        if documents.own_positions:
+            for part in module.modules():
+                if isinstance(part, LearnedPositions):
+                    part.positions_of = documents.positions_of
         return module
 
     return dataclasses.replace(layer, build=build)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from megatron.model.architecture import Architecture
+from megatron.model.gpt2 import GPT2
 from megatron.model.llama import Llama
 from megatron.model.olmo2 import Olmo2
 from megatron.model.qwen3 import Qwen3
 
 ARCHITECTURES: dict[str, Architecture] = {
+    "gpt2": GPT2(),
     "llama": Llama(),
     "olmo2": Olmo2(),
     "qwen3": Qwen3(),

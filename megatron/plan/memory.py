@@ -119,7 +119,9 @@ def _part(run: RunConfig, own: set[int]) -> _Part:
     tables = 1 if first and last and model.tie_embeddings else first + last
     one = run.padded_vocab_size * model.hidden_size
     blocks = layers * run.architecture.layer_parameters(model)
-    count = blocks + tables * one + last * model.hidden_size
+    ends = first * run.architecture.first_parameters(model)
+    ends += last * run.architecture.norm_parameters(model)
+    count = blocks + tables * one + ends
     in_block = model.hidden_size * max(model.ffn_hidden_size, model.query_size)
     deepest = max(one if last else 0, in_block if layers else 0)
     largest = max(one if tables else 0, deepest)
@@ -232,13 +234,15 @@ def _block(run: RunConfig, recompute: str) -> int:
 
     In values per token. Inputs and outputs of the two norms are replicated over the TP ranks, or
     sharded with Megatron's sequence parallelism; the rest is always sharded over them: rotated q
-    and k, v and the attention's output, gate, up, silu(gate) and its product with up.
+    and k, v and the attention's output, gate, up, silu(gate) and its product with up (or up and
+    gelu(up)).
     """
     h, f = run.model.hidden_size, run.model.ffn_hidden_size
     q, d = run.model.query_size, run.model.key_value_size
     width, scores = _value_bytes(run), 0
-    norms, sharded = {"0": (4 * h, 2 * q + 2 * d + 4 * f), "1": (h, 0)}.get(
-        recompute, (4 * h, q + 2 * d + 2 * f)
+    wide = (run.architecture.mlp_matrices - 1) * f  # what the MLP's last product is made of
+    norms, sharded = {"0": (4 * h, 2 * q + 2 * d + 2 * wide), "1": (h, 0)}.get(
+        recompute, (4 * h, q + 2 * d + wide)
     )
     if recompute == "0" and run.train.no_flash_attention:
         # The plain kernel works in fp32: every head's q, k and v, and the scores of all positions.

@@ -81,7 +81,7 @@ def export_checkpoint(
                 "max_position_embeddings is 2048, and no tokenizer is written"
             )
         length = 2048 if kept is None else huggingface.read_shape(kept).seq_length
-    shape = ModelShape(**manifest["model"], seq_length=length)
+    shape = ModelShape(**{"seq_length": length, **manifest["model"]})
     name = dtype or _dtype_of(theirs or {})
     reader = checkpoint.reader()
     weight = evaluated_weights(reader, manifest)

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     Olmo2Config,
@@ -17,7 +19,7 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 
-KINDS = ("llama", "smollm3", "qwen3", "olmo2")
+KINDS = ("llama", "smollm3", "qwen3", "olmo2", "gpt2")
 
 
 def hugging_face_model(
@@ -38,9 +40,16 @@ def hugging_face_model(
         model = Qwen3ForCausalLM(Qwen3Config(**shape, head_dim=16, tie_word_embeddings=True))
     elif kind == "olmo2":
         model = Olmo2ForCausalLM(Olmo2Config(**shape))
+    elif kind == "gpt2":
+        sizes = {"n_embd": 64, "n_layer": 4, "n_head": 8, "n_inner": 96, "n_positions": 32}
+        drops = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+        ids = {"vocab_size": 200, "bos_token_id": None, "eos_token_id": None, **settings}
+        model = GPT2LMHeadModel(GPT2Config(**sizes, **drops, **ids))
     else:
         model = SmolLM3ForCausalLM(SmolLM3Config(**shape, tie_word_embeddings=True))
     for name, parameter in model.named_parameters():
-        if "norm" in name:  # else all ones
+        if "norm" in name or ".ln_" in name:  # else all ones
             parameter.data.uniform_(0.5, 1.5)
+        elif name.endswith("bias"):
+            parameter.data.uniform_(-0.1, 0.1)
     model.to(dtype).save_pretrained(folder)

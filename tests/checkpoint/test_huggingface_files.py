@@ -138,7 +138,7 @@ def test_what_config_json_leaves_out_is_what_transformers_takes(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not supported"),
+        ({"architectures": ["MptForCausalLM"]}, "MptForCausalLM is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act=gelu (silu only)"),
         ({"attention_bias": True}, "attention_bias=True (no biases)"),
         ({"mlp_bias": True}, "mlp_bias=True (no biases)"),

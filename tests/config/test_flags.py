@@ -85,7 +85,7 @@ def test_a_printed_label_is_a_preset_with_its_numbers():
 
 def test_counts_are_read_as_they_are_written():
     assert configured(TRAIN_TOKENS="2M").train.train_tokens >= 2_000_000
-    assert "SEQ=1k" in refusal(SEQ="1k")  # 1000 or 1024?
+    assert "write 1024 or 1000" in refusal(SEQ="1k")
 
 
 def test_other_names_of_an_update_rule_are_taken_and_said():

@@ -39,6 +39,12 @@ KINDS = {
         "NOPE_INTERVAL": "4",
         "WEIGHT_DECAY": "0",
     },
+    "gpt2": {
+        "ARCHITECTURE": "gpt2",
+        "NUM_KV_HEAD": "8",
+        "TIE_EMBEDDINGS": "1",
+        "WEIGHT_DECAY": "0",
+    },
 }
 
 
@@ -251,8 +257,9 @@ def test_one_option_in_a_layout(option: str, layout: str, imported: Any, expecte
 
 @pytest.mark.long
 @pytest.mark.parametrize("layout", [{}, {"TP": "2", "PP": "2"}, {"SP": "2"}], ids=str)
-def test_tied_and_without_rope(layout: dict[str, str], imported: Any, expected: Any) -> None:
-    check(imported, expected, layout, APART, "smollm3")
+@pytest.mark.parametrize("kind", ["smollm3", "gpt2"])
+def test_other_positions(layout: dict[str, str], kind: str, imported: Any, expected: Any) -> None:
+    check(imported, expected, layout, APART, kind)
 
 
 @pytest.mark.long

@@ -15,6 +15,7 @@ from tests.equivalence import front
 from tests.spawn import run
 from tools import convert_hf
 
+GPT2 = {"ARCHITECTURE": "gpt2", "NUM_KV_HEAD": "8", "TIE_EMBEDDINGS": "1"}
 LAYOUTS = {
     "tp1": {},
     "tp2": {"TP": "2"},
@@ -37,6 +38,7 @@ LAYOUTS = {
         "OPT": "muon",
         "LR": "0.01",
     },
+    "gpt2-tp2-pp2": {**GPT2, "TP": "2", "PP": "2"},
     "olmo2-tp2-dp2-zero2": {
         "ARCHITECTURE": "olmo2",
         "TP": "2",
@@ -73,6 +75,7 @@ VARIABLES_OF = {
         "HEAD_DIM": "16",
     },
     "olmo2": {"ROPE_THETA": "10000", "ARCHITECTURE": "olmo2"},
+    "gpt2": GPT2,
 }
 
 
@@ -82,7 +85,9 @@ SHARDED = [
     *product(("qwen3", "olmo2"), ("tp2-sequence", "ulysses")),
     ("olmo2", "dp2-zero3"),
     ("qwen3", "tp2-dp2-zero3"),
+    ("gpt2", "tp2-sequence"),
 ]
+RARE = [("gpt2", layout) for layout in ("ulysses", "dp2-zero3", "tp2-dp2-zero3", "tp2-dp2-zero2")]
 
 
 @pytest.mark.parametrize(
@@ -90,7 +95,7 @@ SHARDED = [
     [
         *ALONE,
         *((*case, "sgd") for case in SHARDED),
-        *(pytest.param(*case, "adamw", marks=pytest.mark.long) for case in SHARDED),
+        *(pytest.param(*case, "adamw", marks=pytest.mark.long) for case in SHARDED + RARE),
     ],
 )
 def test_import_follows_a_plain_loop(

@@ -124,7 +124,7 @@ def compare(config: Tiny) -> None:
 @pytest.mark.parametrize(
     "setting", [{}, {"attention_kernels": (SDPBackend.MATH,)}, {"expand_kv": True}]
 )
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "gpt2"])  # test_gpt2.py
 def test_logits_loss_and_gradients(kind: str, setting: dict[str, bool]) -> None:
     compare(tiny(kind, **setting))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
@@ -202,7 +203,8 @@ def test_a_block_with_its_own_attention_is_refused() -> None:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture_of_the_package_follows(architecture: str) -> None:
-    layers = ARCHITECTURES[architecture].layers(TINY, ModelContext())
+    shape = dataclasses.replace(TINY, seq_length=8)
+    layers = ARCHITECTURES[architecture].layers(shape, ModelContext())
     asked = documents(own_attention=True, own_positions=True)
     changed = [follow_documents(layer, asked).build() for layer in layers]
     follows = [m for layer in changed for m in layer.modules() if "attend" in vars(m)]

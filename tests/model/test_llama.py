@@ -182,9 +182,9 @@ def test_the_registry() -> None:
         assert len(layers(tiny(architecture=name))) == 4 + 3
     assert architecture_of("SmolLM3ForCausalLM") == "llama"
     with pytest.raises(
-        ValueError, match=r"GPT2LMHeadModel is not supported; LlamaForCausalLM, .* are"
+        ValueError, match=r"MptForCausalLM is not supported; GPT2LMHeadModel, .* are"
     ):
-        architecture_of("GPT2LMHeadModel")
+        architecture_of("MptForCausalLM")
 
 
 @pytest.mark.parametrize("kind", KINDS)

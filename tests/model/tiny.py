@@ -56,6 +56,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "wide-heads": {"head_dim": 12, "num_key_value_heads": 2},
     "qwen3": {"architecture": "qwen3", "head_dim": 16, "num_key_value_heads": 2},
     "olmo2": {"architecture": "olmo2", "num_key_value_heads": 2},
+    "gpt2": {"architecture": "gpt2", "seq_length": 24, "tie_embeddings": True},
 }
 """Every feature of the shape at least once."""
 
@@ -80,12 +81,14 @@ def batch(config: Tiny, size: int = 2, length: int = 24) -> tuple[Tensor, Tensor
 def build(
     config: Tiny, tp: Axis = SERIAL, recompute_num_layers: int = 0, sp: Axis = SERIAL
 ) -> Stack:
-    """The model of a configuration as one stage, with norms that are not all one."""
+    """The model of a configuration as one stage, with norms and biases that are not all alike."""
     model = Stack(layers(config, tp, sp), recompute_num_layers)
     generator = torch.Generator().manual_seed(3)
     for name, parameter in model.named_parameters():
-        if name.endswith("norm.weight") or name == f"{config.num_layers + 1}.weight":
-            whole = torch.empty(parameter.full_shape).uniform_(0.5, 1.5, generator=generator)
+        bias = name.endswith("bias")
+        if bias or name.endswith("norm.weight") or name == f"{config.num_layers + 1}.weight":
+            low = -0.5 if bias else 0.5
+            whole = torch.empty(parameter.full_shape).uniform_(low, low + 1, generator=generator)
             sharded = getattr(parameter, "partition_dim", None) == 0
             parameter.data.copy_(whole.chunk(tp.size)[tp.rank] if sharded else whole)
     return model

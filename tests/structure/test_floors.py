@@ -60,6 +60,7 @@ GROUND = {
     "megatron.model",
     "megatron.model.architecture",
     "megatron.model.registry",
+    "megatron.model.gpt2",
     "megatron.model.llama",
     "megatron.model.qwen3",
     "megatron.model.olmo2",
