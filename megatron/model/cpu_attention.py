@@ -34,7 +34,7 @@ def takes(q: Tensor) -> bool:
     )
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _multiplies_bf16() -> bool:
     """Whether this CPU has matrix units for bf16; without them torch's kernel is faster."""
     return bool(torch.cpu._is_amx_tile_supported())
@@ -64,7 +64,7 @@ def exact_scores(q: Tensor, k: Tensor) -> Tensor:
     """
     if q.dtype == torch.float32:
         return torch.bmm(q, k.transpose(1, 2))
-    switch = torch.backends.mkldnn.matmul
+    switch = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = switch.fp32_precision
     switch.fp32_precision = "bf16"
     try:
@@ -126,7 +126,7 @@ class _CausalAttention(Function):
             p_grad = torch.bmm(grad_own, v[:, :end].transpose(1, 2)).view(block)
             s_grad = p * (p_grad.float() - means[:, :, own]) * scale
             p, s_grad = (x.to(q.dtype).flatten(1, 2) for x in (p, s_grad))
-            q_grads.append(torch.bmm(s_grad, k[:, :end]).unflatten(1, (group, QUERIES)))
+            q_grads.append(torch.bmm(s_grad, k[:, :end]).view(rows, group, QUERIES, width))
             k_grads.append(torch.bmm(s_grad.transpose(1, 2), q_own))
             v_grads.append(torch.bmm(p.transpose(1, 2), grad_own))
         kv_shape = (batch, heads // group, length, width)

@@ -73,8 +73,7 @@ def tables_for(rope: Rope, x: Tensor) -> tuple[Tensor, Tensor]:
         x: gives length, device and dtype.
     """
     length = x.shape[-2]
-    # Inside a graph a Python cache does not exist. On a GPU they fuse with their use; a CPU would
-    # spend longer on the angles of each head and sample than on all else of the rotation.
+    # A graph has no cache. On a CPU it would compute the angles for each head and sample.
     if torch.compiler.is_compiling():
         cos, sin = rotary_tables(rope, torch.arange(length, device=x.device), x.dtype)
         return (materialized(cos), materialized(sin)) if x.device.type == "cpu" else (cos, sin)
