@@ -73,7 +73,7 @@ def build_data(run: RunConfig, control: Control, heartbeat: Heartbeat | None = N
     sources = [source for stage in stages for source in stage.sources]
     headers = _checked(run, stages, tokenizer, control, heartbeat or Heartbeat())
     splits = ORDERS[run.data.order](run, stages, headers)
-    splits = _with_own_lists(run, splits, tokenizer, control)
+    splits = _with_own_lists(run, splits, tokenizer, control, heartbeat)
     if splits.train is None:
         raise DataError("TRAIN_SPLIT=0 leaves nothing to train on")
     for warning in splits.warnings:
@@ -242,7 +242,11 @@ def _checked(
 
 
 def _with_own_lists(
-    run: RunConfig, splits: Splits[SampleSource], tokenizer: Tokenizer, control: Control
+    run: RunConfig,
+    splits: Splits[SampleSource],
+    tokenizer: Tokenizer,
+    control: Control,
+    heartbeat: Heartbeat,
 ) -> Splits[SampleSource]:
     """The splits, with validation and test data of VALID_DATA_FILE_LIST and TEST_DATA_FILE_LIST.
 
@@ -259,7 +263,7 @@ def _with_own_lists(
                 f"{name}={path}: max_epochs of {limited[0]}: every evaluation reads the same "
                 "samples, so there is nothing to limit; remove the line"
             )
-        headers = _checked(run, (ListStage(0, path, sources),), tokenizer, control)
+        headers = _checked(run, (ListStage(0, path, sources),), tokenizer, control, heartbeat)
         shares, seed = (0.0, 1.0, 0.0), run.train.seed
         built = build_datasets(sources, run.model.seq_length, shares, seed, headers=headers)
         if built.valid is None:
