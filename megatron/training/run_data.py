@@ -71,7 +71,8 @@ def build_data(run: RunConfig, control: Control, heartbeat: Heartbeat | None = N
     """
     stages, tokenizer = _open(run, control)
     sources = [source for stage in stages for source in stage.sources]
-    headers = _checked(run, stages, tokenizer, control, heartbeat or Heartbeat())
+    heartbeat = heartbeat or Heartbeat()
+    headers = _checked(run, stages, tokenizer, control, heartbeat)
     splits = ORDERS[run.data.order](run, stages, headers)
     splits = _with_own_lists(run, splits, tokenizer, control, heartbeat)
     if splits.train is None:
