@@ -61,7 +61,7 @@ def _preprocess(corpora: Sequence[TextInput], recipe: Recipe, options: argparse.
     several = options.per_file or options.per_folder
     made: list[tuple[str, str]] = []
     for corpus in corpora:
-        prefixes = preprocess(
+        pairs = preprocess(
             corpus.paths,
             f"{options.output_prefix}_{corpus.name}" if several else options.output_prefix,
             recipe,
@@ -72,7 +72,8 @@ def _preprocess(corpora: Sequence[TextInput], recipe: Recipe, options: argparse.
         )
         keys = recipe.keys
         names = [corpus.name] if len(keys) == 1 else [f"{corpus.name}-{key}" for key in keys]
-        made += zip(names, prefixes, strict=True)
+        made += zip(names, pairs.prefixes, strict=True)
+        print(f"{pairs.line}; wrote {', '.join(pairs.prefixes)}", file=sys.stderr, flush=True)
         if corpus.left_out:
             print(f"{corpus.name}: {corpus.left_out} files of other kinds were left out",
                   file=sys.stderr)  # fmt: skip

@@ -32,11 +32,12 @@ def fill(draft: Draft, before: ResumedRun | None) -> OwnText | None:
             f"{draft[DATA]} and {draft[LIST]} are both set: DATA is text that is prepared first, "
             "DATA_FILE_LIST names tokens; unset one of them"
         )
-    if before and before.values.get(DATA) == draft.get(DATA) and KIND not in draft.given:
+    asked = [key for key in (DATA, KEY, KIND, TOKENIZER) if key in draft.given]
+    if before and all(before.values.get(key) == draft.get(key) for key in asked):
         kept = before.values.get(LIST)
-        if kept and Path(kept).is_file() and TOKENIZER not in draft.given:
-            kind, model = before.values[KIND], before.values.get(TOKENIZER)
+        if kept and Path(kept).is_file():
             draft.replace(LIST, kept, f"prepared from {draft[DATA]}")
+            kind, model = before.values[KIND], before.values.get(TOKENIZER)
             return OwnText(draft.get(DATA), (), 0, 0, "", kind, model, None, Path(kept).stem,
                            str(Path(kept).parent))  # fmt: skip
     kind = draft.get(KIND) if KIND in draft.given else None

@@ -77,8 +77,9 @@ def test_a_key_without_a_text_has_no_effect(book):
     assert any("DATA_KEY=body has no effect" in w for w in resolved(DATA_KEY="body").warnings)
 
 
-def test_a_resumed_run_keeps_what_was_prepared(book):
-    before = started(DATA="book.txt", RUN_NAME="r")
+@pytest.mark.parametrize("settings", [{}, {"TOKENIZER_TYPE": "ByteTokenizer", "DATA_KEY": "k"}])
+def test_a_resumed_run_keeps_what_was_prepared(book, settings):
+    before = started(DATA="book.txt", RUN_NAME="r", **settings)
     kept = Path(before.data.data_file_list)
     kept.parent.mkdir(parents=True)
     kept.write_text("1 a book\n")

@@ -80,11 +80,11 @@ def _prepare(own: OwnText) -> None:
     made = preprocess(own.paths, prefix, recipe, _workers(own.size), title=title)
     write_atomically(Path(own.folder) / RECORD, json.dumps(asdict(own), indent=1) + "\n")
     tokens = write_list(
-        Path(own.data_file_list), [(own.corpus, one) for one in made], f"made from {own.given}"
+        Path(own.data_file_list), [(own.corpus, made.prefixes[0])], f"made from {own.given}"
     )
     plain = all(is_plain(path) for path in own.paths)
     rate = f", {own.size / tokens:.2f} bytes per token" if plain else ""
-    _say(f"DATA={own.given}: {tokens:,} tokens{rate}, in {own.folder}")
+    _say(f"DATA={own.given}: {made.line}{rate}")
 
 
 def _keep_tokenizer(own: OwnText) -> None:

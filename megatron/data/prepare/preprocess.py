@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron.config.errors import ConfigError, DataError
 from megatron.data.indexed import token_dtype
@@ -21,7 +21,15 @@ from megatron.data.text_files import HUB
 from megatron.display.progress import BYTES, Bar, progress
 
 SHOWN_BAD_LINES = 10
-SAVE_SECONDS = 10.0  # between two entries of the journal
+SAVE_SECONDS = 10.0  # between two entries of the journal, of which the first come sooner
+FIRST_SECONDS = 1.0
+
+
+class Made(NamedTuple):
+    """What a call of `preprocess` has made."""
+
+    prefixes: list[str]
+    line: str
 
 
 def preprocess(
@@ -32,11 +40,11 @@ def preprocess(
     max_bad_lines: int = 100,
     log_interval: float = 5.0,
     title: str = "tokenising",
-) -> list[str]:
+) -> Made:
     """Tokenise files into one pair per key; no pair appears unless all of them are complete.
 
     Returns:
-        The prefixes of the pairs, in the order of the keys.
+        The prefixes of the pairs, in the order of the keys, and what was done in words.
 
     Raises:
         DataError: too many bad lines, no document at all, or text that is no UTF-8.
@@ -72,8 +80,7 @@ def preprocess(
             f"--output-prefix {output_prefix} cannot be written ({error}); what was done is kept "
             f"in {folder}"
         ) from error
-    print(f"{counts.line()}; wrote {', '.join(prefixes)}", file=sys.stderr, flush=True)
-    return prefixes
+    return Made(prefixes, counts.line())
 
 
 def _write_all(
@@ -88,7 +95,7 @@ def _write_all(
     """Append every unit that is not yet written, in order."""
     first = counts.units
     units = enumerate(text_input.units(paths, recipe.keys))
-    saved = time.monotonic()
+    saved, interval = time.monotonic(), min(FIRST_SECONDS, SAVE_SECONDS)
     for number, encoded in encode_all(islice(units, first, None), recipe, workers, writer):
         writer.append(number, encoded.lengths, encoded.unit.ends_document)
         messages = counts.add(encoded)
@@ -101,8 +108,8 @@ def _write_all(
                 f"{counts.bad} bad lines, more than --max-bad-lines {max_bad_lines}; the last: "
                 f"{messages[-1]}; correct the input or raise the limit"
             )
-        if time.monotonic() - saved >= SAVE_SECONDS:
-            saved = time.monotonic()
+        if time.monotonic() - saved >= interval:
+            saved, interval = time.monotonic(), min(2 * interval, SAVE_SECONDS)
             writer.save(counts.journal())
     writer.save(counts.journal())
     if not writer.tokens:
@@ -164,7 +171,7 @@ class Counts:
         seconds = self._seconds()
         documents, tokens = self._before
         return (
-            f"{self.documents:,} documents, {self._writer.tokens:,} tokens in {seconds:.1f} s: "
+            f"{self.documents:,} document(s), {self._writer.tokens:,} tokens in {seconds:.1f} s: "
             f"{(self.documents - documents) / seconds:,.0f} documents/s, "
             f"{(self._writer.tokens - tokens) / seconds:,.0f} tokens/s"
             + (f", {self.bad} bad lines left out" if self.bad else "")
