@@ -134,7 +134,7 @@ TEXT = """
 001:1339-1342 | decayed and other tensors counted | works | of rank 0's part, in the log | training/optimizers/test_rules.py::test_vectors_are_not_decayed_and_empty_groups_are_left_out
 001:1348-1428 | the model printed | works | DEBUG=1 | engine/test_engine.py::test_the_model_is_printed_where_it_is_asked_for
 001:1429 | start-up time | works | in the log | training/test_first_step.py::test_time_and_resident_memory_on_a_cpu
-001:1430-1447 | a legend of the line | not yet | |
+001:1430-1447 | a legend of the line | works | docs/log.md | display/test_legend.py::test_a_key_and_its_field_are_explained
 001:1448-1526 | a sample at each evaluation | not yet | one at the end |
 001:1451 | forward and backward times, mfu | not yet | mfu in the metrics |
 001:1470-1471 | the best checkpoint is kept | works | KEEP_BEST | checkpoint/test_retention.py::test_what_is_kept
