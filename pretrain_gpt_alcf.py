@@ -12,7 +12,9 @@ import signal
 import sys
 
 if __name__ == "__main__":  # before the imports, which take seconds
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # `begin` says more, but takes a moment itself
+    # Ctrl-C ends a rank that has nothing to save, in silence; a local launcher has held it back.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     from megatron.launch.rank_process import begin
     from megatron.launch.versions import exit_unless_fit
 

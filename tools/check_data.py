@@ -25,6 +25,7 @@ from megatron.data.data_list import DataSource, parse_data_stages
 from megatron.data.prepare.audit import Audit, audit_file, duplicates
 from megatron.data.prepare.tokenizer import TOKENIZERS, Tokenizer, build_tokenizer
 from megatron.data.tokenizer_note import note_path, other_tokenizers
+from megatron.display.progress import progress
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,14 +59,15 @@ def check(
         vocab_size = tokenizer.vocab_size
     prefixes = list(dict.fromkeys(source.prefix for source in sources))
     # Threads: reading, hashing and numpy leave the interpreter free.
-    with ThreadPoolExecutor(options.workers) as pool:
-        audits = dict(
-            zip(
-                prefixes,
-                pool.map(lambda p: audit_file(p, vocab_size, tokenizer, options.deep), prefixes),
-                strict=True,
-            )
-        )
+    audits: dict[str, Audit] = {}
+    with (
+        ThreadPoolExecutor(options.workers) as pool,
+        progress("checking", len(prefixes), "files") as bar,
+    ):
+        work = pool.map(lambda p: audit_file(p, vocab_size, tokenizer, options.deep), prefixes)
+        for audit in work:
+            audits[audit.prefix] = audit
+            bar.advance()
     problems = [(audit.prefix, line) for audit in audits.values() for line in audit.problems]
     problems += duplicates(audits.values(), options.deep)
     if tokenizer is None:  # else each file was compared with it

@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from megatron.checkpoint.state import RunState
 from megatron.config.shape import IDENTITY, ModelShape
 from megatron.data.data_list import parse_data_list
 from megatron.data.prepare.checks import check_files
+from megatron.display.progress import progress
 from megatron.parallel.control import ALONE
 from megatron.parallel.piece import Piece
 from megatron.training.hf_export import DTYPES, export_checkpoint
@@ -57,11 +59,18 @@ def export(run: Path, out: Path, iteration: int | None, dtype: str | None) -> in
         which = "" if iteration is None else f" of step {iteration}"
         print(f"error: {run} holds no checkpoint{which}", file=sys.stderr)
         return 4
-    damage = store.damage(checkpoint)
+    with progress("checking the checkpoint's files"):
+        damage = store.damage(checkpoint)
     if damage:
         print("error: " + "\n".join(damage), file=sys.stderr)
         return 4
-    written = export_checkpoint(checkpoint, out, run, dtype, _warn)
+    with progress("exporting", len(checkpoint.reader().names()), "weights") as bar:
+
+        def counted() -> bool:
+            bar.advance()
+            return False
+
+        written = export_checkpoint(checkpoint, out, run, dtype, _warn, abandoned=counted)
     size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     print(f"step {checkpoint.iteration} of {run}: {size:,} bytes of {written} weights in {out}")
     return 0
@@ -151,8 +160,11 @@ def _about(
 
 
 def _save(run: Path, step: int, pieces: Iterable[Piece], about: dict[str, Any]) -> None:
-    saver = Saver(run / "checkpoints", ALONE, KEEP_ALL, asynchronous=False, warn=_warn)
-    saved = saver.save(step, pieces, about, [])
+    with progress("importing", unit="blocks written") as bar:
+        written = partial(bar.advance, 1)
+        root = run / "checkpoints"
+        saver = Saver(root, ALONE, KEEP_ALL, asynchronous=False, warn=_warn, tick=written)
+        saved = saver.save(step, pieces, about, [])
     assert saved is not None
     if saved.path is None:
         raise OSError(saved.error)

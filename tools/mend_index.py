@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, not installed
@@ -34,6 +34,7 @@ from megatron.data.prepare.uncounted_eod import (
     kept_index,
     mend,
 )
+from megatron.display.progress import progress
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prefixes = find_prefixes(options.inputs)
         targets = _targets(prefixes, options.out)
         moved: dict[str, str] = {}
-        for prefix in prefixes:
+        for prefix in _watched(prefixes):
             try:
                 found = examine(prefix, options.eod, kept=options.as_reference)
                 if found is None:
@@ -75,6 +76,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = status or int(counts["mended"] > 0)
     print(f"{counts['right']} right, {counts['mended']} {done}, {counts['bad']} bad")
     return status
+
+
+def _watched(prefixes: Sequence[str]) -> Iterator[str]:
+    """The prefixes one by one, with a bar."""
+    with progress("examining", len(prefixes), "files") as bar:
+        for prefix in prefixes:
+            yield prefix
+            bar.advance()
 
 
 def describe(found: Uncounted, as_reference: bool) -> str:

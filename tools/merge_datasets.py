@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 
 from megatron.config.errors import ConfigError, DataError
 from megatron.data.prepare.merge import merge_pairs
+from megatron.display.progress import BYTES, progress
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,7 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         output = str(Path(options.output_prefix).resolve())
         if output in {str(Path(prefix).resolve()) for prefix in prefixes}:
             raise ConfigError(f"--output-prefix {options.output_prefix} is one of the inputs")
-        documents, tokens = merge_pairs(prefixes, options.output_prefix)
+        size = sum(path.stat().st_size for path in _token_files(prefixes))
+        with progress("merging", size, BYTES) as bar:
+            documents, tokens = merge_pairs(prefixes, options.output_prefix, bar.advance)
     except (ConfigError, DataError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return error.exit_status
@@ -43,6 +46,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{options.output_prefix}.bin"
     )
     return 0
+
+
+def _token_files(prefixes: Sequence[str]) -> list[Path]:
+    """Those that are there: `merge_pairs` says which are not."""
+    paths = (Path(f"{prefix}.bin") for prefix in prefixes)
+    return [path for path in paths if path.exists()]
 
 
 def find_prefixes(inputs: Sequence[str]) -> list[str]:

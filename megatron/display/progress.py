@@ -7,9 +7,9 @@
 
 A program opens the bar and hands `bar.advance` down: rooms below take a function, such as
 `advance: Advance = ignored`, and print nothing. `bar.say(text)` prints a line that stays, above
-the bar; `bar.detail = text` ends the bar's line, such as a rate. The bar is on standard error and
-leaves nothing behind on a terminal; elsewhere work of less than two seconds prints nothing, and
-longer work a line every `interval_s` seconds. Any thread may call them.
+the bar, as `print` does meanwhile; `bar.detail = text` ends the bar's line, such as a rate. The bar
+is on standard error and leaves nothing behind on a terminal; elsewhere work of less than two
+seconds prints nothing, and longer work a line every `interval_s` seconds. Any thread may call them.
 """
 
 from __future__ import annotations
@@ -117,7 +117,8 @@ class TerminalBar(Bar):
         super().__init__(title, total, unit, done, QUIET_S)
         self._live = Live(
             get_renderable=self._row, console=console, transient=True, refresh_per_second=4,
-            redirect_stdout=False, redirect_stderr=False,
+            # What others print goes above the bar; a redirected output keeps its file.
+            redirect_stdout=sys.stdout.isatty(),
         )  # fmt: skip
         self._live.start()
         console.show_cursor(True)  # whatever kills us leaves the terminal as it was

@@ -71,6 +71,7 @@ class RunView:
         self._took: dict[str, float] = {}  # s, of each phase when it was there last
         self._detail = ""
         self._box: list[str] | None = None
+        self._last = ""
         self._latest: Numbers | None = None
         self._origin: tuple[int, float] | None = None  # step, when: for the time left
         self._step = self._kept = 0
@@ -96,8 +97,9 @@ class RunView:
             return True
         if record is not None and record.get("reason") == "finished":
             return True
-        if self._boxed(line):
+        if self._boxed(line) or line == self._last == "":  # many blank lines are one
             return True
+        self._last = line
         found = _LOG_LINE.fullmatch(line)
         if found:
             self._log_line(*found.groups())
@@ -274,7 +276,7 @@ def step_fields(record: Numbers) -> list[Text]:
 
 def _scaled(value: float) -> str:
     """`8.21k`, `1.23M`."""
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= size:
             return f"{value / size:.3g}{unit}"
     return f"{value:.3g}"
@@ -290,7 +292,7 @@ FIELDS: list[tuple[str, str, Callable[[float], str], str]] = [
     ("lr ", "learning_rate", "{:.2e}".format, ""),
     ("", "elapsed_s", _time, ""),
     ("", "tokens_per_s", lambda value: f"{_scaled(value):>5} tok/s", "cyan"),
-    ("", "tflops_lm", lambda value: f"{value:.{2 if value < 10 else 1}f} TFLOPS", ""),
+    ("", "tflops_lm", lambda value: f"{_scaled(value * 1e12)}FLOPS", ""),
 ]
 """Label, key of the record, form and style of each field behind the step's number."""
 

@@ -116,7 +116,7 @@ def attempt(
         screen: takes what they print.
         stacks: folder for the stacks of a hang.
         hang_timeout_s: seconds without progress that are a hang; None: learnt; 0: never.
-        early: signals that came before: the ranks get them once they listen.
+        early: signals that came before: the ranks get them as they start, SIGUSR1 once they listen.
     """
     own = planned.launcher == LOCAL
     master = planned.environ.get("MASTER_ADDR", "")
@@ -137,6 +137,7 @@ def attempt(
             hangs=poll,
             hung_grace_s=grace_s,
             notices=process.Notices(hangs.all_began, early),
+            early=early,
         )
         if not watched.hung:
             ended = print_failure(watched, screen, planned)
@@ -168,14 +169,18 @@ def _terminal() -> dict[str, str]:
 
 
 def _children(planned: LaunchPlan, more: Mapping[str, str] | None = None) -> list[process.Child]:
-    """The processes to start, with `more` variables: one per rank, or the launcher."""
+    """The processes to start, one per rank, or the launcher; `more` variables: of our program."""
     environ = {**planned.environ, **(more or {})}
     if planned.launcher != LOCAL:
         name = planned.launcher if planned.launcher in SIGNALS else planned.dialect
         return [process.Child(planned.command, environ, SIGNALS.get(name or "", {}))]
     ranks, port, cores = planned.ranks, free_port(), usable_cores()
     return [
-        process.Child(planned.command, rank_environment(environ, rank, ranks, port, cores))
+        process.Child(
+            planned.command,
+            rank_environment(environ, rank, ranks, port, cores),
+            holds_ctrl_c=more is not None,
+        )
         for rank in range(ranks)
     ]
 

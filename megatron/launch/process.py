@@ -48,11 +48,13 @@ class Child:
 
     Attributes:
         signals: that it would not survive -> what it is sent instead; 0: nothing.
+        holds_ctrl_c: it begins with SIGINT blocked, and unblocks it once it can end in silence.
     """
 
     command: Sequence[str]
     environ: Mapping[str, str]
     signals: Mapping[int, int] = field(default_factory=dict)
+    holds_ctrl_c: bool = False
 
 
 class _Stream:
@@ -204,6 +206,7 @@ def watch(
     hangs: Hangs | None = None,
     hung_grace_s: float = GRACE_S,
     notices: Notices | None = None,
+    early: Sequence[int] = (),
 ) -> Watched:
     """Start children and wait until the last has ended.
 
@@ -217,6 +220,7 @@ def watch(
         hangs: asked many times a second whether they hang; None: never.
         hung_grace_s: seconds between SIGTERM and SIGKILL once they hang.
         notices: signals that wait until the children listen; None: none wait.
+        early: signals that came before: the children get them, but for SIGUSR1, as they start.
 
     Raises:
         OSError: one cannot be started; those started before it are ended.
@@ -224,9 +228,12 @@ def watch(
     running: list[_Running] = []
     with forwarding_signals(running, notices) as signals:
         try:
-            prepare = die_with_parent()
+            signals += [number for number in early if number != signal.SIGUSR1]
             for child in children:
+                prepare = die_with_parent(holds_ctrl_c=child.holds_ctrl_c)
                 running.append(_Running(child, output, prepare))
+                for number in signals:  # nobody was there to pass them on to
+                    running[-1].send(number)
             asked = partial(_asked, hangs, notices, signals, running)
             hung = _wait(running, (grace_s, hung_grace_s), idle_timeout_s, asked)
         finally:
@@ -336,14 +343,18 @@ def forwarding_signals(
             signal.signal(number, handler)
 
 
-def die_with_parent() -> Callable[[], None] | None:
-    """What a child runs before its program, to end with us even if we are killed; Linux only."""
+def die_with_parent(*, holds_ctrl_c: bool = False) -> Callable[[], None] | None:
+    """What a child runs before its program; on Linux it ends with us even if we are killed."""
+    hold = partial(
+        signal.pthread_sigmask, signal.SIG_BLOCK, {signal.SIGINT} if holds_ctrl_c else ()
+    )
     if not sys.platform.startswith("linux"):
-        return None
+        return hold
     libc = ctypes.CDLL(None)
     parent = os.getpid()
 
     def prepare() -> None:
+        hold()
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it died before the line above
             os._exit(128 + signal.SIGKILL)

@@ -82,7 +82,7 @@ def main(log: str, steps: str = "200", ending: str = "finish") -> int:
         rank.says("attention: torch's flash kernel", "megatron.training.attention_kernel")
         rank.says(LONG, "megatron.training.run_data", logging.WARNING)
         for number in range(1, last + 1):
-            time.sleep(1.0 / last)
+            time.sleep(0.4 / last)
             rank.phase("step", number)
             rank.logs(step(number, last))
             if number % (last // 2) == 0:

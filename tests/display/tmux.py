@@ -41,7 +41,7 @@ class Terminal:
 
     def close(self) -> None:
         """End the program and the terminal."""
-        self._run("kill-server")
+        subprocess.run([*self._tmux, "kill-server"], capture_output=True, timeout=60, check=False)
 
     def lines(self, *, joined: bool = False, colours: bool = False) -> list[str]:
         """What the terminal shows, scrolled lines included, without blank lines at the end.

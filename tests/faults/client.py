@@ -26,6 +26,7 @@ def main() -> int:
 
     for name in PASSED_ON:
         signal.signal(getattr(signal, name), pass_on)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # as the program that it stands for
     server = socket.socket(socket.AF_UNIX)
     fds = [fd for fd in map(int, os.listdir("/proc/self/fd")) if _is_open(fd)]
     fds.remove(server.fileno())

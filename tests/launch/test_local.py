@@ -373,3 +373,23 @@ def test_a_command_that_is_not_there() -> None:
     with pytest.raises(FileNotFoundError):
         watch([sleeper, Child(["/no/such/program"], {})], lambda line, is_error: lines.append(line))
     assert time.monotonic() - began < 10
+
+
+def test_a_signal_that_came_before_the_ranks_reaches_them() -> None:
+    command = [sys.executable, "-c", "import time; time.sleep(60)"]
+    began = time.monotonic()
+    watched = watch([Child(command, os.environ)], lambda line, error: None, early=[signal.SIGINT])
+    assert watched.signals == [signal.SIGINT] and watched.ended[0].status in (1, 130)
+    assert time.monotonic() - began < 30
+
+
+def test_ctrl_c_is_held_back_until_a_rank_can_end_in_silence() -> None:
+    said: list[bytes] = []
+    program = (
+        "import signal, time\ntime.sleep(0.5)\nprint('held')\n"
+        "signal.signal(signal.SIGINT, signal.SIG_DFL)\n"
+        "signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})\nprint('not reached')\n"
+    )
+    child = Child([sys.executable, "-u", "-c", program], os.environ, holds_ctrl_c=True)
+    watched = watch([child], lambda line, error: said.append(line), early=[signal.SIGINT])
+    assert (watched.ended[0].status, said) == (128 + signal.SIGINT, [b"held\n"])

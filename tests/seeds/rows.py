@@ -134,7 +134,7 @@ TEXT = """
 001:1339-1342 | decayed and other tensors counted | works | of rank 0's part, in the log | training/optimizers/test_rules.py::test_vectors_are_not_decayed_and_empty_groups_are_left_out
 001:1348-1428 | the model printed | works | DEBUG=1 | engine/test_engine.py::test_the_model_is_printed_where_it_is_asked_for
 001:1429 | start-up time | works | in the log | training/test_first_step.py::test_start_up_time_by_part
-001:1430-1447 | a legend of the line | not yet | |
+001:1430-1447 | a legend of the line | works | docs/log.md | display/test_legend.py::test_a_key_and_its_field_are_explained
 001:1448-1526 | a sample at each evaluation | works | `SAMPLE_PROMPT="What is an LLM?"`, in every layout | e2e/test_looks.py::test_every_layout_sees_the_same
 001:1451 | forward and backward times, mfu | works | TIMING_LOG_LEVEL=1 (forward, backward); mfu in the metrics | engine/test_phases.py::test_layout
 001:1470-1471 | the best checkpoint is kept | works | KEEP_BEST | checkpoint/test_retention.py::test_what_is_kept

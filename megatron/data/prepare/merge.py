@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,13 +13,21 @@ from megatron.config.errors import DataError
 from megatron.data.indexed import IndexedDataset, commit_pair
 from megatron.data.prepare.fingerprint import data_digest, save_note
 from megatron.data.tokenizer_note import kept_model, model_of, note_path, read_note
+from megatron.display.progress import Advance, ignored
 
 _BLOCK = 1 << 20  # entries of a table copied at a time
 _COPY_BYTES = 1 << 24
 
 
-def merge_pairs(prefixes: Sequence[str], output: str) -> tuple[int, int]:
+def merge_pairs(
+    prefixes: Sequence[str], output: str, advance: Advance = ignored
+) -> tuple[int, int]:
     """Write `<output>.bin` and `.idx`, and a note where all inputs have the same one.
+
+    Args:
+        prefixes: of the inputs, in their order.
+        output: prefix.
+        advance: told of the bytes of tokens that have been written.
 
     Returns:
         Documents and tokens of the output.
@@ -58,7 +65,7 @@ def merge_pairs(prefixes: Sequence[str], output: str) -> tuple[int, int]:
         tempfile.TemporaryFile(dir=work) as documents,
     ):
         data = Path(work) / "bin"
-        _copy_tokens(prefixes, data)
+        _copy_tokens(prefixes, data, advance)
         _join_tables(datasets, lengths, documents)
         note_path(output).unlink(missing_ok=True)  # of an earlier output
         commit_pair(data, output, first.dtype, lengths, documents)
@@ -70,11 +77,13 @@ def merge_pairs(prefixes: Sequence[str], output: str) -> tuple[int, int]:
     return count, sum(dataset.header.tokens for dataset in datasets)
 
 
-def _copy_tokens(prefixes: Sequence[str], target: Path) -> None:
+def _copy_tokens(prefixes: Sequence[str], target: Path, advance: Advance) -> None:
     with open(target, "wb") as file:
         for prefix in prefixes:
             with open(f"{prefix}.bin", "rb") as source:
-                shutil.copyfileobj(source, file, _COPY_BYTES)
+                while block := source.read(_COPY_BYTES):
+                    file.write(block)
+                    advance(len(block))
         file.flush()
         os.fsync(file.fileno())
 
