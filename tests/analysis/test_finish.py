@@ -160,7 +160,7 @@ def test_pictures_that_fail_are_a_warning(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def fails(runs: object, path: object) -> None:
+    def fails(*arguments: object) -> None:
         raise MemoryError("no room to draw")
 
     monkeypatch.setattr(finish, "write_page", fails)
