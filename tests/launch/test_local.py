@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pty
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -373,3 +376,18 @@ def test_a_command_that_is_not_there() -> None:
     with pytest.raises(FileNotFoundError):
         watch([sleeper, Child(["/no/such/program"], {})], lambda line, is_error: lines.append(line))
     assert time.monotonic() - began < 10
+
+
+def test_ranks_know_how_wide_the_terminal_is(tmp_path: Path) -> None:
+    """They write into pipes; in a file or a pipe nobody is told a width."""
+    script = "print('COLUMNS', os.environ.get('COLUMNS'))"
+    assert "COLUMNS None" in finish(launch(tmp_path, 1, script))[1]
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 123, 0, 0))
+    command = [sys.executable, "-m", "megatron.launch", "-n", "1", "--", sys.executable]
+    environ = {"PATH": os.environ["PATH"]}
+    subprocess.run([*command, str(tmp_path / "program.py")], cwd=ROOT, env=environ,
+                   stdout=follower, stderr=follower, timeout=60, check=True)  # fmt: skip
+    os.close(follower)
+    assert b"COLUMNS 123" in os.read(leader, 65536)
+    os.close(leader)
