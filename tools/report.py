@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, not installed
 
-from megatron.analysis.recorded_run import folders
+from megatron.analysis.recorded_run import folders, read_all
 from megatron.analysis.report_page import REPORT, write_page
 from megatron.config.errors import ConfigError, DataError
 
@@ -26,8 +26,9 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     try:
         runs = folders(chosen.runs)
-        path = chosen.output or (runs[0] / REPORT if len(runs) == 1 else Path(REPORT))
-        write_page(runs, path)
+        one = runs[0] if len(runs) == 1 else None
+        path = chosen.output or (one / REPORT if one else Path(REPORT))
+        write_page(read_all(runs), path, one / "plots" if one else None)
     except (ConfigError, DataError, OSError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 3 if isinstance(error, DataError) else 2

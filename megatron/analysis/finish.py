@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron.analysis.recorded_run import RecordedRun, read_folder
 from megatron.analysis.report_page import REPORT, write_page
 from megatron.analysis.run_report import loss_plot, write_report
 from megatron.checkpoint.state import RunState
@@ -18,7 +19,6 @@ from megatron.config.errors import ConfigError
 from megatron.config.schema import RunConfig
 from megatron.engine import Engine
 from megatron.parallel.control import Control
-from megatron.training.metrics_file import read
 from megatron.training.run_data import Data
 from megatron.training.sample import sample_text
 from megatron.training.stop import cause_text
@@ -93,21 +93,21 @@ def _print_summary(run: RunConfig, sample: str) -> None:
     try:
         # The launcher says how wide its terminal is (COLUMNS): a rank writes into a pipe.
         width = max(30, shutil.get_terminal_size().columns)
-        records = read(folder / "metrics.jsonl")
-        print(loss_plot(records, width, sys.stdout.encoding or "utf-8"))
+        recorded = read_folder(folder)
+        print(loss_plot(recorded.records, width, sys.stdout.encoding or "utf-8"))
         if sample:
             print(f"Sample from the model (generated after [...]):\n\n{sample}\n")
-        report = write_report(folder)
-        print("\n".join(_next_steps(run, folder, _draw(folder) or report)))
+        report = write_report(recorded, folder)
+        print("\n".join(_next_steps(run, folder, _draw(recorded, folder) or report)))
     except Exception as error:  # a full disk, or a terminal that has gone
         log.warning(f"no summary: {type(error).__name__}: {error} (the run is complete)")
 
 
-def _draw(folder: Path) -> Path | None:
+def _draw(recorded: RecordedRun, folder: Path) -> Path | None:
     """Writes report.html and the pictures in plots/; None where that failed."""
     path = folder / REPORT
     try:
-        write_page([folder], path)
+        write_page([recorded], path, folder / "plots")
     except ConfigError as error:  # matplotlib is not installed
         log.info(str(error))
     except Exception as error:

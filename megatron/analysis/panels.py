@@ -19,7 +19,6 @@ from typing import Any
 from megatron.analysis.plot import SPLITS, Series, evaluations, series
 from megatron.analysis.recorded_run import RecordedRun
 from megatron.analysis.run_report import skipped_ranges
-from megatron.analysis.summary import training_steps
 from megatron.config.errors import ConfigError
 
 MOST_POINTS = 1200  # of a curve; the least and the greatest value of each stretch are kept
@@ -41,6 +40,7 @@ class Panel:
         stacked: whether the curves add up to a whole.
         loss: whether it shows validation, spikes and skipped ranges.
         several: whether it tells something of several runs only.
+        x: what x is.
     """
 
     title: str
@@ -49,17 +49,18 @@ class Panel:
     stacked: bool = False
     loss: bool = False
     several: bool = False
+    x: str = "step"
 
 
 def _of(key: str) -> Callable[[RecordedRun], Curves]:
-    return lambda run: {"": series(training_steps(run.records), key)}
+    return lambda run: {"": series(run.steps, key)}
 
 
 def _parts(key: str) -> Callable[[RecordedRun], Curves]:
     """Curves of a record's nested numbers."""
 
     def curves(run: RecordedRun) -> Curves:
-        steps = [step for step in training_steps(run.records) if step.get(key)]
+        steps = [step for step in run.steps if step.get(key)]
         names = dict.fromkeys(name for step in steps for name in step[key])
         return {
             name: series([{**step, "part": step[key].get(name)} for step in steps], "part")
@@ -90,8 +91,21 @@ PANELS: dict[str, Panel] = {
     "memory": Panel("Most memory so far, GiB", _of("memory_max_gib")),
     "step_time": Panel("Seconds per step", _of("elapsed_s"), logarithmic=True),
     "phases": Panel("Seconds per step by phase, slowest rank", _phases, stacked=True),
-    "corpus_loss": Panel("Loss by corpus, nats per token", _parts("corpus_loss")),
+    "corpus_loss": Panel("Loss by corpus, nats per token", _parts("corpus_loss"), logarithmic=True),
     "bubble": Panel("Pipeline bubble", _of("pipeline_bubble")),
+    "accuracy": Panel(
+        "Accuracy of the next token, validation",
+        lambda run: {"": evaluations(run.records, key="accuracy")},
+    ),
+    "loss_by_tokens": Panel(
+        "Loss over tokens",
+        lambda run: {
+            "": [(s["consumed_tokens"], y) for s in run.steps if math.isfinite(y := s["loss"])]
+        },
+        logarithmic=True,
+        several=True,
+        x="tokens",
+    ),
     "params_norm": Panel("Norm of the parameters", _of("params_norm")),
 }
 """Name of the file -> what it shows; a picture without a curve is left out."""
@@ -203,10 +217,10 @@ class Painter:
 def _lines(axes: Any, drawn: Sequence[tuple[RecordedRun, Curves]], panel: Panel) -> None:
     """Every curve of every run; with many points a thin one under its running mean."""
     colours = itertools.cycle(COLOURS)
-    axes.set_xlabel("step", fontsize=9)
+    axes.set_xlabel(panel.x, fontsize=9)
     several = len(drawn) > 1
     for run, curves in drawn:
-        of_run = next(colours)
+        of_run = next(colours) if "" in curves or not curves else ""
         for part, curve in curves.items():
             if not curve:
                 continue
@@ -278,7 +292,7 @@ def _dress(axes: Any, panel: Panel, ink: str, several: bool) -> None:
     axes.spines[["left", "bottom"]].set_alpha(0.4)
     low, high = axes.dataLim.intervaly
     for axis, end in ((axes.xaxis, axes.dataLim.x1), (axes.yaxis, high)):
-        if 1000 <= end < 1e7:
+        if 1000 <= end < 1e6:
             axis.set_major_formatter("{x:,.0f}")
     if axes.get_xlabel():
         axes.xaxis.get_major_locator().set_params(integer=True)

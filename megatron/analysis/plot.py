@@ -66,7 +66,7 @@ def plot(
 
     Args:
         curves: name -> points; names are shown where there are several.
-        title: first line.
+        title: first line; it says which mark is validation, where there is any.
         x_label: what x is.
         width: total number of columns, at least 30.
         height: rows of the drawing, at least 2.
@@ -102,21 +102,21 @@ def plot(
     for number, name in enumerate(curves):
         cells = _cells(shown.get(name, []), limits, columns, height, joined=False)
         canvas.marks(cells, MARKS[1], number if len(curves) > 1 else 1)
+    validation = f"; {MARKS[1]} validation" if shown else ""
     (low_x, high_x), (low_y, high_y) = limits
     labels = {
         round((high_y - y) / (high_y - low_y) * (height - 1)): f"{y:.10g}"
         for y in ticks(low_y, high_y, max(3, height // 3))
     }
     lines = [
-        title.center(width).rstrip()[:width],
+        f"{title}{validation}".center(width).rstrip()[:width],
         *(f"{labels.get(n, ''):>{LABEL}} |{row}" for n, row in enumerate(canvas.rows())),
         *_axis((low_x, high_x), x_label, columns),
     ]
-    if len(curves) > 1 or shown:
+    if len(curves) > 1:
         signs = ["\u2588" if blocks else MARKS[n % len(MARKS)] for n in range(len(curves))]
         lines += [f"{canvas.sign(n, sign)} {name[: width - 2]}"
                   for n, (sign, name) in enumerate(zip(signs, curves, strict=True))]  # fmt: skip
-        lines += [f"{MARKS[1]} validation"] if shown else []
     return "\n".join(lines) + "\n"
 
 
@@ -145,12 +145,11 @@ def _axis(limits: tuple[float, float], label: str, columns: int) -> list[str]:
         if start > end + 1:
             text[start : start + len(word)] = word
             line[place], end = "+", start + len(word)
-    indent = " " * LABEL
-    lines = [f"{indent} +{''.join(line)}", f"{indent}  {''.join(text)}"]
-    return [
-        *(each.rstrip() for each in lines),
-        f"{indent}  {label[:columns].center(columns)}".rstrip(),
-    ]
+    first = label if len(label) <= LABEL else ""
+    lines = [f"{'':>{LABEL}} +{''.join(line)}", f"{first:>{LABEL}}  {''.join(text)}".rstrip()]
+    return (
+        lines if first else [*lines, f"{'':>{LABEL}}  {label[:columns].center(columns)}".rstrip()]
+    )
 
 
 class _Canvas:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from megatron.analysis.summary import flatten
+from megatron.analysis.summary import flatten, training_steps
 from megatron.config.errors import ConfigError, DataError
 from megatron.config.schema import RunConfig
 from megatron.training import metrics_file
@@ -35,6 +36,11 @@ class RecordedRun:
     records: Sequence[Mapping[str, Any]]
     corpora: Sequence[tuple[str, int, int, float]] = ()
 
+    @cached_property
+    def steps(self) -> list[Mapping[str, Any]]:
+        """Records of the steps that did work, in order."""
+        return training_steps(self.records)
+
     @property
     def settings(self) -> dict[str, Any]:
         """Last part of each of the configuration's keys -> its value."""
@@ -48,10 +54,6 @@ class RecordedRun:
             return RunConfig.from_dict(self.config)
         except (ConfigError, TypeError, ValueError):
             return None
-
-    def called(self, name: str) -> RecordedRun:
-        """The same run under another name."""
-        return replace(self, name=name)
 
 
 def recorded(
@@ -80,6 +82,16 @@ def read_folder(folder: Path) -> RecordedRun:
         run.setdefault(PROVENANCE, {})["wandb"] = address.read_text(encoding="utf-8").strip()
     plain = recorded(run, metrics_file.read(folder / "metrics.jsonl"), folder.resolve().name)
     return replace(plain, corpora=_corpora(folder))
+
+
+def read_all(folders: Sequence[Path]) -> list[RecordedRun]:
+    """The runs in these folders; those whose folders have the same name are called by the path."""
+    runs = [read_folder(folder) for folder in folders]
+    names = [run.name for run in runs]
+    return [
+        run if names.count(run.name) == 1 else replace(run, name=str(folder))
+        for run, folder in zip(runs, folders, strict=True)
+    ]
 
 
 def folders(paths: Iterable[Path]) -> list[Path]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron.analysis.layout_drawing import layout_drawing
 from megatron.analysis.panels import Painter
-from megatron.analysis.recorded_run import RecordedRun, read_folder
+from megatron.analysis.recorded_run import RecordedRun
 from megatron.analysis.run_report import Section, headline, outcome, sections
 from megatron.analysis.summary import flatten
 from megatron.checkpoint.atomic import write_atomically
@@ -58,18 +58,20 @@ summary{cursor:pointer;font-weight:600}
 """
 
 
-def write_page(folders: Sequence[Path], path: Path) -> None:
-    """Writes the page of the runs in `folders`; of one run, its pictures into plots/ as well.
+def write_page(runs: Sequence[RecordedRun], path: Path, plots: Path | None = None) -> None:
+    """Writes the page of some runs.
+
+    Args:
+        runs: at least one.
+        path: the page.
+        plots: folder that takes each picture as a file as well.
 
     Raises:
         ConfigError: matplotlib is not installed.
-        DataError: a run's files are damaged.
-        OSError: a file cannot be read or written.
+        OSError: a file cannot be written.
     """
-    runs = _named([read_folder(folder) for folder in folders], folders)
     pictures = Painter(runs).svgs()
-    if len(runs) == 1:
-        plots = folders[0] / "plots"
+    if plots is not None:
         plots.mkdir(exist_ok=True)
         for name, text in pictures.items():
             write_atomically(plots / f"{name}.svg", _standalone(text), durable=False)
@@ -171,15 +173,6 @@ def _differing(runs: Sequence[RecordedRun]) -> list[dict[str, str]]:
         for key in keys
         if len({values[key] for values in settings if key in values}) > 1
         and key not in ("checkpoint.run_name", "checkpoint.run_dir")
-    ]
-
-
-def _named(runs: list[RecordedRun], folders: Sequence[Path]) -> list[RecordedRun]:
-    """Runs whose folders have the same name are called by the path."""
-    names = [run.name for run in runs]
-    return [
-        run if names.count(run.name) == 1 else run.called(str(folder))
-        for run, folder in zip(runs, folders, strict=True)
     ]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.analysis.plot import evaluations, plot, series
-from megatron.analysis.recorded_run import RecordedRun, read_folder
+from megatron.analysis.recorded_run import RecordedRun
 from megatron.analysis.summary import flatten, throughput, training_steps
 from megatron.checkpoint.atomic import write_atomically
 from megatron.config.skip import merge, ranges_text
@@ -66,10 +66,10 @@ def sections(run: RecordedRun) -> list[Section]:
 
 def headline(run: RecordedRun) -> dict[str, str]:
     """The few numbers that are looked at first; those that are known."""
-    steps, rate = training_steps(run.records), throughput(run.records)
-    if not steps or rate is None:
+    rate = throughput(run.records)
+    if rate is None:
         return {}
-    last, resolved = steps[-1], run.resolved
+    last, resolved = run.steps[-1], run.resolved
     valid = evaluations(run.records)
     best = min(valid, key=lambda point: point[1], default=None)
     numbers = {
@@ -106,17 +106,15 @@ def loss_plot(
     return plot({"loss": series(records)}, "loss", width=width, encoding=encoding, points=points)
 
 
-def write_report(folder: Path) -> Path:
-    """Writes report.md and plots/loss.txt of the run in `folder`.
+def write_report(run: RecordedRun, folder: Path) -> Path:
+    """Writes report.md and plots/loss.txt into a run's folder.
 
     Returns:
         The report's path.
 
     Raises:
-        OSError: run.json or metrics.jsonl cannot be read, or the folder not written.
-        DataError: one of them is damaged.
+        OSError: they cannot be written.
     """
-    run = read_folder(folder)
     plots = folder / "plots"
     plots.mkdir(exist_ok=True)
     write_atomically(plots / "loss.txt", loss_plot(run.records), durable=False)
@@ -141,6 +139,7 @@ def outcome(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
     for split, record in evaluations.items():
         lines.append(
             f"Last {split} loss {record['loss']:.4f}, perplexity {record['perplexity']:.2f}, "
+            f"{_accuracy(record)}"
             f"at step {record['iteration']} over {record['samples']} samples."
         )
     nan = sum(record["nan_iterations"] for record in steps)
@@ -150,6 +149,10 @@ def outcome(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
     if stops:
         lines.append(f"Stopped at step {stops[-1]['iteration']}: {stops[-1]['reason']}.")
     return lines
+
+
+def _accuracy(record: Mapping[str, Any]) -> str:
+    return f"accuracy {record['accuracy']:.2%}, " if record.get("accuracy") is not None else ""
 
 
 def _throughput(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:

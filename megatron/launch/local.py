@@ -123,7 +123,7 @@ def attempt(
     host = "127.0.0.1" if own else reachable_name(planned.hosts, master, socket.gethostname())
     tell = partial(screen.print, is_error=True)
     with closing(HangWatch(host, planned.ranks, stacks, hang_timeout_s, tell, own=own)) as hangs:
-        environ = {HEARTBEAT: hangs.address, **_terminal()}
+        environ = {HEARTBEAT: hangs.address}
         grace_s = HUNG_GRACE_S if own else process.GRACE_S
 
         def poll(signals: Sequence[int], failing: bool) -> bool:
@@ -169,8 +169,8 @@ def _terminal() -> dict[str, str]:
 
 
 def _children(planned: LaunchPlan, more: Mapping[str, str] | None = None) -> list[process.Child]:
-    """The processes to start, one per rank, or the launcher; `more` variables: of our program."""
-    environ = {**planned.environ, **(more or {})}
+    """The processes to start, with `more` variables: one per rank, or the launcher."""
+    environ = {**planned.environ, **_terminal(), **(more or {})}
     if planned.launcher != LOCAL:
         name = planned.launcher if planned.launcher in SIGNALS else planned.dialect
         return [process.Child(planned.command, environ, SIGNALS.get(name or "", {}))]

@@ -160,7 +160,7 @@ def test_pictures_that_fail_are_a_warning(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def fails(runs: object, path: object) -> None:
+    def fails(*arguments: object) -> None:
         raise MemoryError("no room to draw")
 
     monkeypatch.setattr(finish, "write_page", fails)
@@ -196,5 +196,5 @@ def test_the_plot_is_as_wide_as_the_launchers_terminal(
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
     finish.print_summary(tiny_run(folder), "")
-    drawn = capsys.readouterr().out.partition("iteration")[0]
+    drawn = capsys.readouterr().out.partition("report ")[0]
     assert max(map(len, drawn.splitlines())) == columns

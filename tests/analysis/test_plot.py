@@ -47,11 +47,13 @@ def test_axes_are_labelled_with_round_numbers_where_they_are() -> None:
     assert lines[0].strip() == "debug model: loss"
     labelled = [(n, line.partition("|")[0].strip()) for n, line in enumerate(lines[1:12])]
     assert [pair for pair in labelled if pair[1]] == [(0, "10"), (5, "5"), (10, "0")]
-    axis, numbers, name = lines[12:]
+    axis, numbers = lines[12:]
     assert axis.index("+", module.LABEL + 2) == module.LABEL + 2  # 0 is the first column
     assert axis.rstrip()[-1] == "+" and len(axis) == 80  # and 200 the last
-    assert numbers.split() == ["0", "50", "100", "150", "200"]
-    assert name.strip() == "iteration"
+    assert numbers.split() == ["iteration", "0", "50", "100", "150", "200"]
+    assert (
+        plot({"run": [(0, 1.0)]}, "loss", "log10 of LR").splitlines()[-1].strip() == "log10 of LR"
+    )
 
 
 @given(
@@ -75,9 +77,8 @@ def test_two_curves_keep_the_blocks_where_colours_tell_them_apart() -> None:
     text = plot(curves, "loss", "", 30, 18, colour=True, points={"a": [(0.5, 0.5)]})
     first, second = (f"\x1b[{colour}m" for colour in COLOURS[:2])
     assert f"|{first}\u259a" in text and f"|{second}\u259e" in text  # two by two per character
-    assert text.splitlines()[-3:] == [
-        f"{first}\u2588\x1b[0m a", f"{second}\u2588\x1b[0m b", "o validation"
-    ]  # fmt: skip
+    assert text.splitlines()[0].strip() == "loss; o validation"
+    assert text.splitlines()[-2:] == [f"{first}\u2588\x1b[0m a", f"{second}\u2588\x1b[0m b"]
     assert f"{first}o\x1b[0m" in text  # in the colour of its curve
     plain = re.sub(r"\x1b\[\d+m", "", text)
     assert all(len(line) <= 30 for line in plain.splitlines())
@@ -85,14 +86,14 @@ def test_two_curves_keep_the_blocks_where_colours_tell_them_apart() -> None:
 
 def test_validation_lies_over_the_curve_at_its_steps() -> None:
     curve = [(float(x), 10.0 - x) for x in range(11)]
-    for encoding, drawn in (("utf-8", "\u2588"), ("ascii", "*")):
+    for encoding, drawn in (("utf-8", "\u259a"), ("ascii", "*")):
         text = plot({"loss": curve}, "loss", width=32, height=11, encoding=encoding,
                     points={"loss": [(5, 5.0), (10, 0.0)]})  # fmt: skip
         rows = drawing(text)
         assert [(row.index("o"), n) for n, row in enumerate(rows) if "o" in row] == [
             (10, 5), (19, 10)
         ]  # fmt: skip
-        assert text.splitlines()[-2:] == [f"{drawn} loss", "o validation"]
+        assert text.splitlines()[0].strip() == "loss; o validation" and drawn in text
 
 
 def test_several_runs_have_marks_and_a_legend() -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron.analysis import report_page
 from megatron.analysis.layout_drawing import layout_drawing
-from megatron.analysis.report_page import write_page
+from megatron.analysis.recorded_run import read_all
 from megatron.config.layout import Layout
 from tests.analysis import run_folder
 from tools import report as command
@@ -54,6 +55,12 @@ class Checker(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.words.append(data)
+
+
+def write_page(folders: list[Path], path: Path) -> None:
+    """As tools/report.py does."""
+    plots = folders[0] / "plots" if len(folders) == 1 else None
+    report_page.write_page(read_all(folders), path, plots)
 
 
 def checked(path: Path) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron.analysis.recorded_run import recorded
+from megatron.analysis.recorded_run import read_folder, recorded
 from megatron.analysis.run_report import report, write_report
 from megatron.training import metrics_file
 from tests.training import records_factory as make
@@ -79,7 +79,7 @@ def test_it_is_written_beside_the_run_with_a_plot(tmp_path: Path) -> None:
     (tmp_path / "wandb").mkdir()
     (tmp_path / "wandb" / "run_url").write_text("https://wandb.ai/a/b/runs/c\n")
     for _ in range(2):  # a second start writes over it
-        path = write_report(tmp_path)
+        path = write_report(read_folder(tmp_path), tmp_path)
     assert path == tmp_path / "report.md"
     assert "nan at step 22" in path.read_text()
     assert "| wandb | https://wandb.ai/a/b/runs/c |" in path.read_text()
@@ -90,4 +90,4 @@ def test_it_is_written_beside_the_run_with_a_plot(tmp_path: Path) -> None:
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"run\.json"):
-        write_report(tmp_path)
+        read_folder(tmp_path)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pty
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -393,3 +396,16 @@ def test_ctrl_c_is_held_back_until_a_rank_can_end_in_silence() -> None:
     child = Child([sys.executable, "-u", "-c", program], os.environ, holds_ctrl_c=True)
     watched = watch([child], lambda line, error: said.append(line), early=[signal.SIGINT])
     assert (watched.ended[0].status, said) == (128 + signal.SIGINT, [b"held\n"])
+def test_ranks_know_how_wide_the_terminal_is(tmp_path: Path) -> None:
+    """They write into pipes; in a file or a pipe nobody is told a width."""
+    script = "print('COLUMNS', os.environ.get('COLUMNS'))"
+    assert "COLUMNS None" in finish(launch(tmp_path, 1, script))[1]
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 123, 0, 0))
+    command = [sys.executable, "-m", "megatron.launch", "-n", "1", "--", sys.executable]
+    environ = {"PATH": os.environ["PATH"]}
+    subprocess.run([*command, str(tmp_path / "program.py")], cwd=ROOT, env=environ,
+                   stdout=follower, stderr=follower, timeout=60, check=True)  # fmt: skip
+    os.close(follower)
+    assert b"COLUMNS 123" in os.read(leader, 65536)
+    os.close(leader)

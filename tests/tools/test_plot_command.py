@@ -72,7 +72,7 @@ def test_a_folder_of_runs_is_all_of_them(run: str, tmp_path: Path) -> None:
 
 
 def test_validation_is_drawn_and_is_a_metric(run: str) -> None:
-    assert command(run).stdout.splitlines()[-1] == "o validation"
+    assert command(run).stdout.splitlines()[0].strip() == "loss; o validation"
     done = command(run, "--metric", "validation")
     assert done.returncode == 0 and "2.5" in done.stdout
 
