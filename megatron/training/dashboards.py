@@ -34,6 +34,8 @@ class TensorBoardTracker:
         points = [summary.Value(tag=name, simple_value=float(value)) for name, value in numbers]
         if points:
             self._writer.file_writer.add_summary(summary(value=points), record["iteration"])
+        if record["event"] == "sample":
+            self._writer.add_text("sample", sample_markdown(record), record["iteration"])
 
     def close(self) -> None:
         """Flushes the event file."""
@@ -57,8 +59,12 @@ class WandbTracker:
             client.define_metric(f"{group}/*", step_metric=f"{group}/iteration")
 
     def log(self, record: MetricsRecord) -> None:
-        """Adds one row, if the record has numbers to show."""
-        row = scalars(record, self._parameters)
+        """Adds one row, if the record has numbers or a text to show."""
+        row: dict[str, Any] = {**scalars(record, self._parameters)}
+        if record["event"] == "sample":
+            columns = ["iteration", "prompt", "text"]
+            table = self._wandb.Table(columns=columns, data=[[record[name] for name in columns]])
+            row = {"sample/text": table, "sample/iteration": record["iteration"]}
         if row:
             self._client.log(row)
 
@@ -68,6 +74,12 @@ class WandbTracker:
         # `finish` returns before the client's own process has written an offline run's last block,
         # and the end of a batch job may kill that process.
         self._wandb.teardown()
+
+
+def sample_markdown(record: MetricsRecord) -> str:
+    """A sampled text, its lines and spaces as they are: TensorBoard reads four spaces as code."""
+    text = f"{record['prompt']}[...]{record['text']}"
+    return "\n".join(f"    {line}" for line in text.splitlines())
 
 
 def start_tensorboard(run: RunConfig, iteration: int) -> TensorBoardTracker | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import logging
 import math
 import os
@@ -213,6 +215,32 @@ def test_the_runs_address_and_hosts_are_kept(
     assert made[1] == time.strftime("%Y-%m-%d-%H%M%S", time.localtime(1e9)) != made[0]
     assert (tmp_path / "wandb" / "run_url").read_text() == f"{Online.url}\n"
     assert (logging.INFO, f"Weights & Biases run: {Online.url}") in messages(caplog)
+
+
+def test_a_sampled_text_is_in_tensorboard(tmp_path: Path) -> None:
+    tracker = dashboards.start_tensorboard(tiny_run(tmp_path), 0)
+    assert tracker is not None
+    tracker.log(make.sample(10))
+    tracker.close()
+    module = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
+    reader = module.EventAccumulator(str(tmp_path / "tensorboard"))
+    reader.Reload()
+    (event,) = reader.Tensors("sample/text_summary")
+    shown = event.tensor_proto.string_val[0].decode()
+    assert (event.step, shown) == (10, "    What is[...] an\n      LLM?")
+
+
+@pytest.mark.usefixtures("no_key")
+def test_a_sampled_text_is_a_table_in_wandb(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    from tests.training import wandb_folder
+
+    wandb_run(tmp_path, [make.sample(10)])
+    (path,) = offline_runs(tmp_path)
+    (row,) = wandb_folder.history(path)
+    assert row["sample/iteration"] == 10
+    (table,) = tmp_path.rglob("*.table.json")
+    assert json.loads(table.read_text())["data"] == [[10, "What is", " an\n  LLM?"]]
 
 
 def test_closing_waits_for_the_client_that_writes_the_last_block() -> None:
