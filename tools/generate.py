@@ -81,19 +81,31 @@ def run(options: argparse.Namespace) -> int:
                 raise
             say(f"error: {error}")
             continue
-        began, tokens = time.perf_counter(), 0
-        print(prompt, end="", flush=True)
-        text = Text(tokenizer.decode, ids)
         added = continued(
             model, ids, options.max_new_tokens, sampling, stop_at=tokenizer.eod, slides=slides
         )
-        for token in added:
-            tokens += 1
-            print(text.grown(token), end="", flush=True)
-        print(text.rest(), flush=True)
-        seconds = time.perf_counter() - began
-        say(f"[{tokens} tokens, {seconds:.1f} s, {tokens / seconds:.1f} tokens/s]")
+        try:
+            write(prompt, ids, added, tokenizer.decode)
+        except KeyboardInterrupt:
+            if not asked:
+                raise
+            print()
     return 0
+
+
+def write(
+    prompt: str, ids: Sequence[int], added: Iterable[int], decode: Callable[[Sequence[int]], str]
+) -> None:
+    """Prints a prompt and what follows it as it comes, and says how fast that was."""
+    began, tokens = time.perf_counter(), 0
+    print(prompt, end="", flush=True)
+    text = Text(decode, ids)
+    for token in added:
+        tokens += 1
+        print(text.grown(token), end="", flush=True)
+    print(text.rest(), flush=True)
+    seconds = time.perf_counter() - began
+    say(f"[{tokens} tokens, {seconds:.1f} s, {tokens / seconds:.1f} tokens/s]")
 
 
 def check(options: argparse.Namespace) -> None:

@@ -129,7 +129,8 @@ EVENTS: dict[str, Event] = {
     ),
     "sample": Event(
         _ITERATION
-        + "sample, generated after [...] | elapsed_s={elapsed_s:.1f}\n{prompt}[...]{text}"
+        + "sample, generated after [...] | elapsed_s={elapsed_s:.1f}\n{prompt}[...]{text}",
+        groups=("sample",),
     ),
     "save": Event(
         _save_line, lambda r: {"timers/save-checkpoint-time": r["elapsed_s"]}, ("timers",)

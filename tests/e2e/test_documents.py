@@ -65,6 +65,8 @@ def test_every_layout_logs_the_same(layout: dict[str, str], ranks: int, tmp_path
     assert len(want) == len(got) == 4 + 2
     for one, many in zip(want, got, strict=True):
         assert many["loss"] == pytest.approx(one["loss"], abs=1e-5)
+        if one["event"] == "eval":  # tokens that do not count are no misses either
+            assert many["accuracy"] == one["accuracy"]
         if one["event"] == "step":
             assert many["grad_norm"] == pytest.approx(one["grad_norm"], abs=1e-5)
             assert many["corpus_loss"] == pytest.approx(one["corpus_loss"], abs=1e-5)

@@ -52,6 +52,7 @@ def trained(variables: dict[str, str], count: int, backend: str) -> Result:
 
     curve = front.steps(config, engine, 0, 2)
     evaluated()
+    engine.logits(front.probe(config)[:1, :16])  # a text that is sampled while training
     curve += front.steps(config, engine, 2, count)
     logits = engine.logits(front.probe(config)[:1])  # another batch size than training's
     total = 0.0 if logits is None else float(logits.double().abs().sum())

@@ -396,6 +396,8 @@ def test_ctrl_c_is_held_back_until_a_rank_can_end_in_silence() -> None:
     child = Child([sys.executable, "-u", "-c", program], os.environ, holds_ctrl_c=True)
     watched = watch([child], lambda line, error: said.append(line), early=[signal.SIGINT])
     assert (watched.ended[0].status, said) == (128 + signal.SIGINT, [b"held\n"])
+
+
 def test_ranks_know_how_wide_the_terminal_is(tmp_path: Path) -> None:
     """They write into pipes; in a file or a pipe nobody is told a width."""
     script = "print('COLUMNS', os.environ.get('COLUMNS'))"

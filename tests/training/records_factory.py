@@ -78,6 +78,19 @@ def evaluation(iteration: int, loss: float = 2.5) -> dict[str, Any]:
     }
 
 
+def sample(iteration: int) -> dict[str, Any]:
+    """A text sampled from the same run."""
+    return {
+        "event": "sample",
+        "iteration": iteration,
+        "train_iters": 100,
+        "time": 1000.0 + iteration,
+        "prompt": "What is",
+        "text": " an\n  LLM?",
+        "elapsed_s": 0.5,
+    }
+
+
 def save(iteration: int) -> dict[str, Any]:
     """A saved checkpoint of the same run."""
     return {

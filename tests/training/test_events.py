@@ -69,6 +69,10 @@ def test_the_other_lines() -> None:
         "validation perplexity=12.1800 | validation accuracy=0.4375 | samples=80 | elapsed_s=1.2 | "
         "samples_per_second=64.000"
     )
+    assert line(make.sample(10)) == (
+        "iteration=      10/     100 | sample, generated after [...] | elapsed_s=0.5\n"
+        "What is[...] an\n  LLM?"
+    )
     assert line(make.save(10)) == (
         "iteration=      10/     100 | saved=runs/x/checkpoints/step-10 | size_gb=3.000 | "
         "elapsed_s=2.0 | gb_per_second=1.500"
