@@ -41,7 +41,6 @@ from megatron.launch.provenance import RECORDED
 
 ROOT = Path(__file__).resolve().parents[1]
 GRACE_S = 120.0  # for a last save, once a row's time is over
-FORCE_S = 20.0  # for its launcher to end the ranks
 NAMED_HERE = {"RUN_NAME", "RUN_DIR", "SAVE", "LOAD", "CKPT_DIR", "RESUME"}
 TAIL = 30000
 
@@ -263,15 +262,12 @@ def _end(process: subprocess.Popen[bytes], number: signal.Signals) -> int:
 
     As Ctrl-C on a terminal, the signal is for the group: a shell that waits for a program drops it.
     """
-    for each, seconds in ((number, GRACE_S), *[(signal.SIGINT, 1.0)] * 3, (None, FORCE_S)):
-        if each is not None:
-            os.killpg(process.pid, each)
-        try:
-            return _status(process.wait(seconds)) or 128 + number
-        except subprocess.TimeoutExpired:
-            continue  # asked three times by SIGINT, our launcher ends its ranks
-    os.killpg(process.pid, signal.SIGKILL)
-    return _status(process.wait())
+    os.killpg(process.pid, number)
+    try:
+        return _status(process.wait(GRACE_S)) or 128 + number
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # the ranks die with their launcher
+        return _status(process.wait())
 
 
 def _status(code: int) -> int:
