@@ -191,6 +191,7 @@ def test_epochs_are_tokens_seen_by_tokens_of_the_training_share(tmp_path: Path) 
     [
         ([{**make.save(2), "event": "stop", "reason": "finished"}], "", {}, "finished"),
         ([{**make.save(2), "event": "stop", "reason": "STOP"}], "", {}, "stopped: STOP"),
+        ([{**make.save(2), "event": "stop", "reason": "OutOfMemoryError: CUDA"}], "", {}, "OOM"),
         ([make.step(2)], "", {}, "ended at step 2 of 100"),
         ([], "", {}, "no step"),
         ([], "torch.OutOfMemoryError: CUDA out of memory.\n", {}, "OOM"),
