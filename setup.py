@@ -32,9 +32,9 @@ setup(
     extras_require={
         "tensorboard": ["tensorboard"],
         "fp8": ["torchao>=0.18"],
+        "huggingface": ["accelerate", "datasets"],
         "optimizers": ["schedulefree", "pytorch-optimizer"],
         "data": ["zstandard", "pyarrow"],
-        "huggingface": ["accelerate", "datasets"],
         "intel": ["intel-extension-for-pytorch", "oneccl-bindings-for-pytorch"],
         "dev": [
             "pytest",
