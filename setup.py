@@ -35,9 +35,11 @@ setup(
     extras_require={
         "profile": ["pyinstrument"],
         "fp8": ["torchao>=0.18"],
+        "huggingface": ["accelerate", "datasets"],
         "optimizers": ["schedulefree", "pytorch-optimizer"],
         "data": ["zstandard", "pyarrow", "datasets"],
         "huggingface": ["accelerate"],
+        "data": ["zstandard", "pyarrow"],
         "intel": ["intel-extension-for-pytorch", "oneccl-bindings-for-pytorch"],
         "dev": [
             "pytest",

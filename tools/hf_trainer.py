@@ -119,7 +119,11 @@ def _train(run: RunConfig, flags: HfFlags, data: Data, device: Device, tracker: 
         eval_dataset=evaluation,
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train()
+    try:
+        trainer.train()
+    except Exception as error:
+        journal.event("stop", reason=f"{type(error).__name__}: {error}".partition("\n")[0])
+        raise
     journal.event("stop", reason="finished")
 
 

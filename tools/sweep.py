@@ -40,7 +40,7 @@ from megatron.config.schema import by_variable
 from megatron.launch.provenance import RECORDED
 
 ROOT = Path(__file__).resolve().parents[1]
-GRACE_S = 60.0  # for a last save, once a row's time is over
+GRACE_S = 120.0  # for a last save, once a row's time is over
 NAMED_HERE = {"RUN_NAME", "RUN_DIR", "SAVE", "LOAD", "CKPT_DIR", "RESUME"}
 TAIL = 30000
 
@@ -258,14 +258,16 @@ def _run(
 
 
 def _end(process: subprocess.Popen[bytes], number: signal.Signals) -> int:
-    """Ask a run to save and stop; end all its processes where it does not. Returns its status."""
-    process.send_signal(number)
+    """Ask a run to save and stop; end all its processes where it does not. Returns its status.
+
+    As Ctrl-C on a terminal, the signal is for the group: a shell that waits for a program drops it.
+    """
+    os.killpg(process.pid, number)
     try:
-        status = _status(process.wait(GRACE_S))
+        return _status(process.wait(GRACE_S)) or 128 + number
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        status = _status(process.wait())
-    return status or 128 + number
+        os.killpg(process.pid, signal.SIGKILL)  # the ranks die with their launcher
+        return _status(process.wait())
 
 
 def _status(code: int) -> int:

@@ -141,11 +141,26 @@ def test_each_identity_is_checked(tmp_path: Path, changes: dict[str, Any], said:
 
 
 def test_a_batch_that_grows_and_a_skipped_step_violate_nothing(tmp_path: Path) -> None:
-    grown = {"global_batch_size": 8, "consumed_samples": 20, "consumed_tokens": 160,
-             "samples_per_s": 16.0,
-             "tokens_per_s": 128.0, "tokens_per_gpu_per_s": 64.0}  # fmt: skip
-    records = [make.step(1), make.skip(2), make.step(3), make.step(4) | grown]
+    """The two steps of the last record had 4 and 8 samples; its rates are those of 12 in two."""
+    grown = {"global_batch_size": 8, "consumed_samples": 24, "consumed_tokens": 192, "steps": 2,
+             "samples_per_s": 12.0, "tokens_per_s": 96.0, "tokens_per_gpu_per_s": 48.0}  # fmt: skip
+    records = [make.step(1), make.skip(2), make.step(3), make.step(5) | grown]
     assert violations(Sums(open_run(write(tmp_path / "a", records)))) == []
+
+
+def test_losses_of_other_data_or_other_samples_are_not_comparable(tmp_path: Path) -> None:
+    """As many tokens, but of another list, or evaluated on more samples."""
+    records = [make.step(1), make.evaluation(1)]
+    runs = []
+    for name, data, samples in (("a", "x", 80), ("b", "y", 80), ("c", "x", 96)):
+        records[1] |= {"samples": samples}
+        config = {"config": {"data": {"data_file_list": data, "cache_path": name}}}
+        runs.append(open_run(write(tmp_path / name, records, config)))
+    a, b, c = runs
+    notes = {row[0]: row[4] for row in pair(a, b).rows}
+    assert notes["last loss"] == notes["eval: loss"] == "not comparable: DATA_FILE_LIST x / y"
+    notes = {row[0]: row[4] for row in pair(a, c).rows}
+    assert notes["last loss"] == "" and notes["eval: loss"] == "not comparable: samples 80 / 96"
 
 
 def test_runtime_with_saves_counts_what_steps_waited_for(tmp_path: Path) -> None:
@@ -176,6 +191,7 @@ def test_epochs_are_tokens_seen_by_tokens_of_the_training_share(tmp_path: Path) 
     [
         ([{**make.save(2), "event": "stop", "reason": "finished"}], "", {}, "finished"),
         ([{**make.save(2), "event": "stop", "reason": "STOP"}], "", {}, "stopped: STOP"),
+        ([{**make.save(2), "event": "stop", "reason": "OutOfMemoryError: CUDA"}], "", {}, "OOM"),
         ([make.step(2)], "", {}, "ended at step 2 of 100"),
         ([], "", {}, "no step"),
         ([], "torch.OutOfMemoryError: CUDA out of memory.\n", {}, "OOM"),
@@ -200,9 +216,10 @@ def test_how_a_run_ended(
 @pytest.fixture
 def three(tmp_path: Path) -> list[ComparedRun]:
     """A good run, one twice as fast with TP 2, and one that ran out of memory before a step."""
-    settings = {"parallel": {"tensor_parallel": 1}, "optimizer": {"learning_rate": 0.1}}
+    settings = {"parallel": {"tensor_parallel": 1},
+                "optimizer": {"learning_rate": 0.1, "adam_beta1": 0.9}}  # fmt: skip
     write(tmp_path / "a", [make.step(i) for i in (1, 2)], {"config": settings})
-    other = {"parallel": {"tensor_parallel": 2}, "optimizer": {"learning_rate": 0.1}}
+    other = {**settings, "parallel": {"tensor_parallel": 2}}
     b = write(tmp_path / "b", [make.step(i, elapsed_s=0.25) for i in (1, 2)], {"config": other})
     (b / "wandb").mkdir()
     (b / "wandb" / "run_url").write_text("https://wandb.ai/x/runs/abc\n")
@@ -223,6 +240,7 @@ def test_a_row_out_of_memory_stays_in_the_table(three: list[ComparedRun]) -> Non
     ]
     assert rows[1]["tokens/s"] == 2 * rows[0]["tokens/s"] == 128
     assert rows[2]["tokens/s"] is None
+    assert "ADAM_BETA1" not in rows[0]  # the same where it is known
 
 
 def test_lines_are_ordered_by_a_column_and_what_is_not_known_is_last(

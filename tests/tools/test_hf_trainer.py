@@ -87,9 +87,9 @@ def test_texts_are_packed_without_a_gap() -> None:
 def test_a_file_is_streamed_for_ever_and_what_is_none_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("datasets")
     path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "abc"}\n')
+    path.write_text('{"text": "abcde"}\n')
     found = list(StreamedText(str(path), Letters(), 4, first=1, count=2))
-    stream = "abc\0" * 4
+    stream = "abcde\0" * 4
     for number, sample in enumerate(found, 1):
         assert sample["input_ids"].tolist() == [ord(c) for c in stream[4 * number : 4 * number + 4]]
     with pytest.raises(ConfigError, match="cannot be read"):

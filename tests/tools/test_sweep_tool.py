@@ -16,13 +16,14 @@ from megatron.config.errors import ConfigError
 from tools import sweep
 
 PROGRAM = r"""
+echo $$ > pid
 echo "$NLAYERS $RUN_DIR $RUN_NAME" >> started
 mkdir -p "$RUN_DIR"
 case $NLAYERS in
   1) echo '{"event": "stop", "iteration": 2, "reason": "finished"}' > "$RUN_DIR/metrics.jsonl" ;;
   2) echo "torch.OutOfMemoryError: CUDA out of memory"; exit 1 ;;
   3) exit 124 ;;
-  4) echo $$ > pid; exec sleep 30 ;;
+  4) exec sleep 30 ;;
   5) rmdir "$RUN_DIR"; echo "error: NLAYERS=5 is one too many"; exit 2 ;;
 esac
 """

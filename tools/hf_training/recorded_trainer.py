@@ -109,15 +109,17 @@ class RecordedTrainer(Trainer):
         with self.journal.meter.off_the_clock():
             began = time.perf_counter()
             found: dict[str, float] = super().evaluate(*arguments, **named)
-            loss = float(found["eval_loss"])
+            loss, samples = float(found["eval_loss"]), int(found["eval_count"])
+            seconds = time.perf_counter() - began
             self.journal.event(
                 "eval",
                 split="validation",
                 loss=loss,
                 perplexity=math.exp(min(loss, 20.0)),
                 accuracy=found["eval_accuracy"],
-                samples=int(found["eval_count"]),
-                elapsed_s=time.perf_counter() - began,
+                samples=samples,
+                elapsed_s=seconds,
+                samples_per_s=samples / seconds,
             )
         return found
 

@@ -34,7 +34,9 @@ def ending(run: ComparedRun) -> str:
         return str(run.row.get("why") or of_status(int(status), _tail(run.folder)))
     last = run.records[-1] if run.records else {"event": ""}
     if last["event"] == "stop":
-        return FINISHED if last["reason"] == FINISHED else f"stopped: {last['reason']}"
+        reason = str(last["reason"])
+        stopped = OUT_OF_MEMORY if _OUT_OF_MEMORY.search(reason) else f"stopped: {reason}"
+        return FINISHED if reason == FINISHED else stopped
     return of_text(_tail(run.folder)) or _reached(run)
 
 
