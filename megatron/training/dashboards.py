@@ -181,14 +181,14 @@ def start_wandb(run: RunConfig, iteration: int) -> WandbTracker | None:
         return None
     # The client fails in many ways without a network or with a stale key; none is worth a run.
     try:
-        if mode != "offline" and not wandb.login(prompt=False):
+        client = _client(wandb, run, mode or "online")
+        if client is None:
             log.log(
                 level,
                 "Weights & Biases is off: no API key (run `wandb login`, or set"
                 " WANDB_MODE=offline)",
             )
             return None
-        client = _client(wandb, run, mode or "online")
         if not client.offline:
             log.info(f"Weights & Biases run: {client.url}")
             address = run.run_folder / "wandb" / "run_url"
@@ -203,20 +203,21 @@ def start_wandb(run: RunConfig, iteration: int) -> WandbTracker | None:
 
 
 def _client(wandb: Any, run: RunConfig, mode: str) -> Any:
-    """W&B's client, offline where it cannot be reached."""
+    """W&B's client, offline where it cannot be reached; None without a key."""
     quiet = {"console": "off", "silent": True}  # output.log holds the console already
     try:
         settings = wandb.Settings(**quiet, finish_timeout=FINISH_S)
     except ValueError:  # an older W&B has no such limit
         settings = wandb.Settings(**quiet)
-    arguments = {**wandb_settings.arguments(run), "settings": settings}
     try:
-        return wandb.init(mode=mode, **arguments)
+        if mode != "offline" and not wandb.login(prompt=False):
+            return None
+        return wandb.init(mode=mode, settings=settings, **wandb_settings.arguments(run))
     except Exception as error:
         if mode == "offline":
             raise
         log.warning(
             f"Weights & Biases cannot be reached ({type(error).__name__}: {error}): the run is "
-            f"written to {arguments['dir']}/wandb; `wandb sync` sends it later"
+            f"written to {run.log.wandb_dir or run.run_folder}/wandb; `wandb sync` sends it later"
         )
-        return wandb.init(mode="offline", **arguments)
+        return _client(wandb, run, "offline")

@@ -8,6 +8,8 @@ import logging
 import math
 import os
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,7 +17,7 @@ from typing import Any, NoReturn
 import pytest
 
 from megatron.config.schema import RunConfig
-from megatron.training import dashboards, metrics_file
+from megatron.training import dashboards, loggers, metrics_file
 from megatron.training.events import points, scalars
 from tests.training import records_factory as make
 from tests.training.run_config import tiny_run
@@ -370,29 +372,33 @@ def test_disabled_is_silent(
 def test_a_client_that_cannot_start_is_one_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    class Unreachable:
-        @staticmethod
-        def login(prompt: bool) -> NoReturn:
+    class Unreachable(Online):
+        def init(self, **settings: Any) -> NoReturn:
             raise ConnectionError("no route")
 
-    monkeypatch.setattr(dashboards.importlib, "import_module", lambda name: Unreachable)
+    monkeypatch.setattr(dashboards.importlib, "import_module", lambda name: Unreachable())
     assert dashboards.start_wandb(tiny_run(tmp_path), 0) is None
-    ((level, text),) = messages(caplog)
+    _, (level, text) = messages(caplog)
     assert level == logging.WARNING
     assert "ConnectionError: no route" in text
     assert "WANDB_MODE=offline" in text
 
 
+@pytest.mark.parametrize("at", ["login", "init"])
 def test_without_a_network_the_run_is_written_to_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Cut(Online):
         offline = True
 
+        def login(self, prompt: bool) -> bool:
+            return at != "login" or fail()
+
         def init(self, **settings: Any) -> Online:
-            if settings["mode"] == "online":
-                raise ConnectionError("no route")
-            return super().init(**settings)
+            return super().init(**settings) if settings["mode"] == "offline" else fail()
+
+    def fail() -> NoReturn:
+        raise ConnectionError("no route")
 
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(dashboards.importlib, "import_module", lambda name: Cut())
@@ -401,3 +407,74 @@ def test_without_a_network_the_run_is_written_to_disk(
     assert level == logging.WARNING and "no route" in text
     assert f"written to {tmp_path}/wandb; `wandb sync`" in text
     assert not (tmp_path / "wandb" / "run_url").exists()
+
+
+class Broken(Online):
+    """W&B whose every call fails once the run has begun."""
+
+    offline = True
+    step = 0
+
+    def log(self, row: dict[str, Any], step: int) -> NoReturn:
+        raise ConnectionError("log")
+
+    def finish(self) -> NoReturn:
+        raise RuntimeError("finish")
+
+
+def test_a_client_that_fails_in_every_call_costs_no_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(dashboards.importlib, "import_module", lambda name: Broken())
+    tracker = loggers.make_tracker(tiny_run(tmp_path, no_tensorboard=True), logs=True, iteration=0)
+    for record in RECORDS:
+        tracker.log(record)
+    tracker.close()
+    assert metrics_file.read(tmp_path / "metrics.jsonl") == RECORDS
+    said = [record.getMessage() for record in caplog.records if record.name == loggers.__name__]
+    assert said == [
+        "WandbTracker failed: ConnectionError: log; tried again every 60 s",
+        "WandbTracker failed: RuntimeError: finish: it was not closed cleanly",
+    ]
+
+
+FULL_DISK = """
+import logging, resource, signal, sys
+from pathlib import Path
+from megatron.training import dashboards, loggers
+from tests.training import records_factory as make
+from tests.training.run_config import tiny_run
+logging.basicConfig(level="WARNING")
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+tracker = dashboards.start_tensorboard(tiny_run(Path(sys.argv[1])), 0)
+tracker._writer.flush()
+resource.setrlimit(resource.RLIMIT_FSIZE, (16384, resource.RLIM_INFINITY))
+both = loggers.Behind(loggers.Trackers([tracker]))
+for iteration in range(1, 301):
+    both.log(make.step(iteration))
+both.close()
+print("closed")
+"""
+
+
+def test_a_full_disk_stops_tensorboard_and_nothing_else(tmp_path: Path) -> None:
+    """A file size limit refuses as a disk does; the writer's own thread meets it."""
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path)],
+        capture_output=True, text=True, timeout=120, check=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+    assert done.stdout.endswith("closed\n")
+    assert "TensorBoardTracker failed: OSError: [Errno 27] File too large" in done.stderr
+    kept = next(v for k, v in read_tensorboard(tmp_path / "tensorboard").items() if "lm" in k)
+    assert kept[0] == (1, 2.0) and len(kept) < 300
+
+
+def test_a_folder_that_cannot_be_written_leaves_tensorboard_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    run = tiny_run(tmp_path, tensorboard_dir=str(tmp_path / "file" / "below"))
+    assert dashboards.start_tensorboard(run, 0) is None
+    ((level, text),) = messages(caplog)
+    assert level == logging.WARNING and text.startswith("TensorBoard is off: ")

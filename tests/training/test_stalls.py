@@ -120,7 +120,12 @@ def waits(variables: dict[str, str]) -> list[dict[str, int]]:
 
 @pytest.mark.parametrize(
     "variables",
-    [{}, {"DTYPE": "bf16", "WORLD_SIZE": "2", "ZERO_STAGE": "1"}, {"PP": "2"}],
+    [
+        {},
+        {"TIMING_LOG_LEVEL": "1"},
+        {"DTYPE": "bf16", "WORLD_SIZE": "2", "ZERO_STAGE": "1"},
+        {"PP": "2", "TIMING_LOG_LEVEL": "1"},
+    ],
     ids=lambda variables: " ".join(variables) or "one",
 )
 def test_between_two_logs_nothing_of_ours_waits(variables: dict[str, str]) -> None:
