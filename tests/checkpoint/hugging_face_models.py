@@ -41,7 +41,7 @@ def hugging_face_model(
     elif kind == "olmo2":
         model = Olmo2ForCausalLM(Olmo2Config(**shape))
     elif kind == "gpt2":
-        sizes = {"n_embd": 64, "n_layer": 4, "n_head": 8, "n_inner": 96, "n_positions": 32}
+        sizes = {"n_embd": 64, "n_layer": 4, "n_head": 8, "n_inner": 96, "n_positions": 64}
         drops = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
         ids = {"vocab_size": 200, "bos_token_id": None, "eos_token_id": None, **settings}
         model = GPT2LMHeadModel(GPT2Config(**sizes, **drops, **ids))
