@@ -52,4 +52,6 @@ def hugging_face_model(
             parameter.data.uniform_(0.5, 1.5)
         elif name.endswith("bias"):
             parameter.data.uniform_(-0.1, 0.1)
+        elif name.endswith("wpe.weight"):  # else tied embeddings repeat the last token
+            parameter.data.mul_(5)
     model.to(dtype).save_pretrained(folder)
