@@ -277,12 +277,12 @@ def _parts(names: Mapping[str, str]) -> dict[str, list[str]]:
     return parts
 
 
-TensorInFile = tuple[Path, str]  # a file, and the name of a tensor in it
+InFile = tuple[Path, str]  # a file, and the name of a tensor in it
 
 
 def _whole_model(
     files: Mapping[str, Path], prefix: str, known: Collection[str]
-) -> dict[str, TensorInFile]:
+) -> dict[str, InFile]:
     """Name in a whole model -> its place; a bare model's files lack the prefix."""
     bare = not any(name in known for name in files)
     return {prefix * bare + name: (path, name) for name, path in files.items()}
@@ -308,7 +308,7 @@ def _weight_files(folder: Path) -> dict[str, Path]:
     return where
 
 
-def _is_copy(name: str, where: Mapping[str, TensorInFile], shape: ModelShape) -> bool:
+def _is_copy(name: str, where: Mapping[str, InFile], shape: ModelShape) -> bool:
     """Whether a weight is the head of a model with tied embeddings, equal to the embedding."""
     embedding, head = ARCHITECTURES[shape.architecture].vocabulary_names
     if not shape.tie_embeddings or name != head:

@@ -41,7 +41,7 @@ def hugging_face_model(
     elif kind == "olmo2":
         model = Olmo2ForCausalLM(Olmo2Config(**shape))
     elif kind == "gpt2":
-        sizes = {"n_embd": 64, "n_layer": 4, "n_head": 8, "n_inner": 96, "n_positions": 32}
+        sizes = {"n_embd": 64, "n_layer": 4, "n_head": 8, "n_inner": 96, "n_positions": 64}
         drops = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
         ids = {"vocab_size": 200, "bos_token_id": None, "eos_token_id": None, **settings}
         model = GPT2LMHeadModel(GPT2Config(**sizes, **drops, **ids))
@@ -52,4 +52,6 @@ def hugging_face_model(
             parameter.data.uniform_(0.5, 1.5)
         elif name.endswith("bias"):
             parameter.data.uniform_(-0.1, 0.1)
+        elif name.endswith("wpe.weight"):  # else tied embeddings repeat the last token
+            parameter.data.mul_(5)
     model.to(dtype).save_pretrained(folder)

@@ -76,6 +76,14 @@ def test_settings_of_a_training_command_are_accepted(
     assert not [line for line in found.warnings if "has no effect: the" in line]
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_pictures_of_the_pages_are_there(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    named = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
+    assert [name for name in named if not (ROOT / page).parent.joinpath(name).is_file()] == []
+    assert len(named) == (6 if page == "docs/workshop.md" else len(named))
+
+
 def sandbox(folder: Path) -> Path:
     """A checkout of links, so that runs and texts of a lesson stay in it."""
     for entry in ROOT.iterdir():

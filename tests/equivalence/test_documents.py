@@ -41,6 +41,7 @@ KINDS = {
     },
     "gpt2": {
         "ARCHITECTURE": "gpt2",
+        "SEQ": "64",
         "NUM_KV_HEAD": "8",
         "TIE_EMBEDDINGS": "1",
         "WEIGHT_DECAY": "0",

@@ -15,7 +15,7 @@ from tests.equivalence import front
 from tests.spawn import run
 from tools import convert_hf
 
-GPT2 = {"ARCHITECTURE": "gpt2", "NUM_KV_HEAD": "8", "TIE_EMBEDDINGS": "1"}
+GPT2 = {"ARCHITECTURE": "gpt2", "NUM_KV_HEAD": "8", "TIE_EMBEDDINGS": "1", "SEQ": "64"}
 LAYOUTS = {
     "tp1": {},
     "tp2": {"TP": "2"},

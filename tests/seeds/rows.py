@@ -117,7 +117,7 @@ TEXT = """
 001:337-485 | TP, PP, 3D | works | equal to one process | equivalence/test_layouts.py::test_layout
 001:491-501 | NVMe offload, tiled layers | on purpose | not offered: CPU_OPTIMIZER keeps states on the host, TP divides a layer; the flag of tiled layers says so | launch/test_reference_flags.py::test_what_is_refused_says_what_to_do
 001:487-549 | which strategy when | works | docs/parallelism.md; a dry run prints the cheapest change that fits | plan/test_fit.py::test_the_cheapest_is_the_first_that_fits
-001:604-664 | fine-tuning on instructions | not yet | an import of the model, no chat data |
+001:604-664 | fine-tuning on instructions | on purpose | pretraining only: no chats, no loss masked over a prompt, no adapters; a model is imported, trained on, and exported to libraries that have them | equivalence/test_huggingface.py::test_an_imported_model_is_exported_after_training
 001:676-684 | generating text | works | `python3 tools/generate.py RUN --prompt "..."`, and a sample at the end of a run | training/test_saved_model.py::test_greedy_texts_are_those_of_transformers
 001:706-715,790-801 | clone, `pip install -e .` | works | setup.py with extras | structure/test_shell.py::test_requirements_are_pinned
 001:720,748-786 | `source utils.sh`, `ezpz_setup_job`, `launch` | works | `source ALCF/helpers.sh` gives the names | launch/test_helpers.py::test_a_sourced_shell_knows_its_job_and_keeps_its_options
@@ -129,7 +129,7 @@ TEXT = """
 001:994-1143 | terminal plots of 6 metrics | works | the loss at the end, any metric by tools/plot.py --metric | tools/test_plot_command.py::test_a_run_is_drawn
 001:1146-1190 | a profile | works | PROFILE=pyinstrument, PYINSTRUMENT_PROFILER=1: html and text; PROFILE=torch: a trace | training/test_profiles.py::test_a_call_tree_as_html_and_text
 001:1217-1225 | characters of Shakespeare | works | tools/preprocess_data.py with CharTokenizer | data/prepare/test_preprocess.py::test_characters_make_their_own_alphabet
-001:1231-1241 | `launch python3 -m wordplay ...` | on purpose | the same sizes by NLAYERS, HEADS, HIDDEN, SEQ; the blocks are Llama's | seeds/test_commands.py::test_the_hands_on_sizes
+001:1231-1241 | `launch python3 -m wordplay ...` | works | MODEL_ARCH=shakespeare: GPT-2's blocks, any size by NLAYERS, HEADS, HIDDEN, SEQ; docs/hands-on.md | seeds/test_commands.py::test_the_hands_on_sizes
 001:1285-1336 | the configuration as JSON | works | run.json, with where each value came from | plan/test_report.py::test_dry_run_holds_everything
 001:1339-1342 | decayed and other tensors counted | works | of rank 0's part, in the log | training/optimizers/test_rules.py::test_vectors_are_not_decayed_and_empty_groups_are_left_out
 001:1348-1428 | the model printed | works | DEBUG=1 | engine/test_engine.py::test_the_model_is_printed_where_it_is_asked_for

@@ -194,11 +194,14 @@ def test_launch_lines_of_the_documents(tmp_path: Path) -> None:
 
 def test_the_hands_on_sizes(tmp_path: Path) -> None:
     command = (
-        "NLAYERS=4 HEADS=4 NUM_KV_HEAD=4 HIDDEN=128 FFN_HIDDEN_SIZE=352 SEQ=64 MICRO_BATCH=12"
-        " TRAIN_ITERS=2000 bash train_alcf.sh"
+        "MODEL_ARCH=shakespeare NLAYERS=4 HEADS=4 NUM_KV_HEAD=4 HIDDEN=128 FFN_HIDDEN_SIZE=512"
+        " SEQ=64 MICRO_BATCH=12 TRAIN_ITERS=2000 VOCAB_SIZE=65 bash train_alcf.sh"
     )
     run = typed(command, "laptop", 1, tmp_path).resolved().run
     assert run.train.train_tokens == 2000 * 12 * 64
+    assert run.model.architecture == "gpt2" and run.model.tie_embeddings
+    blocks, padding = 4 * (12 * 128 * 128 + 13 * 128), 128 - 65
+    assert run.parameters == blocks + (65 + padding + 64 + 2) * 128
 
 
 def test_notes_of_the_daily_commands(tmp_path: Path) -> None:
