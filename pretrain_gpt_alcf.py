@@ -109,7 +109,9 @@ def pretrain(
     groups, control = make_groups(run.layout), make_control()
     data = build_data(run, control)
     documents = documents_followed(run, data.tokenizer.eod)
+    heartbeat.enter("load")  # hashes files, which takes its time
     source = find_source(run, control)
+    heartbeat.enter("build")
     engine = build_engine(
         run,
         groups,
