@@ -120,6 +120,7 @@ def pretrain(
     data = build_data(run, control, heartbeat)
     start_up.took("data")
     documents = documents_followed(run, data.tokenizer.eod)
+    heartbeat.enter("load")  # hashes files, which takes its time
     source = find_source(run, control)
     heartbeat.enter("build")
     engine = build_engine(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 STREAM_BYTES = 1 << 27  # of each operand, more than a cache
-REPEATS = 5
+REPEATS = 9
 
 
 class Rates(NamedTuple):
