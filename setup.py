@@ -38,8 +38,6 @@ setup(
         "huggingface": ["accelerate", "datasets"],
         "optimizers": ["schedulefree", "pytorch-optimizer"],
         "data": ["zstandard", "pyarrow", "datasets"],
-        "huggingface": ["accelerate"],
-        "data": ["zstandard", "pyarrow"],
         "intel": ["intel-extension-for-pytorch", "oneccl-bindings-for-pytorch"],
         "dev": [
             "pytest",
