@@ -43,7 +43,7 @@ def test_a_smoothed_curve_stays_within_it(curve: list[tuple[float, float]]) -> N
 def test_every_panel_with_something_to_show_is_a_self_contained_svg(tmp_path: Path) -> None:
     drawn = Painter([read_folder(run_folder.write(tmp_path / "run"))]).svgs()
     assert list(drawn) == ["loss", "grad_norm", "learning_rate", "throughput", "memory",
-                           "step_time", "phases", "corpus_loss"]  # fmt: skip
+                           "step_time", "phases", "corpus_loss", "accuracy"]  # fmt: skip
     for text in drawn.values():
         ElementTree.fromstring(text)
         assert "currentColor" in text and "#010203" not in text

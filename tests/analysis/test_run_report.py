@@ -42,7 +42,7 @@ def test_the_report_tells_what_happened(tmp_path: Path) -> None:
     for words in (
         "# debug\n",
         "Loss 4.0000 at step 1, 1.5000 at step 21 of 100; 672 tokens; 0:00:20 from first to last.",
-        "Last validation loss 1.2500, perplexity 12.18, at step 21 over 80 samples.",
+        "Last validation loss 1.2500, perplexity 12.18, accuracy 43.75%, at step 21 over 80",
         "The loss was not finite in 2 steps.",
         "Stopped at step 21: signal SIGTERM.",
         "| tokens/s | 64.0 |",
