@@ -9,6 +9,7 @@ binds at every step, so a wrong norm changes the losses too.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -90,10 +91,16 @@ def build(
     start_distributed("gloo", rank, dist.get_world_size(), 0, "", 60)
     device, documents = detect(rank, run.train.dtype), documents_followed(run, eod)
     groups, draw = make_groups(run.layout), source is None or not source.has_weights
-    # torch then fills the memory that it gives with NaN.
-    torch.use_deterministic_algorithms(poisoned and not draw, warn_only=True)
-    try:
+    with filled_with_nan() if poisoned and not draw else nullcontext():
         return build_engine(run, groups, device, documents=documents, draw=draw)
+
+
+@contextmanager
+def filled_with_nan() -> Iterator[None]:
+    """torch fills the memory that it gives. (A graph holds for one setting of this switch.)"""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
     finally:
         torch.use_deterministic_algorithms(False)
 
