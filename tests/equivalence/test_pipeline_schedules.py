@@ -12,13 +12,13 @@ import torch
 import torch.distributed as dist
 
 from megatron.checkpoint.state import RunState
-from megatron.engine import bubble as bubble_file
+from megatron.engine import clock as clock_file
 from megatron.engine.bubble import StageClock
 from megatron.model.block import Block
 from megatron.parallel.control import ALONE, make_control
 from megatron.parallel.groups import Axis
 from megatron.training.device import detect
-from megatron.training.generate import generate
+from megatron.training.generate import Sampling, generate
 from megatron.training.meter import Meter
 from megatron.training.probes import Probes
 from megatron.training.trainer import Trainer
@@ -133,7 +133,9 @@ def evaluate_and_sample(variables: dict[str, str]) -> tuple[float, list[int], fl
     engine = front.build(config)
     loss = float(engine.eval_batch(front.micro_batches(config, engine.groups, 0)))
     sizes = {"vocab_size": 200, "context": 16}
-    tokens = generate(engine, [1, 2, 3], 5, temperature=0, control=make_control(), **sizes)
+    tokens = generate(
+        engine, [1, 2, 3], 5, sampling=Sampling(temperature=0), control=make_control(), **sizes
+    )
     return loss, tokens, front.steps(config, engine, 0, 1)[0][0]
 
 
@@ -163,7 +165,7 @@ class _Clock:
 def two_stages_in_turn() -> tuple[float | None, float | None]:
     """Passes of 1 s and of 3 s on two stages without overlap: together they work half the time."""
     clock = _Clock()
-    bubble_file.time.perf_counter = clock
+    clock_file.time.perf_counter = clock
     rank = dist.get_rank()
     pp = Axis(dist.group.WORLD, rank, 2, (0, 1))
     stage = StageClock(torch.device("cpu"), pp)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron.parallel.control import make_control
-from megatron.training.generate import generate
+from megatron.training.generate import Sampling, generate
 from tests.equivalence import front
 from tests.equivalence.case import Case, curves, resumed, saved
 from tests.equivalence.test_layouts import check
@@ -132,7 +132,14 @@ def evaluate_and_generate(variables: Mapping[str, str]) -> Told:
     front.steps(config, engine, 0, 2)
     loss = float(engine.eval_batch(front.micro_batches(config, engine.groups, 7)))
     sizes = {"vocab_size": config.model.vocab_size, "context": config.model.seq_length}
-    text = generate(engine, [3, 1, 4, 1, 5], 4, temperature=0, control=make_control(), **sizes)
+    text = generate(
+        engine,
+        [3, 1, 4, 1, 5],
+        4,
+        sampling=Sampling(temperature=0),
+        control=make_control(),
+        **sizes,
+    )
     logits = engine.logits(front.probe(config)[:, :30])
     return loss, text, torch.empty(0) if logits is None else logits
 

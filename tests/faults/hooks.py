@@ -21,14 +21,13 @@ def moments() -> None:
 
     The moments are data, step, skip, evaluate, save and sample; step's note holds its number.
     """
-    from megatron.analysis import finish
-    from megatron.training import run_data, trainer
+    from megatron.training import run_data, sample, trainer
 
     def number(arguments: tuple[Any, ...]) -> int:
         return arguments[0].state.iteration + 1
 
     run_data.check_files = _noted("data", run_data.check_files)
-    finish.generate = _noted("sample", finish.generate)
+    sample.generate = _noted("sample", sample.generate)
     os.fsync = _of_checkpoints(os.fsync, _noted("save", os.fsync))
     for owner, moment in (
         (trainer.Trainer, "step"),
