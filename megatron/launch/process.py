@@ -223,7 +223,7 @@ def watch(
     running: list[_Running] = []
     with forwarding_signals(running, notices) as signals:
         try:
-            prepare = die_with_parent()
+            prepare = _die_with_parent()
             for child in children:
                 running.append(_Running(child, output, prepare))
             asked = partial(_asked, hangs, notices, signals, running)
@@ -335,7 +335,7 @@ def forwarding_signals(
             signal.signal(number, handler)
 
 
-def die_with_parent() -> Callable[[], None] | None:
+def _die_with_parent() -> Callable[[], None] | None:
     """What a child runs before its program, to end with us even if we are killed; Linux only."""
     if not sys.platform.startswith("linux"):
         return None

@@ -64,6 +64,14 @@ def test_a_hub_that_cannot_be_reached_is_refused_in_three_seconds(silent):
         assert "Run `hf download org/name --repo-type dataset` where there is a network" in text
 
 
+def test_a_name_that_is_not_resolved_has_a_limit_too(monkeypatch):
+    monkeypatch.setattr(hub, "WAIT_S", 0.1)
+    monkeypatch.setattr(hub.urllib.request, "urlopen", lambda *a, **k: time.sleep(1))
+    began = time.monotonic()
+    assert "no answer in 0.1 s" in refused()
+    assert time.monotonic() - began < 0.8
+
+
 def test_what_the_hub_says_decides():
     with answering(404) as endpoint:
         assert f"{endpoint} knows no data set org/name" in refused(HF_ENDPOINT=endpoint)
