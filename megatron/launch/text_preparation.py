@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from megatron.config.errors import ConfigError, DataError
+from megatron.config.resolve import survey_of
 from megatron.config.schema import RunConfig
 from megatron.config.text_settings import of_run
 from megatron.data.own_text import require_same
@@ -34,7 +35,7 @@ def prepare_text(run: RunConfig, environ: Mapping[str, str], root: Path) -> int:
         0, or the status to end with: the process has printed why.
 
     Raises:
-        DataError: the text is gone, or no longer what the run was resolved for.
+        DataError: the text is gone, too short, or no longer what the run was resolved for.
     """
     own = of_run(run)
     if own is None:
@@ -45,6 +46,13 @@ def prepare_text(run: RunConfig, environ: Mapping[str, str], root: Path) -> int:
         [sys.executable, "-m", PROGRAM, own.to_json()],
         env={**environ, "PYTHONPATH": path},
     )
+    if status := _ended(child):
+        return status
+    survey_of(run).require()  # it may be too short: known before the ranks are started
+    return 0
+
+
+def _ended(child: subprocess.Popen[bytes]) -> int:
     while True:
         try:
             return child.wait()

@@ -42,7 +42,8 @@ def main(arguments: Sequence[str]) -> int:
     try:
         prepare(own)
     except (ConfigError, DataError) as error:
-        print(f"error: DATA={own.given}: {error}", file=sys.stderr)
+        given = "" if str(error).startswith(own.given) else f"DATA={own.given}: "
+        print(f"error: {given}{error}", file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from here", file=sys.stderr)
