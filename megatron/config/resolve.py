@@ -36,6 +36,7 @@ from megatron.config.schema import SECTIONS, RunConfig
 from megatron.config.tokenizer_settings import fill_tokenizer
 from megatron.data import data_list
 from megatron.data import survey as data_survey
+from megatron.data.hub_names import require_data_set
 
 ARCH, DTYPE = "model.model_arch", "train.dtype"
 FINDER = "optimizer.lr_finder"
@@ -138,6 +139,8 @@ def resolve(environ: Mapping[str, str], argv: Sequence[str], site: Site) -> Reso
     else:
         if site.in_job:
             strays.require_none(named)
+        if own := text_settings.of_run(run):
+            require_data_set(own.given, environ)
         _require_ready(run, draft, site)
     device_gib = 0.0 if run.launch.device == "cpu" else site.device_gib
     return Resolved(

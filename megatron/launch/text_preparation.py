@@ -6,18 +6,21 @@ meanwhile: Ctrl-C reaches it too, and it keeps what was done.
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from megatron.config.errors import ConfigError, DataError
+from megatron.config.resolve import survey_of
 from megatron.config.schema import RunConfig
 from megatron.config.text_settings import of_run
 from megatron.data.own_text import require_same
-from megatron.launch.process import die_with_parent
 
 PROGRAM = "megatron.data.prepare.prepare_text"
+PATIENCE_S = 1.0
 
 
 def prepare_text(run: RunConfig, environ: Mapping[str, str], root: Path) -> int:
@@ -32,7 +35,7 @@ def prepare_text(run: RunConfig, environ: Mapping[str, str], root: Path) -> int:
         0, or the status to end with: the process has printed why.
 
     Raises:
-        DataError: the text is gone, or no longer what the run was resolved for.
+        DataError: the text is gone, too short, or no longer what the run was resolved for.
     """
     own = of_run(run)
     if own is None:
@@ -42,13 +45,21 @@ def prepare_text(run: RunConfig, environ: Mapping[str, str], root: Path) -> int:
     child = subprocess.Popen(
         [sys.executable, "-m", PROGRAM, own.to_json()],
         env={**environ, "PYTHONPATH": path},
-        preexec_fn=die_with_parent(),
     )
+    if status := _ended(child):
+        return status
+    survey_of(run).require()  # it may be too short: known before the ranks are started
+    return 0
+
+
+def _ended(child: subprocess.Popen[bytes]) -> int:
     while True:
         try:
             return child.wait()
-        except KeyboardInterrupt:  # the terminal has told the process as well
-            continue
+        except KeyboardInterrupt:  # a terminal has told the process as well, `kill` has not
+            with suppress(subprocess.TimeoutExpired):
+                return child.wait(PATIENCE_S)
+            child.send_signal(signal.SIGINT)
 
 
 def require_text(run: RunConfig, environ: Mapping[str, str], root: Path) -> None:

@@ -51,6 +51,7 @@ GROUND = {
     "megatron.checkpoint.atomic",
     "megatron.data",
     "megatron.data.data_list",
+    "megatron.data.hub_names",
     "megatron.data.indexed_header",
     "megatron.data.own_text",
     "megatron.data.survey",

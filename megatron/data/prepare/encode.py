@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
 from multiprocessing import get_context
@@ -72,7 +74,8 @@ def encode_all(
         waiting: deque[tuple[int, Future[Encoded]]] = deque()
         try:
             for number, unit in units:
-                future = pool.submit(encode_unit, unit, recipe, shards(number))
+                with _ctrl_c_held():
+                    future = pool.submit(encode_unit, unit, recipe, shards(number))
                 waiting.append((number, future))
                 if len(waiting) > UNITS_PER_WORKER * workers:
                     number, future = waiting.popleft()
@@ -83,6 +86,16 @@ def encode_all(
         finally:
             for _, future in waiting:
                 future.cancel()
+
+
+@contextmanager
+def _ctrl_c_held() -> Iterator[None]:
+    """What is started in the block hears no Ctrl-C: the process that started it ends it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _shards(writer: ShardedWriter, keys: range, number: int) -> list[str]:

@@ -6,6 +6,7 @@ it was interrupted or killed. The list is written last. Exit status as of tools/
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -29,21 +30,31 @@ from megatron.display.progress import BYTES, progress
 INTERRUPTED = 130
 BYTES_PER_WORKER = 8 << 20  # less text is tokenised sooner than processes are started
 _READ = 1 << 22
+_PR_SET_PDEATHSIG = 1
 
 
 def main(arguments: Sequence[str]) -> int:
     """Prepare what a JSON value names; returns the exit status."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # both keep what was done
+    for number in (signal.SIGINT, signal.SIGTERM):  # both keep what was done
+        signal.signal(number, signal.default_int_handler)
+    _end_with_parent()
     own = OwnText.from_json(arguments[0])
     try:
         prepare(own)
     except (ConfigError, DataError) as error:
-        print(f"error: DATA={own.given}: {error}", file=sys.stderr)
+        given = "" if str(error).startswith(own.given) else f"DATA={own.given}: "
+        print(f"error: {given}{error}", file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from here", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def _end_with_parent() -> None:
+    """Get SIGTERM where whoever started us is killed; Linux only."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def prepare(own: OwnText) -> None:

@@ -113,7 +113,9 @@ def _write_all(
             writer.save(counts.journal())
     writer.save(counts.journal())
     if not writer.tokens:
-        raise DataError(f"no document with text in {len(paths)} file(s); are --json-keys right?")
+        raise DataError(
+            f"no document with text in {len(paths)} file(s); are --json-keys (DATA_KEY) right?"
+        )
 
 
 class Counts:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from megatron.config.errors import ConfigError
-from megatron.data.prepare.hub import require_on_hub
+from megatron.data.hub_names import require_on_hub
 from megatron.data.prepare.plain_tokenizers import (
     END_OF_TEXT,
     ByteTokenizer,

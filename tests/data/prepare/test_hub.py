@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from megatron.config.errors import ConfigError, DataError
+from megatron.data import hub_names
+from megatron.data.hub_names import require_on_hub
 from megatron.data.prepare import hub, text_input
-from megatron.data.prepare.hub import require_on_hub
 from megatron.data.prepare.tokenizer import build_tokenizer
 
 ROOT = Path(__file__).parents[3]
@@ -64,6 +65,19 @@ def test_a_hub_that_cannot_be_reached_is_refused_in_three_seconds(silent):
         assert "Run `hf download org/name --repo-type dataset` where there is a network" in text
 
 
+def test_a_name_that_is_not_resolved_has_a_limit_too(monkeypatch):
+    monkeypatch.setattr(hub_names, "WAIT_S", 0.1)
+
+    def slow(*arguments, **options):
+        time.sleep(1)
+        raise OSError
+
+    monkeypatch.setattr(hub_names.urllib.request, "urlopen", slow)
+    began = time.monotonic()
+    assert "no answer in 0.1 s" in refused()
+    assert time.monotonic() - began < 0.8
+
+
 def test_what_the_hub_says_decides():
     with answering(404) as endpoint:
         assert f"{endpoint} knows no data set org/name" in refused(HF_ENDPOINT=endpoint)
@@ -84,7 +98,7 @@ def test_a_tokenizer_that_is_nowhere_is_refused_before_its_library_is_imported(
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.delenv("HF_HUB_CACHE", raising=False)
-    monkeypatch.setattr(hub, "WAIT_S", 0.2)
+    monkeypatch.setattr(hub_names, "WAIT_S", 0.2)
     monkeypatch.setitem(sys.modules, "transformers", None)  # an import would fail otherwise
     with pytest.raises(ConfigError, match="TOKENIZER_MODEL=org/tok cannot be loaded, no such fol"):
         build_tokenizer(kind, "org/tok")
@@ -120,7 +134,7 @@ def test_rows_are_streamed_into_units(monkeypatch):
 
     monkeypatch.setattr(hub, "find_spec", lambda name: True)
     monkeypatch.setattr(hub, "import_module", lambda name: Library)
-    monkeypatch.setattr(hub, "require_on_hub", lambda *arguments: None)
+    monkeypatch.setattr(hub, "require_data_set", lambda *arguments: None)
     monkeypatch.setattr(text_input, "UNIT_BYTES", 300)
     units = list(text_input.units(["hub:org/name:cfg:test"], ["text"]))
     assert asked == [(("org/name", "cfg"), {"split": "test", "streaming": True})]
