@@ -49,7 +49,7 @@ DETAILS = {"attention_kernel", "compiler", "rules", "first_step"}
 """Modules whose INFO lines are shown while they are the newest, and stay in output.log alone."""
 
 _LOG_LINE = re.compile(r"\[\S+ (\S+)\.\d+\]\[(\w+)\]\[(\w+)\](?:\[(rank \d+)\])? - (.*)")
-_COMMAND = re.compile(r"\b(?:bash|python3?) \S")  # left to the terminal to break: it can be copied
+_COMMAND = re.compile(r"(.*  |)((?:\w+=\S+ )*(?:bash|python3?) [^'\"]+)")
 _LAUNCH = "launch command: "
 _BOX, _BOX_END = "==== ARCHITECTURE ====", "======================"
 _LEVELS = {"WARNING": "yellow", "ERROR": "bold red", "CRITICAL": "bold red"}
@@ -105,10 +105,13 @@ class RunView:
             self._log_line(*found.groups())
         elif line.startswith(_LAUNCH):
             self._print(_text((line, "dim")), crop=True)
-        elif len(line) > self._console.width and not _COMMAND.search(line):
-            self._print(_text((line, "")))
-        else:
+        elif len(line) <= self._console.width:
             return False
+        elif command := _COMMAND.fullmatch(line):
+            for part in _continued(command[1], command[2].split(), self._console.width):
+                self._print(_text((part, "")))
+        else:
+            self._print(_text((line, "")))
         return True
 
     def clear(self) -> None:
@@ -301,6 +304,17 @@ def _text(*parts: tuple[str, Any]) -> Text:
     from rich.text import Text
 
     return Text.assemble(*parts)
+
+
+def _continued(label: str, words: Iterable[str], width: int) -> list[str]:
+    """A command over several lines, as a shell takes it: it can be copied."""
+    lines = [label]
+    for word in words:
+        if len(lines[-1]) + len(word) + 2 > width and len(lines[-1]) > len(label):
+            lines[-1] += "\\"
+            lines.append(" " * len(label))
+        lines[-1] += f"{word} "
+    return [line.rstrip() for line in lines]
 
 
 def _joined(fields: Iterable[Text], width: int) -> Text:

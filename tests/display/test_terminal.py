@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron.display.run_view import _continued
 from tests.display.tmux import ENDED, Terminal
 
 pytestmark = pytest.mark.skipif(shutil.which("tmux") is None, reason="there is no tmux")
@@ -94,3 +95,18 @@ def test_an_error_is_the_last_thing_on_the_screen(opened: Open) -> None:
     assert terminal.ended(60) == 1
     assert terminal.lines()[-3:-1] == ["rank 0 failed with status 1:", "ValueError: it broke"]
     assert terminal.lines()[-1] == f"{ENDED} 1]" and terminal.cursor_shown()
+
+
+def test_a_long_command_can_be_copied() -> None:
+    words = ["TRAIN_ITERS=400", "bash", "train_alcf.sh", "--resume", "runs/a-name-of-a-run"]
+    for width in range(20, 90):
+        lines = _continued("resume        ", words, width)
+        assert "\n".join(lines).replace("resume", "", 1).replace("\\\n", " ").split() == words
+        assert all(len(line) <= max(width, 16 + max(map(len, words))) for line in lines)
+    assert _continued("resume        ", words, 80) == [
+        "resume        TRAIN_ITERS=400 bash train_alcf.sh --resume runs/a-name-of-a-run"
+    ]
+    assert _continued("resume        ", words, 70) == [
+        "resume        TRAIN_ITERS=400 bash train_alcf.sh --resume \\",
+        "              runs/a-name-of-a-run",
+    ]
