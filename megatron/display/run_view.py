@@ -25,7 +25,8 @@ DRAW_S = 0.25
 KEPT = 4  # lines of steps that stay beside the first, evenly over the run,
 KEPT_S = 300.0  # and one after so many seconds at the latest
 SPINNER = "|/-\\"
-PATIENCE_S = 1.0  # a phase between steps is named after so long
+PATIENCE_S = 1.0  # a phase between steps is named after so long,
+SLOW_S = 10.0  # and the step after so long without a sign of progress
 
 Numbers = Mapping[str, Any]
 """A record of metrics.jsonl."""
@@ -66,7 +67,8 @@ class RunView:
     def __init__(self, console: Console, now: Callable[[], float] = time.monotonic) -> None:
         self._console, self._now = console, now
         self._footer = Footer(console)
-        self._drawn = self._kept_at = self._phase_at = now()
+        self._drawn = self._kept_at = self._phase_at = self._moved_at = now()
+        self._place: tuple[str, int | None, int] = ("", None, 0)
         self._phase, self._ticks, self._done, self._total = "", 0, 0, 0
         self._took: dict[str, float] = {}  # s, of each phase when it was there last
         self._detail = ""
@@ -125,6 +127,8 @@ class RunView:
             now = self._now()
             self._took[self._phase] = now - self._phase_at
             self._phase, self._phase_at, self._ticks = phase, now, ticks
+        if self._place != (phase, step, ticks):
+            self._place, self._moved_at = (phase, step, ticks), self._now()
         self._done, self._total = ticks - self._ticks, total
         if phase == "step" and step is not None:
             self._step = max(self._step, step - 1)
@@ -208,6 +212,8 @@ class RunView:
             words.append((f"{left} left", "cyan"))
         if self._phase != "step" and now - self._phase_at >= PATIENCE_S:
             words.append((self._doing(now), "yellow"))
+        elif now - self._moved_at >= SLOW_S:
+            words.append((f"step {self._step + 1} ... {now - self._moved_at:.0f} s", "yellow"))
         memory = self._latest.get("memory_max_gib")
         words += [(self._validation, "magenta"), (self._saved, "green")]
         words.append(("" if memory is None else f"{memory:.2f} GiB", ""))
