@@ -127,6 +127,7 @@ class RunView:
             now = self._now()
             self._took[self._phase] = now - self._phase_at
             self._phase, self._phase_at, self._ticks = phase, now, ticks
+            self._detail = ""
         if self._place != (phase, step, ticks):
             self._place, self._moved_at = (phase, step, ticks), self._now()
         self._done, self._total = ticks - self._ticks, total

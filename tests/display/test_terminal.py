@@ -43,6 +43,7 @@ def test_a_run_leaves_short_lines_and_no_bar(width: int, opened: Open, tmp_path:
     lines = terminal.lines()
     stray = [line for line in lines if "stray" not in line and "xxx" not in line]
     assert all(len(line) <= width for line in lines)
+    assert sum("/40" in line for line in stray) == 7  # steps 1, 10, 20, 30, 40, two evaluations
     steps = [line for line in stray if line.lstrip().startswith(("1/40", "10/40", "40/40"))]
     assert [line.split()[0] for line in steps] == ["1/40", "10/40", "40/40", "40/40"]
     assert "loss 7.5000" in steps[2] and ("validation loss 5.5" in steps[3] or width < 30)
