@@ -49,6 +49,8 @@ class Shards:
     def pieces(self) -> list[Piece]:
         return [Piece("sum", (1,), None, 0, 1, 0, {WEIGHT: self._engine.total.clone()})]
 
+    spans = pieces
+
     def finite(self) -> bool:
         return bool(self._engine.total.isfinite())
 
