@@ -25,7 +25,8 @@ DRAW_S = 0.25
 KEPT = 4  # lines of steps that stay beside the first, evenly over the run,
 KEPT_S = 300.0  # and one after so many seconds at the latest
 SPINNER = "|/-\\"
-PATIENCE_S = 1.0  # a phase between steps is named after so long
+PATIENCE_S = 1.0  # a phase between steps is named after so long,
+SLOW_S = 10.0  # and the step after so long without a sign of progress
 
 Numbers = Mapping[str, Any]
 """A record of metrics.jsonl."""
@@ -49,7 +50,7 @@ DETAILS = {"attention_kernel", "compiler", "rules", "first_step"}
 """Modules whose INFO lines are shown while they are the newest, and stay in output.log alone."""
 
 _LOG_LINE = re.compile(r"\[\S+ (\S+)\.\d+\]\[(\w+)\]\[(\w+)\](?:\[(rank \d+)\])? - (.*)")
-_COMMAND = re.compile(r"\b(?:bash|python3?) \S")  # left to the terminal to break: it can be copied
+_COMMAND = re.compile(r"(.*  |)((?:\w+=\S+ )*(?:bash|python3?) [^'\"]+)")
 _LAUNCH = "launch command: "
 _BOX, _BOX_END = "==== ARCHITECTURE ====", "======================"
 _LEVELS = {"WARNING": "yellow", "ERROR": "bold red", "CRITICAL": "bold red"}
@@ -66,7 +67,8 @@ class RunView:
     def __init__(self, console: Console, now: Callable[[], float] = time.monotonic) -> None:
         self._console, self._now = console, now
         self._footer = Footer(console)
-        self._drawn = self._kept_at = self._phase_at = now()
+        self._drawn = self._kept_at = self._phase_at = self._moved_at = now()
+        self._place: tuple[str, int | None, int] = ("", None, 0)
         self._phase, self._ticks, self._done, self._total = "", 0, 0, 0
         self._took: dict[str, float] = {}  # s, of each phase when it was there last
         self._detail = ""
@@ -105,10 +107,13 @@ class RunView:
             self._log_line(*found.groups())
         elif line.startswith(_LAUNCH):
             self._print(_text((line, "dim")), crop=True)
-        elif len(line) > self._console.width and not _COMMAND.search(line):
-            self._print(_text((line, "")))
-        else:
+        elif len(line) <= self._console.width:
             return False
+        elif command := _COMMAND.fullmatch(line):
+            for part in _continued(command[1], command[2].split(), self._console.width):
+                self._print(_text((part, "")))
+        else:
+            self._print(_text((line, "")))
         return True
 
     def clear(self) -> None:
@@ -122,6 +127,9 @@ class RunView:
             now = self._now()
             self._took[self._phase] = now - self._phase_at
             self._phase, self._phase_at, self._ticks = phase, now, ticks
+            self._detail = ""
+        if self._place != (phase, step, ticks):
+            self._place, self._moved_at = (phase, step, ticks), self._now()
         self._done, self._total = ticks - self._ticks, total
         if phase == "step" and step is not None:
             self._step = max(self._step, step - 1)
@@ -205,6 +213,8 @@ class RunView:
             words.append((f"{left} left", "cyan"))
         if self._phase != "step" and now - self._phase_at >= PATIENCE_S:
             words.append((self._doing(now), "yellow"))
+        elif now - self._moved_at >= SLOW_S:
+            words.append((f"step {self._step + 1} ... {now - self._moved_at:.0f} s", "yellow"))
         memory = self._latest.get("memory_max_gib")
         words += [(self._validation, "magenta"), (self._saved, "green")]
         words.append(("" if memory is None else f"{memory:.2f} GiB", ""))
@@ -301,6 +311,17 @@ def _text(*parts: tuple[str, Any]) -> Text:
     from rich.text import Text
 
     return Text.assemble(*parts)
+
+
+def _continued(label: str, words: Iterable[str], width: int) -> list[str]:
+    """A command over several lines, as a shell takes it: it can be copied."""
+    lines = [label]
+    for word in words:
+        if len(lines[-1]) + len(word) + 2 > width and len(lines[-1]) > len(label):
+            lines[-1] += "\\"
+            lines.append(" " * len(label))
+        lines[-1] += f"{word} "
+    return [line.rstrip() for line in lines]
 
 
 def _joined(fields: Iterable[Text], width: int) -> Text:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron.display.run_view import _continued
 from tests.display.tmux import ENDED, Terminal
 
 pytestmark = pytest.mark.skipif(shutil.which("tmux") is None, reason="there is no tmux")
@@ -42,6 +43,7 @@ def test_a_run_leaves_short_lines_and_no_bar(width: int, opened: Open, tmp_path:
     lines = terminal.lines()
     stray = [line for line in lines if "stray" not in line and "xxx" not in line]
     assert all(len(line) <= width for line in lines)
+    assert sum("/40" in line for line in stray) == 7  # steps 1, 10, 20, 30, 40, two evaluations
     steps = [line for line in stray if line.lstrip().startswith(("1/40", "10/40", "40/40"))]
     assert [line.split()[0] for line in steps] == ["1/40", "10/40", "40/40", "40/40"]
     assert "loss 7.5000" in steps[2] and ("validation loss 5.5" in steps[3] or width < 30)
@@ -94,3 +96,18 @@ def test_an_error_is_the_last_thing_on_the_screen(opened: Open) -> None:
     assert terminal.ended(60) == 1
     assert terminal.lines()[-3:-1] == ["rank 0 failed with status 1:", "ValueError: it broke"]
     assert terminal.lines()[-1] == f"{ENDED} 1]" and terminal.cursor_shown()
+
+
+def test_a_long_command_can_be_copied() -> None:
+    words = ["TRAIN_ITERS=400", "bash", "train_alcf.sh", "--resume", "runs/a-name-of-a-run"]
+    for width in range(20, 90):
+        lines = _continued("resume        ", words, width)
+        assert "\n".join(lines).replace("resume", "", 1).replace("\\\n", " ").split() == words
+        assert all(len(line) <= max(width, 16 + max(map(len, words))) for line in lines)
+    assert _continued("resume        ", words, 80) == [
+        "resume        TRAIN_ITERS=400 bash train_alcf.sh --resume runs/a-name-of-a-run"
+    ]
+    assert _continued("resume        ", words, 70) == [
+        "resume        TRAIN_ITERS=400 bash train_alcf.sh --resume \\",
+        "              runs/a-name-of-a-run",
+    ]
