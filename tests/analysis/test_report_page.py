@@ -145,5 +145,8 @@ def test_ranks_are_drawn_where_they_are(layout: Layout) -> None:
     assert notes and len(text) < 60_000
     for rank, host, pp, dp, sp, tp in (map(int, note) for note in notes):
         assert layout.rank(pp, dp, tp, sp) == rank and host == rank // 4
+    for place in {(note[2], note[3]) for note in notes}:  # neighbours stand side by side
+        group = [int(note[0]) for note in notes if (note[2], note[3]) == place]
+        assert group == [*range(group[0], group[0] + len(group))]
     assert {(layout.pp - 1, layout.dp - 1)} <= {(int(n[2]), int(n[3])) for n in notes}
     assert f"{layout.world:,} ranks" in text
