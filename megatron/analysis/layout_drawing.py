@@ -47,8 +47,8 @@ def layout_drawing(layout: Layout, ranks_per_host: int, layers: Sequence[int] = 
         if stage is not None:
             drawing.text(14, middle, f"stage {stage}", anchor="start", bold=True)
             if stage < len(layers):
-                drawing.text(14, middle + 16, f"{layers[stage]} layers", anchor="start", faint=True,
-                             size=11)  # fmt: skip
+                count = f"{layers[stage]} layer{'s' * (layers[stage] > 1)}"
+                drawing.text(14, middle + 16, count, anchor="start", faint=True, size=11)
     legend = "a box is a group of TP" + (" x SP" if layout.sp > 1 else "")
     drawing.text(14, drawing.height - 14, f"{legend}; a colour is a host of {ranks_per_host}; "
                  "arrows: activations", anchor="start", faint=True, size=11)  # fmt: skip

@@ -225,7 +225,7 @@ def _lines(axes: Any, drawn: Sequence[tuple[RecordedRun, Curves]], panel: Panel)
             if not curve:
                 continue
             colour = next(colours) if part else of_run
-            label = " ".join(word for word in (run.name if several else "", part) if word)
+            label = " ".join(word for word in (_short(run.name) if several else "", part) if word)
             label = label or ("training" if panel.loss else "")
             noisy = len(curve) >= SMOOTH and (panel.loss or panel.logarithmic or bool(part))
             xs, ys = zip(*thinned(curve), strict=True)
@@ -270,12 +270,19 @@ def _stack(axes: Any, drawn: Sequence[tuple[RecordedRun, Curves]]) -> None:
                 for table in tables]  # fmt: skip
         axes.stackplot([part[0] for part in chosen], rows, labels=names, colors=COLOURS, alpha=0.85)
         return
+    axes.set_yticks(range(len(drawn)), [_short(run.name) for run, _ in drawn])
+    axes.invert_yaxis()  # the first run on top
     base = [0.0] * len(drawn)
     for number, name in enumerate(names):
         means = [_mean(curves.get(name, [])) for _, curves in drawn]
-        axes.barh([run.name for run, _ in drawn], means, left=base, label=name,
+        axes.barh(range(len(drawn)), means, left=base, label=name, height=0.5,
                   color=COLOURS[number % len(COLOURS)])  # fmt: skip
         base = [left + mean for left, mean in zip(base, means, strict=True)]
+
+
+def _short(name: str) -> str:
+    """A name that leaves room for the curves: its end tells runs of a sweep apart."""
+    return name if len(name) <= 32 else f"...{name[-29:]}"
 
 
 def _mean(curve: Series) -> float:
@@ -302,4 +309,6 @@ def _dress(axes: Any, panel: Panel, ink: str, several: bool) -> None:
         axes.set_ylim(bottom=0)
     handles, labels = axes.get_legend_handles_labels()
     if [label for label in labels if label]:
-        axes.legend(handles, labels, frameon=False, fontsize=9)
+        # Beside a stack, which leaves no room.
+        place = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if panel.stacked else {}
+        axes.legend(handles, labels, frameon=False, fontsize=9, **place)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -85,12 +86,15 @@ def read_folder(folder: Path) -> RecordedRun:
 
 
 def read_all(folders: Sequence[Path]) -> list[RecordedRun]:
-    """The runs in these folders; those whose folders have the same name are called by the path."""
+    """The runs in these folders; where two have the same name, what their paths differ in."""
     runs = [read_folder(folder) for folder in folders]
-    names = [run.name for run in runs]
+    if len({run.name for run in runs}) == len(runs):
+        return runs
+    paths = [folder.resolve() for folder in folders]
+    common = Path(os.path.commonpath(paths))
     return [
-        run if names.count(run.name) == 1 else replace(run, name=str(folder))
-        for run, folder in zip(runs, folders, strict=True)
+        replace(run, name=str(path.relative_to(common)))
+        for run, path in zip(runs, paths, strict=True)
     ]
 
 

@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import sys
+import warnings
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -68,6 +69,15 @@ def test_several_runs_share_their_pictures(tmp_path: Path) -> None:
     assert "tflops" in drawn
     for name in ("loss", "grad_norm", "throughput"):
         assert ">a<" in drawn[name] and ">b<" in drawn[name]
+
+
+def test_long_names_leave_room_for_the_curves(tmp_path: Path) -> None:
+    names = [f"llama3-3B-nLayers12-seq8192-dolma-with-a-long-name-{n}" for n in "ab"]
+    runs = [read_folder(run_folder.write(tmp_path / name)) for name in names]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        drawn = Painter(runs).svgs()
+    assert "with-a-long-name-b<" in drawn["phases"] and names[0] not in drawn["loss"]
 
 
 def test_a_run_of_one_step_or_of_none_can_be_drawn() -> None:

@@ -104,7 +104,7 @@ def test_several_runs_are_side_by_side(tmp_path: Path) -> None:
     write_page(folders, path)
     text = checked(path)
     assert "3 runs" in text and "Settings that differ world_size" not in text
-    for words in (str(folders[0]), str(folders[1]), "wide", "Settings that differ", "world_size",
+    for words in ("a/x", "b/x", "wide", "Settings that differ", "world_size",
                   "dots: validation"):  # fmt: skip
         assert words in text, words
     assert not (folders[0] / "plots").exists()  # its own report is not this one's
@@ -145,5 +145,8 @@ def test_ranks_are_drawn_where_they_are(layout: Layout) -> None:
     assert notes and len(text) < 60_000
     for rank, host, pp, dp, sp, tp in (map(int, note) for note in notes):
         assert layout.rank(pp, dp, tp, sp) == rank and host == rank // 4
+    for place in {(note[2], note[3]) for note in notes}:  # neighbours stand side by side
+        group = [int(note[0]) for note in notes if (note[2], note[3]) == place]
+        assert group == [*range(group[0], group[0] + len(group))]
     assert {(layout.pp - 1, layout.dp - 1)} <= {(int(n[2]), int(n[3])) for n in notes}
     assert f"{layout.world:,} ranks" in text
