@@ -126,6 +126,7 @@ def _next_steps(run: RunConfig, folder: Path, report: Path) -> list[str]:
         f"metrics       {folder / 'metrics.jsonl'}",
         f"plot again    python3 tools/plot.py {folder}",
         f"resume        {more} bash train_alcf.sh --resume {shlex.quote(str(folder))}",
+        f"more text     python3 tools/generate.py {folder} --prompt TEXT",
         f"Hugging Face  python3 tools/convert_hf.py export {folder} OUT",
     ]
 

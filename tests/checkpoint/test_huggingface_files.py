@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron.checkpoint import export_folder, huggingface, store
 from megatron.checkpoint.state import RunState
 from megatron.config.shape import ModelShape
+from megatron.data.indexed import IndexedWriter
 from megatron.model.registry import ARCHITECTURES
 from megatron.parallel.piece import WEIGHT, Piece
 from megatron.training import hf_export
@@ -550,3 +552,23 @@ def test_the_printed_command_has_length_and_tokenizer(
     words = capsys.readouterr().out.split()
     assert "SEQ=256" in words and "TOKENIZER_TYPE=HFTokenizer" in words
     assert f"TOKENIZER_MODEL={tmp_path / 'run' / 'huggingface-import'}" in words
+    assert {"LR=2e-5", "MIN_LR=2e-6", "TRAIN_ITERS=1000", "DATA_FILE_LIST=LIST"} <= {*words}
+
+
+def test_the_printed_command_names_data_that_fits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hugging_face_model("llama", tmp_path / "hf")  # 200 tokens
+    for largest, status in ((199, 0), (200, 2)):
+        with IndexedWriter(str(tmp_path / f"to{largest}"), np.dtype(np.uint16)) as writer:
+            writer.add_document(np.arange(100, largest + 1))
+        path = tmp_path / f"{largest}.txt"
+        path.write_text(f"1 {tmp_path / f'to{largest}'}\n")
+        run = tmp_path / f"run{largest}"
+        assert convert("import", tmp_path / "hf", run, "--data", path) == status
+        assert run.exists() == (status == 0)
+        printed = capsys.readouterr()
+        if status == 0:
+            assert f"DATA_FILE_LIST={path}" in printed.out.split()
+        else:
+            assert "has id 200, outside the vocabulary [0, 200)" in printed.err

@@ -32,7 +32,7 @@ def text(folder: Path, dtype: str, cached: bool, count: int, prompt: list[int]) 
     return list(continued(model, prompt, count, GREEDY))
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.long)])
 @pytest.mark.parametrize("kind", [*KINDS, "scaled"])
 def test_greedy_texts_are_those_of_transformers(kind: str, dtype: str, tmp_path: Path) -> None:
     """Up to the model's length, with the cache and without; in bf16 but for logits that are tied.
@@ -87,14 +87,14 @@ def test_draws_follow_their_chances() -> None:
 
     def shares(sampling: Sampling) -> list[float]:
         generator = torch.Generator().manual_seed(0)
-        drawn = torch.tensor([sampling.draw(logits, generator) for _ in range(4000)])
+        drawn = torch.tensor([sampling.draw(logits, generator) for _ in range(1500)])
         return [float((drawn == number).float().mean()) for number in range(4)]
 
-    assert shares(Sampling(1.0, 0)) == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.03)
-    assert shares(Sampling(1.0, 2)) == pytest.approx([0.625, 0.375, 0, 0], abs=0.03)
-    assert shares(Sampling(1.0, 0, 0.6)) == pytest.approx([0.625, 0.375, 0, 0], abs=0.03)
+    assert shares(Sampling(1.0, 0)) == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.05)
+    assert shares(Sampling(1.0, 2)) == pytest.approx([0.625, 0.375, 0, 0], abs=0.05)
+    assert shares(Sampling(1.0, 0, 0.6)) == pytest.approx([0.625, 0.375, 0, 0], abs=0.05)
     assert shares(Sampling(1.0, 0, 0.1)) == [1, 0, 0, 0]
-    assert shares(Sampling(0.5, 0))[0] == pytest.approx(0.25 / 0.365, abs=0.03)
+    assert shares(Sampling(0.5, 0))[0] == pytest.approx(0.25 / 0.365, abs=0.05)
     assert shares(Sampling(0.0)) == [1, 0, 0, 0]
 
 
