@@ -4,7 +4,7 @@
     MODEL_ARCH=debug python3 tools/hf_trainer.py --output_dir=runs/hf [--max_steps=100 ...]
     python3 tools/hf_trainer.py --like runs/ours --output_dir=runs/hf
     python3 tools/hf_trainer.py --model_name_or_path=EXPORT --block_size=8192 --bf16=true ...
-    torchrun --nproc-per-node 8 tools/hf_trainer.py --fsdp=auto_wrap ...
+    python3 -m megatron.launch -n 8 -- python3 tools/hf_trainer.py --fsdp=auto_wrap ...
 
 Flags are those of Hugging Face's scripts; variables and other flags are those of train_alcf.sh. It
 begins with the weights of our run, or with those of --model_name_or_path, and takes the same
@@ -28,7 +28,7 @@ from megatron.checkpoint.atomic import write_atomically
 from megatron.config.errors import ConfigError, DataError
 from megatron.config.schema import RUN_FILE, RunConfig
 from megatron.data.prepare.tokenizer import build_tokenizer
-from megatron.launch.ranks import Ranks, find_ranks
+from megatron.launch.ranks import Ranks, find_ranks, rendezvous
 from megatron.launch.start import configuration
 from megatron.launch.starts import accept
 from megatron.parallel.control import ALONE
@@ -56,6 +56,8 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
             ranks = find_ranks(environ)
             if ranks.rank == 0 and is_run(run.run_folder):  # the others may come after its start
                 raise ConfigError(f"{run.run_folder} holds a run: choose another --output_dir")
+            if ranks.world_size > 1:
+                os.environ.update(torch_variables(ranks, environ))
             train(run, flags, ranks, config)
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -74,6 +76,19 @@ def require_packages() -> None:
     for name, version in NEEDED.items():
         if find_spec(name) is None:
             raise ConfigError(f"Hugging Face's Trainer needs {name}: pip install {name}=={version}")
+
+
+def torch_variables(ranks: Ranks, environ: Mapping[str, str]) -> dict[str, str]:
+    """What accelerate reads of its place, and mpiexec and srun do not set."""
+    host, _, port = rendezvous(environ).removeprefix("tcp://").rpartition(":")
+    return {
+        "RANK": str(ranks.rank),
+        "LOCAL_RANK": str(ranks.local_rank),
+        "WORLD_SIZE": str(ranks.world_size),
+        "LOCAL_WORLD_SIZE": str(ranks.local_world_size),
+        "MASTER_ADDR": host.strip("[]"),
+        "MASTER_PORT": port,
+    }
 
 
 def settings(flags: HfFlags, environ: Mapping[str, str]) -> dict[str, str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,3 +53,20 @@ def test_rows_of_a_sweep(tmp_path: Path) -> None:
         ]
         assert steps == [1, 2]
     assert read_run(folders[NAME] / "run.json").train.global_batch_size == 4
+
+
+@pytest.mark.long
+def test_the_tool_trains_a_grid_once(tmp_path: Path) -> None:
+    """Rows by tools/sweep.py: their figures in one table; a second start takes no step."""
+    words = [sys.executable, str(ROOT / "tools/sweep.py"), "GAS=1,2", "--runs", str(tmp_path)]
+    environ = environment({**SWEEP, "EVAL_INTERVAL": "2"})
+    del environ["GAS"]
+    for said in ("finished, ", "finished, before"):
+        done = subprocess.run(
+            [*words, "--format", "json"], env=environ, capture_output=True, text=True, timeout=240
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.count(said) == 2
+        rows = json.loads(done.stdout[done.stdout.index("{\n") :])["rows"]
+        assert [(r["run"], r["GBS"], r["steps"]) for r in rows] == [("GAS1", 2, 2), ("GAS2", 4, 2)]
+        assert all(row["best val"] > 0 and row["tokens/s"] > 0 for row in rows)

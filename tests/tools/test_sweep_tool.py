@@ -14,6 +14,7 @@ import pytest
 
 from megatron.config.errors import ConfigError
 from tools import sweep
+from tools.sweeping import sweep_rows
 
 PROGRAM = r"""
 echo $$ > pid
@@ -93,15 +94,15 @@ def test_a_dry_run_prints_the_commands(place: Path, capsys: pytest.CaptureFixtur
 def test_rows_of_a_file(tmp_path: Path) -> None:
     path = tmp_path / "rows"
     path.write_text("NLAYERS PIPELINE_CUTS # names\n\n4 2,2\n8 3,5\n")
-    rows = sweep.from_file(path)
+    rows = sweep_rows.from_file(path)
     assert rows == [
         {"NLAYERS": "4", "PIPELINE_CUTS": "2,2"},
         {"NLAYERS": "8", "PIPELINE_CUTS": "3,5"},
     ]
-    assert sweep.named(rows[0]) == "NLAYERS4-PIPELINE_CUTS2_2"
+    assert sweep_rows.named(rows[0]) == "NLAYERS4-PIPELINE_CUTS2_2"
     path.write_text("NLAYERS GAS\n4\n")
     with pytest.raises(ConfigError, match=":2: 1 values for 2 names"):
-        sweep.from_file(path)
+        sweep_rows.from_file(path)
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,8 @@ def hugging_face_model(run: RunConfig, folder: Path | None) -> nn.Module:
         return loaded
     entries = dict(run.architecture.hugging_face_config(run.model))
     config: Any = AutoConfig.for_model(entries.pop("model_type"), **entries)
-    model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    kind: Any = AutoModelForCausalLM
+    model: nn.Module = kind.from_config(config, dtype=torch.float32)
     _copy_first_weights(run, model)
     return model
 

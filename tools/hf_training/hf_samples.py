@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,7 +21,9 @@ Example = dict[str, Tensor]
 class Encoder(Protocol):
     """A tokenizer, as a stream needs it."""
 
-    eod: int
+    @property
+    def eod(self) -> int:
+        """Ends a text."""
 
     def encode(self, text: str) -> Sequence[int]:
         """Ids of a text."""
@@ -77,7 +80,7 @@ def texts(name: str) -> Iterator[str]:
         ConfigError: the package `datasets` is missing, or there is no such data set.
     """
     try:
-        import datasets
+        datasets = importlib.import_module("datasets")
     except ModuleNotFoundError:
         raise ConfigError("--dataset_name needs datasets: pip install datasets==5.2.0") from None
     kinds = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".txt": "text"}

@@ -92,7 +92,7 @@ class RecordedTrainer(Trainer):
         )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        data = self.train_dataset if train_dataset is None else train_dataset
+        data: Any = self.train_dataset if train_dataset is None else train_dataset
         return (
             None if isinstance(data, torch.utils.data.IterableDataset) else SequentialSampler(data)
         )
@@ -100,8 +100,9 @@ class RecordedTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Our rate of step i, from SCHEDULES of our settings."""
         base, rate = self.journal.run.optimizer.learning_rate, self.journal.rate
+        optimizer = self.optimizer if optimizer is None else optimizer
         factor: Callable[[int], float] = lambda done: rate(done + 1) / base  # noqa: E731
-        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
+        self.lr_scheduler = LambdaLR(optimizer, factor)
         return self.lr_scheduler
 
     def evaluate(self, *arguments: Any, **named: Any) -> dict[str, float]:
