@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import pytest
 
 from megatron.config.schema import RunConfig
-from megatron.training import dashboards, loggers, metrics_file
+from megatron.training import dashboards, loggers, metrics_file, wandb_settings
 from megatron.training.events import points, scalars
 from tests.training import records_factory as make
 from tests.training.run_config import tiny_run
@@ -226,7 +226,9 @@ def test_what_the_user_calls_the_run_is_its_name(tmp_path: Path) -> None:
     run = wandb_folder.run(offline_runs(elsewhere)[0])
     assert (run.display_name, run.run_id, run.run_group) == ("chosen", "mine", "sweep")
     assert (list(run.tags), run.notes) == (["a", "b"], "a line")
-    assert (tmp_path / "wandb" / "run_id").read_text() == "mine\n"  # also of the starts to come
+    given = [None, "other", None]  # at the starts to come
+    runs = [tiny_run(tmp_path, wandb_run_id=identity) for identity in given]
+    assert [wandb_settings.arguments(run)["id"] for run in runs] == ["mine", "other", "other"]
 
 
 class Client:
@@ -276,7 +278,8 @@ def test_wandbs_step_is_the_iteration_and_only_grows(tmp_path: Path) -> None:
 def test_the_best_validation_is_that_of_the_whole_run(tmp_path: Path) -> None:
     run, client = tiny_run(tmp_path), Client()
     path = tmp_path / "metrics.jsonl"
-    path.write_text(metrics_file.encode(make.evaluation(2, 2.0)) + "\n")
+    done = [make.step(1), make.evaluation(1, math.nan), make.evaluation(2, 2.0), make.step(3)]
+    path.write_text("".join(f"{metrics_file.encode(record)}\n" for record in done))
     tracker = dashboards.WandbTracker(client, client, run, 2)
     assert client.summary == {"val/best lm loss": 2.0, "val/best iteration": 2}
     for iteration, loss in ((4, math.nan), (6, 3.0), (8, 1.5), (10, 1.75)):
