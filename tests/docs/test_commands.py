@@ -100,6 +100,7 @@ def shortened(text: str) -> str:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize(("page", "heading"), sorted(LESSONS))
 def test_a_lesson(page: str, heading: str, tmp_path: Path) -> None:
     """All commands of a lesson in order, each with status 0, on small sizes."""
