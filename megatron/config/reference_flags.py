@@ -72,7 +72,7 @@ ALWAYS: dict[str, str] = {
     "--use-checkpoint-opt_param-scheduler": f"{_NOW}: give those of the checkpoint's run, "
     "or --resume RUN, which takes them from it",
     "--no-load-lr-state": "the learning rate follows from the step's number and is never loaded",
-    "--no-initialization": "weights that are loaded replace those that were drawn",
+    "--no-initialization": "no weight is drawn that a checkpoint brings",
     "--adjust-word-embedding-init": "--word-embedding-init-std alone sets the embedding's "
     "deviation, where it is given",
     "--exit-signal-handler": "SIGTERM, SIGINT and SIGUSR1 always save a checkpoint and stop",
