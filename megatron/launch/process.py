@@ -230,7 +230,7 @@ def watch(
         try:
             signals += [number for number in early if number != signal.SIGUSR1]
             for child in children:
-                prepare = die_with_parent(holds_ctrl_c=child.holds_ctrl_c)
+                prepare = _die_with_parent(holds_ctrl_c=child.holds_ctrl_c)
                 running.append(_Running(child, output, prepare))
                 for number in signals:  # nobody was there to pass them on to
                     running[-1].send(number)
@@ -343,7 +343,7 @@ def forwarding_signals(
             signal.signal(number, handler)
 
 
-def die_with_parent(*, holds_ctrl_c: bool = False) -> Callable[[], None] | None:
+def _die_with_parent(*, holds_ctrl_c: bool = False) -> Callable[[], None] | None:
     """What a child runs before its program; on Linux it ends with us even if we are killed."""
     hold = partial(
         signal.pthread_sigmask, signal.SIG_BLOCK, {signal.SIGINT} if holds_ctrl_c else ()
