@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from megatron.model.attention import Attention
 from megatron.model.block import Embedding
 from megatron.model.layer import Layer
+from megatron.model.positions import LearnedPositions
 from megatron.model.rope import Rope, tables_for
 
 
@@ -80,7 +81,11 @@ def can_cache(layers: Iterable[Layer]) -> bool:
 
 def keep_keys_and_values(model: nn.Module) -> list[KeyValueCache]:
     """Caches in all attentions of a model, for one text at a time: `begin` each with its length."""
-    return [KeyValueCache(attention) for attention in _attentions(model)]
+    caches = [KeyValueCache(attention) for attention in _attentions(model)]
+    for part in model.modules():
+        if isinstance(part, LearnedPositions):
+            part.starts_at = lambda: caches[0].length
+    return caches
 
 
 def _attentions(module: nn.Module) -> list[Attention]:

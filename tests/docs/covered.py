@@ -54,6 +54,20 @@ python3 tools/preprocess_data.py
     data/prepare/test_preprocess.py::test_every_kind_of_file_gives_the_same_documents
 touch RUN/STOP
     training/test_stop.py::test_the_file_is_seen_within_a_second_and_one_from_before_is_removed
+DATA=
+    e2e/test_own_text.py::test_a_text_is_prepared_once_trained_on_and_compared_at_a_resume
+TRAIN_ITERS=50 python3 tools/sweep.py
+    tools/test_sweep_tool.py::test_every_row_has_its_status_and_the_sweep_goes_on
+python3 tools/sweep.py
+    tools/test_sweep_tool.py::test_rows_of_a_file
+python3 tools/hf_trainer.py
+    tools/test_hf_trainer.py::test_its_steps_are_ours
+torchrun --nproc-per-node 8 tools/hf_trainer.py
+    tools/test_hf_trainer.py::test_the_published_command_is_taken
+python3 tools/generate.py
+    tools/test_generate_and_evaluate.py::test_the_text_is_that_of_transformers_on_the_export
+python3 tools/evaluate.py
+    tools/test_generate_and_evaluate.py::test_the_figures_are_those_of_the_run
 """
 
 _LINES = TEXT.strip().splitlines()
