@@ -19,9 +19,10 @@ class StartUp:
         self.took("imports")
 
     def took(self, name: str) -> None:
-        """What was done since the last call was `name`."""
+        """What was done since the last call was `name`; what took no time is not told."""
         now = time.time()
-        self._parts.append(f"{name} {now - self._last:.1f}")
+        if now - self._last >= 0.05:
+            self._parts.append(f"{name} {now - self._last:.1f}")
         self._last = now
 
     def log(self) -> None:
