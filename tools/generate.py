@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, not installed
 
 from megatron.analysis.named_model import add_model, loaded, named, say
-from megatron.config.errors import ConfigError, MissingCheckpoint
+from megatron.config.errors import ConfigError, DataError, MissingCheckpoint
 
 if TYPE_CHECKING:
     from megatron.data.prepare.tokenizer import Tokenizer
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         return run(options)
-    except (ConfigError, MissingCheckpoint) as error:
+    except (ConfigError, DataError, MissingCheckpoint) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
     for prompt in prompts:
         try:
             ids = first_ids(prompt, saved, model, tokenizer)
-        except ConfigError as error:
+        except (ConfigError, DataError) as error:
             if not asked:
                 raise
             say(f"error: {error}")

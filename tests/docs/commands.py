@@ -15,7 +15,8 @@ PAGES = [
 ]
 
 _ASSIGNED = r"(?:[A-Z][A-Z0-9_]*=(?:\"[^\"]*\"|'[^']*'|\S*)\s+)*"
-_PROGRAM = r"(?:bash|python3?|source|launch(?! command:)|lm_eval|mpiexec|mpirun|srun|torchrun|touch|pip) \S"
+_NAMES = "bash|python3?|source|launch(?! command:)|lm_eval|mpiexec|mpirun|srun|torchrun|touch|pip"
+_PROGRAM = rf"(?:{_NAMES}) \S"
 COMMAND = re.compile(rf"(?:\$ )?({_ASSIGNED}{_PROGRAM}.*)")
 
 

@@ -64,6 +64,8 @@ python3 tools/hf_trainer.py
     tools/test_hf_trainer.py::test_its_steps_are_ours
 python3 tools/generate.py
     tools/test_generate_and_evaluate.py::test_the_text_is_that_of_transformers_on_the_export
+python3 tools/report.py
+    analysis/test_report_page.py::test_the_command
 python3 tools/evaluate.py
     tools/test_generate_and_evaluate.py::test_the_figures_are_those_of_the_run
 """

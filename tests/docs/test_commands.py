@@ -24,7 +24,10 @@ SMALL = {
 }  # fmt: skip
 """What a command does not set itself."""
 
-TEXT = "To be, or not to be, that is the question:\nWhether 'tis nobler in the mind to suffer\n"
+TEXT = (
+    "ROMEO:\nTo be, or not to be, that is the question:\n"
+    "Whether 'tis nobler in the mind to suffer\n"
+)
 
 
 def in_a_lesson(command: Shown) -> bool:

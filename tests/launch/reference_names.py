@@ -198,5 +198,5 @@ VARIABLES_MEANT = {
     "NPROC": "WORLD_SIZE", "NPROC_PER_NODE": "NGPU_PER_HOST",
     "ACT_CKPT": "USE_ACTIVATION_CHECKPOINTING", "BF16": "DTYPE",
     "LR_COOLDOWN_TOKENS": "--lr-cooldown-fraction", "FP8_HYBRID": "--fp8",
-    "SKIP_TRAIN": "--eval-interval",
+    "SKIP_TRAIN": "tools/evaluate.py",
 }  # fmt: skip

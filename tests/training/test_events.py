@@ -190,7 +190,10 @@ def test_tensorboard_has_each_number_of_a_step_once() -> None:
         "timers/forward-time": 0.25,
         "optimizer/weight_l2": 7.0,
     }
-    assert points(make.evaluation(10)) == {"val/lm loss": 2.5, "val/ppl_lm loss": 12.18}
+    assert points(make.evaluation(10)) == {
+        "val/lm loss": 2.5, "val/ppl_lm loss": 12.18, "val/accuracy": 0.4375,
+        "val/samples_per_s": 64.0,
+    }  # fmt: skip
 
 
 def test_what_is_unknown_has_no_number() -> None:

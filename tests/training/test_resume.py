@@ -58,6 +58,8 @@ CHOSEN = {
     "optimizer.end_weight_decay": 0.3,
     "model.word_embedding_init_std": 0.3,
     "train.rampup_batch_size": "2 2 8",
+    "data.valid_data_file_list": "held_out.txt",
+    "data.test_data_file_list": "held_out.txt",
 }
 GROWING = {
     "optimizer__weight_decay_incr_style": "linear",
