@@ -16,7 +16,7 @@ from tests.spawn import RankError, run
 from tools import evaluate
 
 LOOKS = {
-    "EVAL_INTERVAL": "4", "EVAL_ITERS": "3", "SAMPLE_INTERVAL": "3", "SAMPLE_PROMPT": "5 17 99",
+    "EVAL_INTERVAL": "4", "EVAL_ITERS": "3", "SAMPLE_INTERVAL": "3", "SAMPLE_PROMPT": "5 17 98",
     "TRAIN_ITERS": "6", "LR_DECAY_ITERS": "6", "TEST_SPLIT": "10",
 }  # fmt: skip
 
@@ -84,7 +84,7 @@ def test_every_layout_sees_the_same(layout: dict[str, str], ranks: int, tmp_path
         (4, "validation"), (6, "validation"), (6, "test"),
     ]  # fmt: skip
     texts = of(got, "sample", "iteration", "prompt", "text")
-    assert [row[:2] for row in texts] == [(3, "5 17 99"), (6, "5 17 99")]
+    assert [row[:2] for row in texts] == [(3, "5 17 98"), (6, "5 17 98")]
     assert texts == of(want, "sample", "iteration", "prompt", "text")
     assert any(text for *_, text in texts)  # one may end at once
 
