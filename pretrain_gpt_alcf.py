@@ -96,7 +96,8 @@ def pretrain(
     """One run, from its configuration to its report; `config` is the file that holds it."""
     started = time.time()
     level = "DEBUG" if run.log.debug else run.log.log_level
-    log.setup(ranks.rank, level, marks=bool(os.environ.get(LIVE)))
+    live, every = bool(os.environ.get(LIVE)), run.log.log_from_all_ranks
+    log.setup(ranks.rank, level, marks=live, all_ranks=every)
     leads, start_up = ranks.rank == 0, StartUp()
     require_profiler(run)
     if leads:

@@ -67,7 +67,6 @@ WITHOUT_EFFECT: dict[str, str] = {
     "USE_MICS": "set MICS_SHARD_SIZE",
     "DLIO_PROFILER_DATASET_DIR": _PROFILER,
     "NSYS_PROFILE": _PROFILER,
-    "LOG_FROM_ALL_RANKS": "rank 0 logs; the others' warnings and errors are shown with their rank",
     "EZPZ_LOG_LEVEL": "set LOG_LEVEL",
     "EZPZ_SCHEDULER": "the scheduler is known by its job's variables",
     "TORCH_DEVICE": _DEVICE,

@@ -217,6 +217,7 @@ class LogConfig:
     dump_tokens: bool = option(False, "DUMP_TOKENS", "--dump-tokens", "print the tokens of the first ten steps")
     dump_skipped_iters: bool = option(False, "DUMP_SKIPPED_ITERS", "--dump-skipped-iters", "print the tokens of skipped steps, which are then read")
     log_level: str = option("INFO", "LOG_LEVEL", "--log-level", "lowest level that is logged", ("DEBUG", "INFO", "WARNING", "ERROR"))
+    log_from_all_ranks: bool = option(False, "LOG_FROM_ALL_RANKS", "--log-from-all-ranks", "every rank logs what rank 0 does, with its rank; 0: warnings and errors alone")
     log_style: str = option("auto", "LOG_STYLE", "--log-style", "auto, live: short lines above a live bar on a terminal, line: full lines (always so in output.log and where no terminal is)", ("auto", "live", "line"))
     debug: bool = option(False, "DEBUG", "--debug", "trace the shell script and log at level DEBUG")
     dry_run: bool = option(False, "DRY_RUN", "--dry-run", "print the plan and start nothing")

@@ -1,8 +1,8 @@
 """One rank-aware logger: `[date time][LEVEL][module] - message` on standard output.
 
 Rank 0 prints everything from the chosen level on, the others only warnings and worse, with their
-rank. Modules ask for `logging.getLogger(__name__)`; the line of training steps comes from the name
-`training_log`.
+rank; with LOG_FROM_ALL_RANKS all ranks print alike. Modules ask for `logging.getLogger(__name__)`;
+the line of training steps comes from the name `training_log`.
 """
 
 from __future__ import annotations
@@ -43,21 +43,22 @@ class PrefixFormatter(logging.Formatter):
         return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
 
 
-def setup(rank: int, level: str, *, marks: bool = False) -> None:
+def setup(rank: int, level: str, *, marks: bool = False, all_ranks: bool = False) -> None:
     """Configures the project's logger of this process; a second call replaces the first.
 
     Args:
         rank: global rank.
         level: DEBUG, INFO, WARNING or ERROR: lowest level rank 0 prints.
         marks: as of `PrefixFormatter`.
+        all_ranks: the other ranks print what rank 0 does.
     """
     # Not at import, so that a redirected standard output is used.
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(PrefixFormatter(rank, marks=marks))
-    handler.addFilter(lambda record: rank == 0 or not getattr(record, "alike", False))
+    handler.addFilter(lambda record: rank == 0 or all_ranks or not getattr(record, "alike", False))
     logger = logging.getLogger(ROOT)
     logger.handlers = [handler]
     logger.propagate = False
     logger.setLevel(level)
-    if rank != 0:
+    if rank != 0 and not all_ranks:
         logger.setLevel(max(logger.level, logging.WARNING))

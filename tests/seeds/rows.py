@@ -125,7 +125,7 @@ TEXT = """
 001:806 | `unset NCCL_NET ...` | works | not needed: no such variable is set unless asked for | launch/test_network_plugin.py::test_nothing_is_set_that_was_not_asked_for
 001:814-992 | `python3 -m ezpz.test_dist` | works | `launch python3 tools/test_dist.py` | tools/test_smoke_test.py::test_as_a_user_starts_it
 001:847-859 | the W&B project of a script, hosts in its config | works | WANDB_PROJECT; `hosts` | training/test_dashboards.py::test_the_runs_address_and_hosts_are_kept
-001:818-820 | LOG_FROM_ALL_RANKS=1 | on purpose | named: rank 0 logs, the others' warnings are shown with their rank | launch/test_reference_flags.py::test_variables_without_effect_are_named_and_stop_nothing
+001:818-820 | LOG_FROM_ALL_RANKS=1 | works | every rank logs, with its rank | training/test_log.py::test_every_rank_logs_where_it_is_asked_to
 001:994-1143 | terminal plots of 6 metrics | works | the loss at the end, any metric by tools/plot.py --metric | tools/test_plot_command.py::test_a_run_is_drawn
 001:1146-1190 | a profile | works | PROFILE=pyinstrument, PYINSTRUMENT_PROFILER=1: html and text; PROFILE=torch: a trace | training/test_profiles.py::test_a_call_tree_as_html_and_text
 001:1217-1225 | characters of Shakespeare | works | tools/preprocess_data.py with CharTokenizer | data/prepare/test_preprocess.py::test_characters_make_their_own_alphabet

@@ -56,6 +56,18 @@ def test_only_rank_0_prints_below_warning(
     assert all(("[rank 3] - message" in line) == (rank == 3) for line in lines)
 
 
+def test_every_rank_logs_where_it_is_asked_to(capsys: pytest.CaptureFixture[str]) -> None:
+    log.setup(3, "INFO", all_ranks=True)
+    logger = logging.getLogger("megatron.x")
+    logger.debug("message")
+    logger.info("message")
+    logger.warning("message", extra=log.ALIKE)  # which rank 0 would print for all
+    lines = capsys.readouterr().out.splitlines()
+    assert [re.sub(r"^\[[^]]*\]", "", line) for line in lines] == [
+        "[INFO][x][rank 3] - message", "[WARNING][x][rank 3] - message",
+    ]  # fmt: skip
+
+
 def test_a_second_set_up_does_not_print_twice(capsys: pytest.CaptureFixture[str]) -> None:
     log.setup(0, "INFO")
     log.setup(0, "INFO")
