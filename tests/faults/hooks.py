@@ -21,7 +21,7 @@ def moments() -> None:
 
     The moments are data, step, skip, evaluate, save and sample; step's note holds its number.
     """
-    from megatron.training import run_data, sample, trainer
+    from megatron.training import evaluation, run_data, sample, trainer
 
     def number(arguments: tuple[Any, ...]) -> int:
         return arguments[0].state.iteration + 1
@@ -32,7 +32,8 @@ def moments() -> None:
     for owner, moment in (
         (trainer.Trainer, "step"),
         (trainer.Trainer, "skip"),
-        (trainer, "evaluate"),
+        (trainer, "evaluate"),  # of the test split
+        (evaluation, "evaluate"),
     ):
         setattr(owner, moment, _noted(moment, getattr(owner, moment), number))
 
