@@ -88,6 +88,7 @@ def test_one_run_is_told_whole(tmp_path: Path) -> None:
     assert not list(folder.rglob("*.new"))
 
 
+@pytest.mark.long
 def test_the_same_run_is_the_same_page(tmp_path: Path) -> None:
     folder = run_folder.write(tmp_path / "run")
     pages = []

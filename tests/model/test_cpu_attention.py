@@ -65,6 +65,7 @@ def test_bf16_rounds_no_more_than_torchs_kernel(shape: tuple[int, ...], spread: 
     assert all(a < max(1.6 * b, 6e-3) for a, b in zip(ours, theirs, strict=True)), (ours, theirs)
 
 
+@pytest.mark.long
 def test_a_block_traces_it_in_one_graph() -> None:
     inputs = drawn(SHAPES[0], torch.float32, 1.0)
     counter = CompileCounterWithBackend("aot_eager")

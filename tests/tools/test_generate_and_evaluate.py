@@ -41,6 +41,7 @@ def evaluation(folder: Path) -> dict[str, Any]:
     return next(record for record in records if record["event"] == "eval")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("more", [[], ["--no-cache"]], ids=str)
 def test_the_text_is_that_of_transformers_on_the_export(
     trained: Path, capsys: pytest.CaptureFixture[str], more: list[str]

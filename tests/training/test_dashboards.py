@@ -458,6 +458,7 @@ print("closed")
 """
 
 
+@pytest.mark.long
 def test_a_full_disk_stops_tensorboard_and_nothing_else(tmp_path: Path) -> None:
     """A file size limit refuses as a disk does; the writer's own thread meets it."""
     done = subprocess.run(
