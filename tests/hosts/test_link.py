@@ -35,7 +35,7 @@ def rows() -> Iterator[dict[str, Row]]:
     if problem := wire.problem():
         pytest.skip(problem)
     with wire.cable(wire.GIGABIT) as cable:
-        yield {row.name: row for row in measured(ARMS, cable, 1, steps=1)}
+        yield {row.name: row for row in measured(ARMS, cable, 1, steps=5)}
 
 
 @pytest.mark.parametrize("name", ARMS)
