@@ -30,7 +30,9 @@ SETTINGS = {
 @pytest.mark.parametrize(
     "layout",
     [
-        {"TP": "2", "WORLD_SIZE": "4", "MICRO_BATCH": "2", "GAS": "2"},
+        pytest.param(
+            {"TP": "2", "WORLD_SIZE": "4", "MICRO_BATCH": "2", "GAS": "2"}, marks=pytest.mark.long
+        ),
         {"MICRO_BATCH": "2", "GAS": "4"},
         {"PP": "2", "MICRO_BATCH": "2", "GAS": "4"},
     ],

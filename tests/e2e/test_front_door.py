@@ -38,8 +38,6 @@ def test_a_run_goes_on_and_says_when_it_is_done(tmp_path: Path) -> None:
     assert first.returncode == 0, first.stdout
     for word in ("==== ARCHITECTURE ====", "Sample from the model", "report.html", "TRAIN_ITERS=8"):
         assert word in first.stdout
-    again = train({**run, "TRAIN_ITERS": "4"})
-    assert again.returncode == 0 and "has done its 4 steps" in again.stdout
     more = train({**run, "TRAIN_ITERS": "6"})
     assert more.returncode == 0 and "resumed from" in more.stdout
     steps = [

@@ -139,8 +139,7 @@ def test_a_host_file_lasts_as_long_as_its_start(
     (tmp_path / "bin").mkdir()
     launcher = tmp_path / "bin" / "mpirun"
     launcher.write_text(
-        "#!/bin/bash\n[[ $1 == --version ]] && exit\n"
-        'while [[ $1 != --hostfile ]]; do shift; done\ncat "$2"\n'
+        '#!/bin/bash\nwhile (($#)) && [[ $1 != --hostfile ]]; do shift; done\n(($#)) && cat "$2"\n'
     )
     monkeypatch.setattr(start, "require_hosts", lambda job: None)  # there are none of these names
     launcher.chmod(0o755)

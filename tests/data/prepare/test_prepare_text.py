@@ -2,9 +2,9 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -129,9 +129,23 @@ def test_folders_tables_and_keys(book):
         prepare_text.prepare(of("bad.jsonl"))
 
 
-def started(own: OwnText) -> subprocess.Popen[str]:
+KILLED_AT_THE_FOURTH_PIECE = """
+import os, signal, sys
+from megatron.data.prepare import prepare_text, preprocess, text_input
+append = preprocess.ShardedWriter.append
+def killed(self, unit, *arguments):
+    if unit == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    append(self, unit, *arguments)
+preprocess.ShardedWriter.append = killed
+preprocess.SAVE_SECONDS, text_input.PIECE_CHARACTERS = 0.0, 1 << 20
+prepare_text.main(sys.argv[1:])
+"""
+
+
+def started(own: OwnText, *program: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "megatron.data.prepare.prepare_text", own.to_json()],
+        [sys.executable, *(program or ("-m", "megatron.data.prepare.prepare_text")), own.to_json()],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stderr=subprocess.PIPE,
         text=True,
@@ -140,19 +154,15 @@ def started(own: OwnText) -> subprocess.Popen[str]:
 
 @pytest.mark.long
 def test_two_processes_prepare_it_once_and_a_killed_one_goes_on(book):
-    book.write_text("".join(f"line {i} of a longer book\n" for i in range(2_000_000)))
+    book.write_text("".join(f"line {i} of a longer book\n" for i in range(500_000)))
     own = of()
-    first = started(own)
-    partial = f"{own.folder}/book-*.partial/journal.json"
-    for _ in range(600):
-        if list(Path().glob(partial)):
-            break
-        time.sleep(0.05)
-    first.kill()
-    first.wait()
+    first = started(own, "-c", KILLED_AT_THE_FOURTH_PIECE)
+    first.communicate(timeout=100)
+    assert first.returncode == -signal.SIGKILL
     assert not own.is_prepared
     processes = [started(own) for _ in range(2)]
     said = [process.communicate(timeout=200)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
+    assert sorted("going on from" in text for text in said) == [False, True]
     assert sorted("bytes per token" in text for text in said) == [False, True]
     assert len(tokens(own)) == book.stat().st_size + 1
