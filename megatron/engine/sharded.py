@@ -69,8 +69,8 @@ class ShardedEngine(OneStageEngine):
         self._gate: Gate | None = None
         self._applied: bool | Tensor = True
         # What GradScaler, too, asks a rule before it leaves scale and verdict to the kernel.
-        fused = getattr(optimizer, "_step_supports_amp_scaling", False)
-        self._waits = device.type == "cpu" or not fused
+        self._fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+        self._waits = device.type == "cpu" or not self._fused
 
     def train_batch(self, micro_batches: MicroBatches) -> Tensor:
         if not self.module.training:
@@ -150,7 +150,8 @@ class ShardedEngine(OneStageEngine):
         if self._waits or self._gate is not None:
             self._applied = self._step_if_fit(excess)
         else:
-            self._applied = self._step_where_finite(excess)
+            self._applied = finite = self._norm.isfinite()
+            self._step(excess, (~finite).float())  # nothing waits
         if self._applied is not False:
             self._gathering.begin(reversed(self._buckets))
             if not self._gathers_behind:
@@ -164,21 +165,20 @@ class ShardedEngine(OneStageEngine):
         if fit and self._gate is not None:
             fit = self._gate(self._mean, self._norm)
         if fit:
-            if excess > 1:
-                torch._foreach_mul_(gradients_of(self._buckets), 1 / excess)
-            self.optimizer.step()
+            self._step(excess if excess > 1 else None)
         return fit
 
-    def _step_where_finite(self, excess: Tensor) -> Tensor:
-        """A step by a fused rule, whose kernel reads both numbers on the device: nothing waits."""
+    def _step(self, excess: Tensor | None, found_inf: Tensor | None = None) -> None:
+        """A step; a fused rule's kernel divides by `excess`, and reads both on the device."""
         rule: Any = self.optimizer
-        finite = self._norm.isfinite()
-        rule.grad_scale, rule.found_inf = excess, (~finite).float()
+        if self._fused:
+            rule.grad_scale, rule.found_inf = excess, found_inf
+        elif excess is not None:
+            torch._foreach_mul_(gradients_of(self._buckets), 1 / excess)
         try:
             rule.step()
         finally:
             rule.grad_scale = rule.found_inf = None
-        return finite
 
     def _totals(self) -> tuple[Tensor, Tensor]:
         """Gradient norm of the whole model, and mean loss of the global batch; a collective of all.

@@ -18,6 +18,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from megatron.model.fusion import materialized
+from megatron.parallel.linear import multiplies_bf16
 
 QUERIES = 128
 LONGEST = 2048
@@ -30,14 +31,9 @@ def takes(q: Tensor) -> bool:
         q.device.type == "cpu"
         and q.shape[2] % QUERIES == 0
         and q.shape[2] <= LONGEST
-        and (q.dtype == torch.float32 or (q.dtype == torch.bfloat16 and _multiplies_bf16()))
+        # Without matrix units for bf16 torch's kernel is faster.
+        and (q.dtype == torch.float32 or (q.dtype == torch.bfloat16 and multiplies_bf16()))
     )
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _multiplies_bf16() -> bool:
-    """Whether this CPU has matrix units for bf16; without them torch's kernel is faster."""
-    return bool(torch.cpu._is_amx_tile_supported())
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -187,7 +187,7 @@ class _Chunks:
         here = (column >= 0) & (column < self._used)
         column = column.clamp(0, logits.shape[1] - 1).unsqueeze(1)
         target = logits.gather(1, column).squeeze(1).to(self.exact).masked_fill(~here, 0.0)
-        own = self._softmax(logits, keep=differentiate)
+        own = self._softmax(logits, column, keep=differentiate)
         normaliser, target = _over_ranks(own, target, self.tp)
         losses = normaliser - target
         if differentiate:
@@ -204,13 +204,20 @@ class _Chunks:
             logits[place] = torch.where(here, label_grad.to(logits.dtype), logits[place])
         return losses
 
-    def _softmax(self, logits: Tensor, keep: bool) -> Tensor:
-        """Log-sum-exp (C,) of this rank's columns; with `keep` their softmax takes their place."""
+    def _softmax(self, logits: Tensor, column: Tensor, keep: bool) -> Tensor:
+        """Log-sum-exp (C,) of this rank's columns; with `keep` their softmax takes their place.
+
+        Any logit less its softmax's logarithm: of `column` (C, 1), if none is next to 0.
+        """
         result = torch.empty(len(logits), dtype=self.exact, device=logits.device)
         for block in _slices(len(logits), self._block):
             part = logits[block]
             softmax = torch.softmax(part, dim=-1, dtype=self.exact)
-            result[block] = part.amax(dim=-1).to(self.exact) - softmax.amax(dim=-1).log_()
+            logit, likely = part.gather(1, column[block]), softmax.gather(1, column[block])
+            # Only on a CPU is that no wait.
+            if not (part.is_cpu and likely.min() >= torch.finfo(self.exact).tiny):
+                logit, likely = (x.amax(dim=-1, keepdim=True) for x in (part, softmax))
+            result[block] = (logit.to(self.exact) - likely.log()).squeeze(1)
             if keep:
                 part.copy_(softmax)
             del softmax  # before the next one

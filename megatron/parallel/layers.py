@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from megatron.parallel.groups import Axis
 from megatron.parallel.init import sharded_normal_
+from megatron.parallel.linear import linear_in_a_graph
 from megatron.parallel.mappings import (
     copied_linear,
     copy_to_tensor_parallel,
@@ -152,9 +153,13 @@ def column_parallel_linear(x: Tensor, weight: Tensor, tp: Axis, sequence_paralle
     Communicates as `copied_linear`, with `sequence_parallel` as `gathered_linear`.
     """
     if tp.size == 1:
-        return F.linear(x, weight)
+        return _linear(x, weight)
     linear = gathered_linear if sequence_parallel else copied_linear
     return linear(x, [weight], tp)[0]
+
+
+def _linear(x: Tensor, weight: Tensor) -> Tensor:
+    return (linear_in_a_graph if torch.compiler.is_compiling() else F.linear)(x, weight)
 
 
 def column_parallel_linears(
@@ -208,7 +213,7 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """This rank's x (B, S, in/tp) -> (B, s, out); without sequence_parallel equal on all."""
-        partial = (self.matmul or F.linear)(x, self.weight)
+        partial = (self.matmul or _linear)(x, self.weight)
         return reduce_partial_output(partial, self.tp, self.sequence_parallel)
 
 

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from megatron.parallel.collectives import finished, start_all_reduce
 from megatron.parallel.groups import Axis
+from megatron.parallel.linear import input_gradient, weight_gradient
 
 
 def _all_reduced(x: Tensor, tp: Axis) -> Tensor:
@@ -74,14 +75,6 @@ def reduce_from_tensor_parallel(x: Tensor, tp: Axis) -> Tensor:
     return x
 
 
-def input_gradient(rows: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-    """The gradient (T, in) of what several matrices read: the sum over row (T, out) @ weight."""
-    total = rows[0] @ weights[0]
-    for row, weight in zip(rows[1:], weights[1:], strict=True):
-        total.addmm_(row, weight)
-    return total
-
-
 class _CopiedLinear(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, tp: Axis, *weights: Tensor) -> tuple[Tensor, ...]:
@@ -96,7 +89,7 @@ class _CopiedLinear(Function):
         rows = [grad.flatten(0, 1) for grad in grads]  # (BS, out/tp)
         summing = start_all_reduce(input_gradient(rows, weights), ctx.tp)
         inputs = x.flatten(0, 1)  # beside the sum:
-        weight_grads = [row.t() @ inputs for row in rows]
+        weight_grads = [weight_gradient(row, inputs) for row in rows]
         return finished(summing).view_as(x), None, *weight_grads
 
 

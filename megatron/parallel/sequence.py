@@ -23,7 +23,7 @@ from megatron.parallel.collectives import (
     start_reduce_scatter,
 )
 from megatron.parallel.groups import Axis
-from megatron.parallel.mappings import input_gradient
+from megatron.parallel.linear import input_gradient, weight_gradient
 
 
 def _in_order(gathered: Tensor, tp: Axis) -> Tensor:
@@ -103,7 +103,7 @@ class _GatheredLinear(Function):
         x_grad = input_gradient(rows, weights).view(batch, -1, x.shape[2])
         whole = _in_order(finished(gathering), tp).flatten(0, 1)
         scattering = _start_reduce_scatter(x_grad, tp)  # beside those for the weights'
-        weight_grads = [row.t() @ whole for row in rows]
+        weight_grads = [weight_gradient(row, whole) for row in rows]
         return finished(scattering), None, *weight_grads
 
 

@@ -101,10 +101,8 @@ class Trainer:
         self.meter = Meter(run, device, self._measured)
         self.curvature: Curvature | None = None
         if isinstance(engine.optimizer, SophiaG):
-            interval = run.optimizer.sophia_hessian_interval
-            self.curvature = Curvature(
-                engine, self.plan, interval, run.train.seed, run.model.seq_length
-            )
+            numbers = run.optimizer.sophia_hessian_interval, run.train.seed, run.model.seq_length
+            self.curvature = Curvature(engine, self.plan, *numbers)
         self.saves = Saves(run, engine, control, self.heartbeat, state.iteration, self._saved)
         self.validation_loss: tuple[int, float | None] = (-1, None)
 
@@ -279,24 +277,14 @@ class Trainer:
 
     def _saved(self, saved: Saved) -> None:
         self.stop.save_took(saved.elapsed_s)
-        self.log_event(
-            "save",
-            iteration=saved.iteration,
-            path=str(saved.path),
-            bytes=saved.bytes,
-            elapsed_s=saved.elapsed_s,
-            held_s=saved.held_s,
-        )
+        costs = {name: getattr(saved, name) for name in ("bytes", "elapsed_s", "held_s")}
+        self.log_event("save", iteration=saved.iteration, path=str(saved.path), **costs)
 
     def log_event(self, event: str, **values: Any) -> None:
         """Logs a record that is not of a step."""
-        about = {
-            "iteration": self.state.iteration,
-            "train_iters": self.run.train.train_iters,
-            "time": time.time(),
-            "consumed_tokens": self.state.consumed_tokens,
-        }
-        self.tracker.log({"event": event, **about, **values})
+        at = {"iteration": self.state.iteration, "train_iters": self.run.train.train_iters}
+        now = {"time": time.time(), "consumed_tokens": self.state.consumed_tokens}
+        self.tracker.log({"event": event, **at, **now, **values})
 
     def _measured(self) -> dict[str, Any]:
         """What the probes see, and a pipeline's bubble since the last record; a collective."""

@@ -188,6 +188,23 @@ def test_a_confident_prediction_keeps_its_gradient_in_bf16() -> None:
     assert weight.grad.flatten().tolist() == pytest.approx([-3.35e-4, 3.35e-4], rel=0.01)
 
 
+@pytest.mark.parametrize("gap", [80.0, 95.0, 3000.0])
+def test_a_label_next_to_impossible_has_its_loss(gap: float) -> None:
+    """Its softmax is no normal number of fp32, or 0; other tokens of its block have theirs."""
+    hidden = torch.tensor([[[1.0], [-1.0], [0.25]]], requires_grad=True)
+    weight = torch.tensor([[0.0], [gap], [gap / 2]], requires_grad=True)
+    labels = torch.tensor([[0, 2, 1]])
+    seen: list[Tensor] = []
+    head_loss(hidden, weight, Targets(labels, observe=seen.append), SERIAL, 3).backward()
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    want = F.cross_entropy((exact[0] @ exact[1].t())[0], labels[0], reduction="none")
+    want.mean().backward()
+    torch.testing.assert_close(seen[0][0].double(), want.detach(), rtol=1e-6, atol=1e-6)
+    for ours, theirs in zip((hidden, weight), exact, strict=True):
+        assert ours.grad is not None and theirs.grad is not None
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-6, atol=1e-6 * gap)
+
+
 def test_a_scale_that_bf16_cannot_hold_is_not_rounded() -> None:
     """Else each gradient would be wrong by one factor, which no sum averages out."""
     scale = torch.tensor(1 / 3 * (1 + 2**-9))
