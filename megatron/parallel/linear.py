@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-BLOCK_TOKENS = 512
+BLOCKS, LEAST_TOKENS = (4, 2), 512
+"""Blocks of tokens that a weight's gradient is made of, each of at least so many tokens. More
+blocks would take more memory: each makes a gradient."""
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -25,10 +27,10 @@ def multiplies_bf16() -> bool:
 
 def linear_in_a_graph(x: Tensor, weight: Tensor) -> Tensor:
     """x (B, S, in), weight (out, in) -> x weight^T (B, S, out), as a graph is traced."""
-    if _in_blocks(x, x.shape[:-1].numel()):
-        y: Tensor = _Linear.apply(x, weight)  # type: ignore[no-untyped-call]
-        return y
-    return F.linear(x, weight)
+    if _blocks(x, x.shape[:-1].numel()) == 1:
+        return F.linear(x, weight)
+    y: Tensor = _Linear.apply(x, weight)  # type: ignore[no-untyped-call]
+    return y
 
 
 def input_gradient(grads: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
@@ -45,20 +47,19 @@ def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     A CPU's bf16 product of a transposed matrix reaches half the rate of others, and more of it over
     few tokens: there it is one product for each block of tokens, whose sum inductor makes one pass.
     """
-    if not _in_blocks(x, len(x)):
+    blocks = _blocks(x, len(x))
+    if blocks == 1:
         return grad.t() @ x
-    blocks = (each.reshape(-1, BLOCK_TOKENS, each.shape[1]) for each in (grad, x))
-    return torch.bmm(next(blocks).transpose(1, 2), next(blocks)).sum(0)
+    grad, x = (each.reshape(blocks, -1, each.shape[1]) for each in (grad, x))
+    return torch.bmm(grad.transpose(1, 2), x).sum(0)
 
 
-def _in_blocks(x: Tensor, tokens: int) -> bool:
-    return (
-        torch.compiler.is_compiling()
-        and x.device.type == "cpu"
-        and x.dtype == torch.bfloat16
-        and tokens % BLOCK_TOKENS == 0
-        and multiplies_bf16()
-    )
+def _blocks(x: Tensor, tokens: int) -> int:
+    """Of a weight's gradient; 1: one product is as fast."""
+    in_bf16 = x.device.type == "cpu" and x.dtype == torch.bfloat16
+    if not (torch.compiler.is_compiling() and in_bf16 and multiplies_bf16()):
+        return 1
+    return next((n for n in BLOCKS if tokens % n == 0 and tokens // n >= LEAST_TOKENS), 1)
 
 
 class _Linear(Function):

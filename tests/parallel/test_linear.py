@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron.parallel import linear as file
-from megatron.parallel.linear import BLOCK_TOKENS, linear_in_a_graph, weight_gradient
+from megatron.parallel.linear import BLOCKS, LEAST_TOKENS, linear_in_a_graph, weight_gradient
 
 OUT, IN = 24, 16
 
@@ -17,10 +17,11 @@ OUT, IN = 24, 16
 class Products(TorchDispatchMode):
     """Counts batched products."""
 
-    batched = 0
+    batched = most = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.batched += func is torch.ops.aten.bmm.default
+        if func is torch.ops.aten.bmm.default:
+            self.batched, self.most = self.batched + 1, max(self.most, len(args[0]))
         return func(*args, **(kwargs or {}))
 
 
@@ -39,13 +40,14 @@ def in_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("in_a_graph")
-@pytest.mark.parametrize("blocks", [1, 2, 4])
+@pytest.mark.parametrize("blocks", BLOCKS)
 def test_blocks_of_tokens_round_no_more_than_twice_one_product(blocks: int) -> None:
-    grad, x = drawn(blocks * BLOCK_TOKENS, torch.bfloat16)
+    grad, x = drawn(blocks * LEAST_TOKENS, torch.bfloat16)
     exact = grad.double().t() @ x.double()
     with Products() as products:
         found = weight_gradient(grad, x)
     assert products.batched == 1 and found.dtype == torch.bfloat16
+    assert products.most == blocks
     ours, whole = (float((y.double() - exact).norm()) for y in (found, grad.t() @ x))
     assert ours < 2 * whole
 
@@ -53,7 +55,12 @@ def test_blocks_of_tokens_round_no_more_than_twice_one_product(blocks: int) -> N
 @pytest.mark.usefixtures("in_a_graph")
 @pytest.mark.parametrize(
     ("tokens", "dtype", "matrix_units"),
-    [(512, torch.float32, True), (511, torch.bfloat16, True), (512, torch.bfloat16, False)],
+    [
+        (2048, torch.float32, True),
+        (2047, torch.bfloat16, True),
+        (1022, torch.bfloat16, True),  # too few
+        (2048, torch.bfloat16, False),
+    ],
 )
 def test_else_it_is_one_product(
     tokens: int, dtype: torch.dtype, matrix_units: bool, monkeypatch: pytest.MonkeyPatch
@@ -66,7 +73,7 @@ def test_else_it_is_one_product(
 
 
 def test_eager_it_is_torchs() -> None:
-    grad, x = drawn(BLOCK_TOKENS, torch.bfloat16)
+    grad, x = drawn(2 * LEAST_TOKENS, torch.bfloat16)
     with Products() as products:
         y = linear_in_a_graph(x, torch.ones(OUT, IN, dtype=torch.bfloat16, requires_grad=True))
         y.backward(grad)
@@ -76,7 +83,7 @@ def test_eager_it_is_torchs() -> None:
 
 def test_a_graph_has_it_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(file, "multiplies_bf16", lambda: True)
-    grad, x = drawn(2 * BLOCK_TOKENS, torch.bfloat16)
+    grad, x = drawn(2 * LEAST_TOKENS, torch.bfloat16)
     grad, x = grad.view(2, -1, OUT), x.view(2, -1, IN).requires_grad_()
     weight = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(0)).bfloat16()
     weight.requires_grad_()

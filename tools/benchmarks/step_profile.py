@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
@@ -61,6 +62,7 @@ def main(options: argparse.Namespace) -> int:
         return 2
     if options.threads:  # before torch is imported
         os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    _with_variables(step.environment_of(options.arm))
     from megatron.training.device import detect, prepare
 
     work = Workload(shape_variables(options.shape), options.dtype)
@@ -79,6 +81,12 @@ def main(options: argparse.Namespace) -> int:
     if options.out is not None and options.trace:
         watched.profiler.export_chrome_trace(str(options.out / "trace.json.gz"))
     return 0
+
+
+def _with_variables(needed: Mapping[str, str]) -> None:
+    """Begins this program anew with what it lacks: the C library reads it as it is loaded."""
+    if not needed.keys() <= os.environ.keys():
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**needed, **os.environ})
 
 
 def compiles(arm: str) -> bool:
