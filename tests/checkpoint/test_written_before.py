@@ -34,7 +34,7 @@ SETTINGS = {
             {"TP": "2", "WORLD_SIZE": "4", "MICRO_BATCH": "2", "GAS": "2"}, marks=pytest.mark.long
         ),
         {"MICRO_BATCH": "2", "GAS": "4"},
-        {"PP": "2", "MICRO_BATCH": "2", "GAS": "4"},
+        pytest.param({"PP": "2", "MICRO_BATCH": "2", "GAS": "4"}, marks=pytest.mark.long),
     ],
     ids=["as written", "one process", "pipeline"],
 )

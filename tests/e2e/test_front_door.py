@@ -152,7 +152,9 @@ def started(tmp_path: Path, **variables: str) -> subprocess.Popen[str]:
     raise AssertionError(f"the run did not start:\n{process.communicate()[0]}")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.long)]
+)
 def test_a_signal_saves_and_leaves(number: signal.Signals, tmp_path: Path) -> None:
     process = started(tmp_path, TP="2", EVAL_INTERVAL="0", SAVE_INTERVAL="0")
     process.send_signal(number)

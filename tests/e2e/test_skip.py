@@ -32,7 +32,10 @@ def samples_of(steps: set[int]) -> set[int]:
     return {k for step in steps for k in range((step - 1) * GLOBAL_BATCH, step * GLOBAL_BATCH)}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(name, marks=[pytest.mark.long] * (name in {"dp2", "pp2"})) for name in LAYOUTS],
+)
 def test_other_steps_see_the_same_tokens(layout: str, tmp_path: Path) -> None:
     write_data(tmp_path)
     whole = record(tmp_path, "whole", layout)
