@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,8 @@ from megatron.config import presets, schema
 from megatron.config.resolve import Site, resolve
 from megatron.config.schema import RunConfig
 from tests.config.helpers import AURORA, configured, refusal, resolved
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_nothing_set_on_a_laptop():
@@ -253,7 +256,7 @@ def test_nothing_heavy_is_imported_and_it_is_fast():
     )
     runs = [
         subprocess.run(
-            [sys.executable, "-S", "-c", code], capture_output=True, text=True, check=True
+            [sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
         )
         for _ in range(3)
     ]
