@@ -11,8 +11,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from megatron.model import cpu_attention
 from megatron.model.attention import causal_attention
 
-SHAPES = ((2, 4, 2, 384, 16), (1, 3, 3, 128, 32))
-"""B, N, K, S, D: grouped heads over three blocks of queries, and one block."""
+SHAPES = ((2, 4, 2, 384, 16), (1, 3, 3, 128, 32), (1, 4, 2, 512, 64))
+"""B, N, K, S, D: grouped heads over three blocks of queries, one block, and two of bf16's."""
 
 
 def drawn(shape: tuple[int, ...], dtype: torch.dtype, spread: float) -> list[Tensor]:
@@ -63,6 +63,24 @@ def test_bf16_rounds_no_more_than_torchs_kernel(shape: tuple[int, ...], spread: 
     theirs = distances(results(torchs, inputs), wanted)
     ours = distances(results(cpu_attention.causal_attention(q, k, v), inputs), wanted)
     assert all(a < max(1.6 * b, 6e-3) for a, b in zip(ours, theirs, strict=True)), (ours, theirs)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inductor_rounds_no_more_and_keeps_no_scores(dtype: torch.dtype) -> None:
+    """It may leave out a conversion to bf16 and back, and take two equal products for one."""
+    inputs = drawn(SHAPES[2], dtype, 3.0)
+    eager = results(cpu_attention.causal_attention(*inputs), inputs)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(x), x)[1], lambda x: x):
+        y = torch.compile(cpu_attention.causal_attention)(*inputs)
+    wanted, found = exact(inputs), results(y, inputs)
+    ratios = [
+        a / b for a, b in zip(distances(found, wanted), distances(eager, wanted), strict=True)
+    ]
+    assert max(ratios) < 1.2, ratios
+    # The scores alone would be 1.7 times as much in fp32.
+    assert sum(x.nbytes for x in kept) < 2 * sum(x.nbytes for x in (*inputs, y))
 
 
 @pytest.mark.long
