@@ -6,7 +6,10 @@ The result is kept as a record, which a resume compares with the checkpoint's.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import itertools
 import logging
+import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -215,6 +218,34 @@ def _open(run: RunConfig, control: Control) -> tuple[tuple[ListStage, ...], Toke
     return (ListStage(0, BUILTIN, corpus.entries),), corpus.tokenizer
 
 
+def _require_one_list(stages: tuple[ListStage, ...], control: Control) -> None:
+    """Raises DataError on all ranks where one has read another list than rank 0."""
+    lines = [
+        (stage.path, f"stage {stage.start_tokens} weight {source.weight} {source.prefix} "
+         f"{source.corpus} max_epochs {source.max_epochs}")
+        for stage in stages for source in stage.sources
+    ]  # fmt: skip
+    digests = control.all_gather(hashlib.sha256(repr(lines).encode()).digest())
+    other = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
+    if other is None:
+        return
+    told = control.rank in (0, other)
+    every = control.all_gather((socket.gethostname(), lines) if told else None)
+    (host, own), (other_host, others) = every[0] or ("", []), every[other] or ("", [])
+    nothing = ("", "nothing more")
+    pairs = itertools.zip_longest(own, others, fillvalue=nothing)
+    (path, line), (other_path, other_line) = next(pair for pair in pairs if pair[0] != pair[1])
+    raise DataError(
+        f"{path or other_path} is another list on other hosts:\n"
+        f"  rank 0 on {host}: {line}\n  rank {other} on {other_host}: {other_line}\n"
+        + (
+            "The built-in corpus needs one folder on all hosts: set XDG_CACHE_HOME to it"
+            if path == BUILTIN
+            else "Put the list where all hosts see one file"
+        )
+    )
+
+
 def _checked(
     run: RunConfig,
     stages: Iterable[ListStage],
@@ -223,6 +254,8 @@ def _checked(
     heartbeat: Heartbeat,
 ) -> Mapping[str, IndexHeader]:
     """Headers of all files; each is read and checked by one rank."""
+    stages = tuple(stages)
+    _require_one_list(stages, control)
     sources = [source for stage in stages for source in stage.sources]
     files = len({source.prefix for source in sources})
     heartbeat.enter("data", total=-(-files // control.size))
