@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -131,7 +130,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
             print(planned.text)
             return 0
         launch_plan.require_startable(planned)
-        launch_plan.require_launcher(planned, shutil.which)
+        launch_plan.require_launcher(planned, environ)
         require_hosts(location.job)
         if planned.hostfile:
             planned.hostfile[0].parent.mkdir(parents=True, exist_ok=True)

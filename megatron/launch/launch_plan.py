@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -224,14 +225,15 @@ def require_startable(plan: LaunchPlan) -> None:
         raise ConfigError(plan.problem)
 
 
-def require_launcher(plan: LaunchPlan, find: Callable[[str], str | None]) -> None:
+def require_launcher(plan: LaunchPlan, environ: Mapping[str, str]) -> None:
     """Raise ConfigError where the launcher is not installed.
 
     Args:
         plan: the start.
-        find: path of a command, None where it is not on PATH; shutil.which.
+        environ: the variables with which it is started: their PATH counts.
     """
-    if plan.launcher != LOCAL and find(plan.command[0]) is None:
+    path = environ.get("PATH", "")
+    if plan.launcher != LOCAL and shutil.which(plan.command[0], path=path) is None:
         raise ConfigError(
             f"LAUNCH_WITH={plan.launcher}: {plan.command[0]} is not on PATH. "
             f"Load the machine's MPI or Slurm module, or on one host set LAUNCH_WITH=local"

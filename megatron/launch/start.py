@@ -14,7 +14,6 @@ if __name__ == "__main__":  # before the other imports: Ctrl-C in them leaves no
 import os
 import platform
 import shlex
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -76,7 +75,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str], early: Sequence[int] =
             return printed
         if only_check:
             return 0
-        launch_plan.require_launcher(planned, shutil.which)
+        launch_plan.require_launcher(planned, environ)
         resolved.warnings.extend(require_versions(installed(), resolved.run))
         return start(resolved, environ, argv, location, early)
     except (ConfigError, DataError) as error:

@@ -257,12 +257,13 @@ def test_what_cannot_be_started_can_be_planned() -> None:
         require_startable(_plan("laptop", {}, LaunchRequest(2, 2, 1, launcher="local")))
 
 
-def test_a_launcher_that_is_not_installed_is_named() -> None:
+def test_a_launcher_that_is_not_on_the_ranks_path_is_named(tmp_path: Path) -> None:
     plan = _plan("laptop", {}, LaunchRequest(2, 1, 2, launcher="mpirun"))
     with pytest.raises(ConfigError, match="LAUNCH_WITH=mpirun: mpirun is not on PATH"):
-        require_launcher(plan, lambda name: None)
-    require_launcher(plan, lambda name: f"/bin/{name}")
-    require_launcher(_plan("laptop", {}, LaunchRequest(2, 1, 2)), lambda name: None)
+        require_launcher(plan, {"PATH": str(tmp_path)})
+    require_launcher(_plan("laptop", {}, LaunchRequest(2, 1, 2)), {"PATH": str(tmp_path)})
+    (tmp_path / "mpirun").touch(mode=0o755)
+    require_launcher(plan, {"PATH": str(tmp_path)})
 
 
 def test_a_host_is_left_out(tmp_path: Path) -> None:

@@ -233,10 +233,9 @@ def test_what_a_machine_sets_is_said_and_reaches_the_ranks(
 
 
 def test_a_launcher_that_is_missing_starts_nothing(
-    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("shutil.which", lambda name: None)
-    assert start.main([], pbs_job(here, "node1")) == 2
+    assert start.main([], {**pbs_job(here, "node1"), "PATH": str(here)}) == 2
     assert "mpiexec is not on PATH" in capsys.readouterr().err
     assert not (here / "runs").exists()
 
