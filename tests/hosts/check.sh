@@ -12,4 +12,4 @@ for tool in mpiexec.hydra mpirun.openmpi slurmctld sshd; do
   path=$(PATH=$PATH:/usr/sbin command -v "$tool" || echo "NOT INSTALLED: its cases are skipped")
   printf '%-16s %s\n' "$tool" "$path"
 done
-exec bash tests/run.sh -m hosts tests/hosts -vv --no-header --tb=short --durations=0 --durations-min=1 "$@"
+exec bash tests/run.sh -n 0 -m hosts tests/hosts -vv --no-header --tb=short --durations=0 --durations-min=1 "$@"
