@@ -16,7 +16,13 @@ class Shown:
 
     def __init__(self, width: int = 120) -> None:
         self.now, self.text = 100.0, io.StringIO()
-        console = Console(file=self.text, width=width, force_terminal=True, color_system=None)
+        console = Console(
+            file=self.text,
+            width=width,
+            force_terminal=True,
+            color_system=None,
+            _environ={"TERM": "xterm"},  # whatever terminal the tests have
+        )
         self.view = RunView(console, lambda: self.now)
 
     def rows(self, seconds: float = 1.0) -> str:
