@@ -148,7 +148,9 @@ class RunView:
             text.truncate(width, overflow="ellipsis")
         with self._console:
             self._footer.erase()
-            for number, line in enumerate(text.wrap(self._console, width - indent)):
+            fits = "\n" not in text.plain and text.cell_len <= width
+            lines = [text] if fits else text.wrap(self._console, width - indent)
+            for number, line in enumerate(lines):
                 line.rstrip()
                 pad = " " * (indent if number else 0)
                 self._console.print(pad, line, sep="", soft_wrap=True)

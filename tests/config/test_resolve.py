@@ -245,11 +245,15 @@ def test_json_round_trip():
 
 def test_nothing_heavy_is_imported_and_it_is_fast():
     code = (
-        "import sys, time; start = time.process_time()\n"
+        "import sys, time\n"
+        "start = time.process_time()\n"
+        "sum(i * i for i in range(1_000_000))\n"
+        "yardstick = time.process_time() - start\n"
+        "start = time.process_time()\n"
         "from megatron.config.resolve import resolve; from megatron.config.resolve import Site\n"
         "from megatron.plan.report import dry_run_text\n"
         "dry_run_text(resolve({'DRY_RUN': '1'}, [], Site()), '')\n"
-        "print(time.process_time() - start)\n"
+        "print((time.process_time() - start) / yardstick)\n"
         "ours = [n for n in sys.modules if '.' not in n and n != 'megatron']\n"
         "ours = [n for n in ours if not n.startswith('_')]\n"
         "print(sorted(set(ours) - set(sys.stdlib_module_names)))\n"
@@ -260,8 +264,9 @@ def test_nothing_heavy_is_imported_and_it_is_fast():
         )
         for _ in range(3)
     ]
-    seconds, modules = zip(*(run.stdout.split("\n", 1) for run in runs), strict=True)
-    assert min(map(float, seconds)) < 0.15
+    # In squares of a million numbers, whatever the machine: 0.08 to 0.2 seconds for what takes 1.6 of them.
+    ratios, modules = zip(*(run.stdout.split("\n", 1) for run in runs), strict=True)
+    assert min(map(float, ratios)) < 3
     assert modules[0].strip() == "[]"
 
 

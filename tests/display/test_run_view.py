@@ -56,6 +56,15 @@ def test_the_time_left_counts_from_this_starts_first_step() -> None:
     assert " 26% " in rows and "0:37:07 left" in rows  # 147 steps of 30.3 s / 2
 
 
+@pytest.mark.parametrize(("width", "lines"), [(74, 1), (73, 2)])
+def test_a_line_is_broken_where_it_does_not_fit(width: int, lines: int) -> None:
+    shown = Shown(width)
+    said = "start-up time: 8.3 s: imports 7.7, ranks 0.4, data 0.1, model 0.1"
+    shown.view.show(f"[d 10:00:00.1][INFO][start_up] - {said}")
+    found = [line for line in shown.text.getvalue().splitlines() if "10:00" in line or "0.1" in line]
+    assert len(found) == lines and max(map(len, found)) <= width
+
+
 @pytest.mark.parametrize("phase", ["evaluate", "save"])
 def test_work_between_steps_is_named_after_a_second(phase: str) -> None:
     shown = Shown()

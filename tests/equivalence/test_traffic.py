@@ -208,7 +208,7 @@ CASES: dict[str, tuple[dict[str, str], str, dict[Sent, float]]] = {
         | weights(2, m * 2 * x),
     ),
 }  # fmt: skip
-QUICK = ("zero1-fp32", "zero2", "zero3", "hpz", "mics-fp32", "tp")
+QUICK = ("zero1-fp32", "zero2", "zero3", "hpz", "tp")
 
 
 @pytest.mark.parametrize("case", [x if x in QUICK else pytest.param(x, marks=LONG) for x in CASES])

@@ -177,7 +177,11 @@ def compiled_and_eager(layout: Layout, megatron: bool) -> float:
 
 @pytest.mark.parametrize(
     ("layout", "megatron"),
-    [(Layout(sp=2), False), (Layout(tp=2), False), (Layout(tp=2), True)],
+    [
+        (Layout(sp=2), False),
+        pytest.param(Layout(tp=2), False, marks=pytest.mark.long),
+        (Layout(tp=2), True),
+    ],
 )
 def test_blocks_compile_as_one_graph(layout: Layout, megatron: bool) -> None:
     assert max(run(compiled_and_eager, 2, layout, megatron, environ=COMPILING)) < 5e-6

@@ -48,9 +48,9 @@ def test_blocks_keep_what_is_measured(shape: dict, recompute: str) -> None:
     "settings",
     [
         {},
-        {"VOCAB_SIZE": 20000},
+        {"VOCAB_SIZE": 20000, "HIDDEN": 64},
         {"VOCAB_SIZE": 50000, "DTYPE": "fp32", "MICRO_BATCH": 1},
-        {"VOCAB_SIZE": 20000, "DTYPE": "fp16", "MICRO_BATCH": 6},
+        {"VOCAB_SIZE": 20000, "HIDDEN": 64, "DTYPE": "fp16", "MICRO_BATCH": 6},
         # Two minutes where products of 16 bits are emulated.
         pytest.param(
             {"VOCAB_SIZE": 50000, "DTYPE": "fp16", "MICRO_BATCH": 6}, marks=pytest.mark.long

@@ -65,6 +65,7 @@ def test_a_hub_that_cannot_be_reached_is_refused_in_three_seconds(silent):
         assert "Run `hf download org/name --repo-type dataset` where there is a network" in text
 
 
+@pytest.mark.flaky(reruns=1)
 def test_a_name_that_is_not_resolved_has_a_limit_too(monkeypatch):
     monkeypatch.setattr(hub_names, "WAIT_S", 0.1)
 
