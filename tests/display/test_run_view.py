@@ -61,7 +61,8 @@ def test_a_line_is_broken_where_it_does_not_fit(width: int, lines: int) -> None:
     shown = Shown(width)
     said = "start-up time: 8.3 s: imports 7.7, ranks 0.4, data 0.1, model 0.1"
     shown.view.show(f"[d 10:00:00.1][INFO][start_up] - {said}")
-    found = [line for line in shown.text.getvalue().splitlines() if "10:00" in line or "0.1" in line]
+    printed = shown.text.getvalue().splitlines()
+    found = [line for line in printed if "10:00" in line or "0.1" in line]
     assert len(found) == lines and max(map(len, found)) <= width
 
 

@@ -18,7 +18,6 @@ from megatron.engine import reduction
 from megatron.parallel import head_loss
 from tests.equivalence import front
 
-
 aten = torch.ops.aten
 IN_TYPE = {
     aten.mm.default: 1,
