@@ -20,7 +20,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, not installed
@@ -45,6 +46,7 @@ from tools.sweeping.sweep_rows import (
 ROOT = Path(__file__).resolve().parents[1]
 GRACE_S = 120.0  # for a last save, once a row's time is over
 TAIL = 30000
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(Exception):
@@ -85,14 +87,15 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
 
 
 def listen() -> None:
-    """Turn the signals that stop a program into `Interrupted`."""
+    """Turn the signals that stop a program into `Interrupted`; nohup's SIGHUP stops none."""
 
     def interrupt(number: int, frame: object) -> None:
         del frame
         raise Interrupted(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, interrupt)
+    for number in STOPPING:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, interrupt)
 
 
 def run_row(
@@ -127,23 +130,40 @@ def _run(
     row: Row, log: Path, minutes: float | None, environ: Mapping[str, str]
 ) -> tuple[int, bool]:
     """Exit status of a row, and whether its time was over."""
+    process = None
     with log.open("wb") as file:
-        process = subprocess.Popen(
-            row.words,
-            cwd=ROOT,
-            env={**environ, **row.environment},
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
         try:
+            with _signals_wait():  # else a row that has just begun would have no one to end it
+                process = subprocess.Popen(
+                    row.words,
+                    cwd=ROOT,
+                    env={**environ, **row.environment},
+                    stdin=subprocess.DEVNULL,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
             return _status(process.wait(60 * minutes if minutes else None)), False
         except subprocess.TimeoutExpired:
             return _end(process, signal.SIGTERM), True
         except Interrupted as error:
-            _end(process, error.number)
+            if process:
+                _end(process, error.number)
             raise
+
+
+@contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Signals of `STOPPING` that come meanwhile come at the end."""
+    came: list[int] = []
+    former = {one: signal.signal(one, lambda number, _: came.append(number)) for one in STOPPING}
+    try:
+        yield
+    finally:
+        for one, handler in former.items():
+            signal.signal(one, handler)
+    for number in came:
+        signal.raise_signal(number)
 
 
 def _end(process: subprocess.Popen[bytes], number: signal.Signals) -> int:

@@ -123,12 +123,18 @@ def test_what_is_refused(
     assert started(place) == []
 
 
+@pytest.mark.parametrize("start_s", [0, 1])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_row_and_leaves_it_for_the_next_start(
-    place: Path, number: signal.Signals
+    place: Path, number: signal.Signals, start_s: int
 ) -> None:
+    """One that comes while the row is started, too, which takes long on a busy host."""
     code = (
-        "import signal, sys; from pathlib import Path; from tools import sweep; "
+        "import subprocess, sys, time; from pathlib import Path; from tools import sweep\n"
+        "class Slow(subprocess.Popen):\n"
+        "    def __init__(self, *words, **options):\n"
+        f"        super().__init__(*words, **options); time.sleep({start_s})\n"
+        "subprocess.Popen = Slow\n"
         "sweep.ROOT = Path(sys.argv[1]); sweep.listen(); "
         "sys.exit(sweep.main(sys.argv[2:], {'PATH': '/usr/bin:/bin'}))"
     )
@@ -144,3 +150,11 @@ def test_a_signal_ends_the_row_and_leaves_it_for_the_next_start(
     row = int((place / "pid").read_text())
     with pytest.raises(ProcessLookupError):
         os.kill(row, 0)
+
+
+def test_a_hangup_that_nohup_ignores_stops_nothing() -> None:
+    code = (
+        "import signal; from tools import sweep; signal.signal(signal.SIGHUP, signal.SIG_IGN); "
+        "sweep.listen(); signal.raise_signal(signal.SIGHUP)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

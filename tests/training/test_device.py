@@ -130,7 +130,6 @@ def test_denormals_are_flushed_on_a_cpu() -> None:
         prepare(Device("cpu", 0, "", "gloo", None), "fp32")
         assert torch.tensor([1e-40]).mul(0.5).item() == 0
     finally:
-        torch.set_flush_denormal(False)
         torch.set_float32_matmul_precision(former)
 
 
