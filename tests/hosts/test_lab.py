@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from tests.hosts import lab
-from tests.hosts.conftest import ROOT, require_namespaces, two_hosts
+from tests.hosts.conftest import ROOT, require, require_namespaces, two_hosts
 
 GONE_S = 10.0
 
@@ -24,6 +24,7 @@ def test_hosts_have_their_own_name_network_processes_and_tmp(hosts: lab.Lab) -> 
 
 
 def test_power_and_cable(tmp_path: Path) -> None:
+    require("sshd")
     with two_hosts(tmp_path) as made:
         lab.with_sshd(made)
         ask = ("ssh", "-o", "ConnectTimeout=1", "n2", "hostname")

@@ -25,7 +25,7 @@ ARMS = {
     for dtype, kind in DTYPES.items()
     for stage, steps in ((0, 1), (1, 2), (2, 1), (2, 2))
 }
-HEADERS = 0.03  # of the bytes: Ethernet, IP, TCP and what it acknowledges, norms and losses
+HEADERS = 0.01  # of the bytes: Ethernet, IP, TCP and what it acknowledges, norms and losses
 
 
 @pytest.fixture(scope="module")

@@ -102,7 +102,7 @@ def ours(run: RunConfig, groups: Groups) -> Step:
         tokens = [_sample(run) for _ in range(run.train.gradient_accumulation_steps)]
         engine.train_batch(iter(tokens))
 
-    return Step(step, lambda: engine.module)
+    return Step(step, engine.shards)  # it waits for the weights that are gathered
 
 
 def ddp(run: RunConfig, groups: Groups) -> Step:
